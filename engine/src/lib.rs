@@ -1,0 +1,1 @@
+//! The Tidemill engine.

@@ -1,0 +1,229 @@
+//! The ops of the decoder, each with its contract, written once and implemented per device.
+//!
+//! Shape letters, the same everywhere below:
+//! **T** tokens of the step, **S** sequences (rows) of the step, **H** hidden size, **Q** query heads, **K** key/value heads,
+//! **D** head dimension, **I** intermediate size, **V** vocabulary, **R** rows of logits.
+//!
+//! Every op is *batch-invariant*: the bits of one token's or row's result depend on that token's own inputs alone,
+//! never on how many others share the call or on how a prompt was cut into chunks. Reduction orders are therefore
+//! fixed by the shape of the row. Matrices are row-major. Storage is the device's choice (f32 on the CPU);
+//! accumulation is always f32.
+
+use std::sync::Arc;
+
+use crate::{
+    error::KernelError,
+    sampling::{RowTask, Sampled},
+    tensor::{DType, HostTensor},
+};
+
+/// Result of an op.
+pub type Result<T> = std::result::Result<T, KernelError>;
+
+/// What a step computes: flat metadata for T tokens in S rows. No sequence, no request: indices only.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BatchMeta {
+    /// `[T]` input token ids.
+    pub token_ids: Vec<u32>,
+    /// `[T]` position of each token in its own sequence.
+    pub positions: Vec<u32>,
+    /// `[T]` slot (`block * block_size + offset`) that receives the token's key and value.
+    pub slot_mapping: Vec<u32>,
+    /// `[S + 1]` prefix sums of new tokens per row: row `s` owns tokens `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`.
+    pub cu_seqlens_q: Vec<u32>,
+    /// `[S]` tokens of each row that are in the KV cache once this step has written its own.
+    pub context_lens: Vec<u32>,
+    /// `[S, max_blocks]` block ids of each row in sequence order; unused entries are 0.
+    pub block_tables: Vec<u32>,
+    /// Row stride of `block_tables`.
+    pub max_blocks: usize,
+    /// `[R]` indices into the T tokens whose logits are wanted.
+    pub logits_indices: Vec<u32>,
+}
+
+impl BatchMeta {
+    /// T, the number of tokens of the step.
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// S, the number of rows (sequences) of the step.
+    pub fn num_rows(&self) -> usize {
+        self.context_lens.len()
+    }
+}
+
+/// Extents of a KV cache: for each layer, keys and values of `num_blocks * block_size` slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Blocks, shared by all layers: a block id names the same place in each.
+    pub num_blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// K.
+    pub num_kv_heads: usize,
+    /// D.
+    pub head_dim: usize,
+    /// Storage type, [`DType::F32`] or [`DType::Bf16`].
+    pub dtype: DType,
+}
+
+impl KvShape {
+    /// Bytes of one block over all layers, keys and values together.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.size()
+    }
+}
+
+/// Head layout of the fused `qkv` activation: `[T, (Q + 2 K) * D]`, queries first, then keys, then values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Q, a multiple of K.
+    pub num_heads: usize,
+    /// K.
+    pub num_kv_heads: usize,
+    /// D.
+    pub head_dim: usize,
+}
+
+impl HeadShape {
+    /// `(Q + 2 K) * D`.
+    pub fn qkv_width(&self) -> usize {
+        (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+    }
+}
+
+/// What [`Ops::linear`] does with its product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = x · Wᵀ + bias`.
+    Store,
+    /// `out += x · Wᵀ + bias`: the residual connection.
+    Add,
+}
+
+/// A device: its memory and its ops.
+///
+/// Buffers are allocated once for the largest step; every op takes the extents that are in use from the batch or as an
+/// argument. An op panics only on a bug of its caller inside this workspace (a buffer smaller than the contract says),
+/// never on data.
+pub trait Ops: Send {
+    /// Activation memory of a fixed number of elements.
+    type Buffer: Send;
+    /// A resident matrix `[N, K]` with an optional bias `[N]`.
+    type Weight: Send + Sync;
+    /// A resident small vector kept in f32: norm weights, RoPE tables.
+    type Vector: Send + Sync;
+    /// Keys and values of all layers.
+    type KvCache: Send;
+    /// A step's metadata, resident on the device.
+    type Batch: Send;
+
+    /// Allocates an activation buffer of `elems` elements, contents unspecified.
+    fn buffer(&self, elems: usize) -> Result<Self::Buffer>;
+
+    /// Makes the matrix that stacks `parts`, each `[N_i, K]`, along N. `bias` holds as many `[N_i]` vectors, or none.
+    ///
+    /// The CPU keeps views of the memory map and copies nothing.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part.
+    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<Self::Weight>;
+
+    /// Makes a resident f32 vector.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector>;
+
+    /// Allocates a KV cache.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a dtype or head size without an implementation.
+    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
+
+    /// Brings a step's metadata to the device.
+    fn upload(&self, meta: Arc<BatchMeta>) -> Result<Self::Batch>;
+
+    /// Runs `f` where this device's ops are cheapest to call (inside the CPU's thread pool; with the CUDA context
+    /// current). Every op also works outside of it.
+    fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T;
+
+    /// `out[t, :] = table[token_ids[t], :]`; `out` is `[T, H]`, `table` `[V, H]`. Ids were validated: all are below V.
+    fn embedding(&self, out: &mut Self::Buffer, table: &Self::Weight, batch: &Self::Batch) -> Result<()>;
+
+    /// Root-mean-square norm over the last axis (Zhang and Sennrich 2019, eq. 4):
+    /// `out[r, h] = x[r, h] / sqrt(mean_h(x[r, :]²) + eps) * weight[h]`; `out` and `x` are `[rows, H]`, `weight` `[H]`.
+    fn rmsnorm(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Matrix product with a resident weight: `x` is `[rows, K]`, `weight` `[N, K]`, `out` `[rows, N]`; see [`Epilogue`].
+    ///
+    /// A step of few rows reads each weight once for all of them.
+    fn linear(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        rows: usize,
+        epilogue: Epilogue,
+    ) -> Result<()>;
+
+    /// Rotates queries and keys in place and writes keys and values into the cache.
+    ///
+    /// `qkv` is `[T, (Q + 2 K) * D]`. `rope` is `[max_positions, D]`: for each position D/2 cosines, then D/2 sines
+    /// (already multiplied by the scaling kind's attention factor). Pairs are `(i, i + D/2)`, the layout of
+    /// Hugging Face checkpoints (RoFormer, Su et al. 2021, eq. 34, with permuted rows). Key and value of token `t` go to slot
+    /// `slot_mapping[t]` of `layer`.
+    fn rope_kv_write(
+        &self,
+        qkv: &mut Self::Buffer,
+        kv: &mut Self::KvCache,
+        rope: &Self::Vector,
+        batch: &Self::Batch,
+        heads: HeadShape,
+        layer: usize,
+    ) -> Result<()>;
+
+    /// Causal attention of each new token over its row's cached keys and values, decode rows and prompt chunks alike.
+    ///
+    /// `out` is `[T, Q * D]`; queries come from `qkv` `[T, (Q + 2 K) * D]`. The token at position `p` of row `s` sees
+    /// positions `0..=p`, found through `block_tables[s]`; query head `q` reads key/value head `q / (Q / K)`.
+    /// `softmax(q·kᵀ * scale)·v` with the online softmax of Milakov and Gimelshein (2018), blocks in sequence order.
+    /// Slots after position `p` are never read, whatever they hold.
+    #[allow(clippy::too_many_arguments)]
+    fn paged_attention(
+        &self,
+        out: &mut Self::Buffer,
+        qkv: &Self::Buffer,
+        kv: &Self::KvCache,
+        batch: &Self::Batch,
+        heads: HeadShape,
+        scale: f32,
+        layer: usize,
+    ) -> Result<()>;
+
+    /// `out[r, i] = silu(gate_up[r, i]) * gate_up[r, I + i]`; `gate_up` is `[rows, 2 I]`, `out` `[rows, I]`.
+    fn silu_mul(
+        &self,
+        out: &mut Self::Buffer,
+        gate_up: &Self::Buffer,
+        intermediate: usize,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// `out[r, :] = x[logits_indices[r], :]`; `x` is `[T, H]`, `out` `[R, H]`.
+    fn gather_rows(&self, out: &mut Self::Buffer, x: &Self::Buffer, batch: &Self::Batch, width: usize) -> Result<()>;
+
+    /// Turns `logits` `[R, V]` into one result per task, in order: penalties, bias, sampling and log-probabilities as
+    /// [`crate::sampling`] defines them. Reads and overwrites `logits`.
+    fn sample(&self, logits: &mut Self::Buffer, vocab: usize, tasks: &[RowTask]) -> Result<Vec<Sampled>>;
+
+    /// Copies the first `elems` elements of a buffer to the host as f32.
+    fn download(&self, buffer: &Self::Buffer, elems: usize) -> Result<Vec<f32>>;
+}
