@@ -1,1 +1,10 @@
-//! The wire.
+//! The wire: types, clients and servers generated from the `.proto` files of this crate.
+
+/// `tidemill.v1`: Tidemill's own protocol. See `tidemill/v1/tidemill.proto` for its rules.
+pub mod v1 {
+    #![allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant, unused_qualifications)]
+    tonic::include_proto!("tidemill.v1");
+}
+
+/// Encoded `FileDescriptorSet` of everything above, for server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -1,0 +1,175 @@
+//! Every error of the engine, with a stable code that gRPC, HTTP and metrics share.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use tidemill_kernels::KernelError;
+
+/// One thing that is wrong with one field of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the field as on the wire, e.g. `sampling.temperature`.
+    pub field: &'static str,
+    /// What is wrong and what is accepted.
+    pub message: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+/// Coarse class of an error, mapped one to one to gRPC status codes and HTTP statuses by the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// The request itself is wrong.
+    InvalidArgument,
+    /// This model cannot do what was asked (no chat template, say).
+    FailedPrecondition,
+    /// The model asked for is not the one served.
+    NotFound,
+    /// A live request has this id already.
+    AlreadyExists,
+    /// The queue is full.
+    ResourceExhausted,
+    /// Draining, shut down or failed.
+    Unavailable,
+    /// The deadline passed.
+    DeadlineExceeded,
+    /// A bug of ours, or a model that computes NaN.
+    Internal,
+}
+
+/// Why a request was refused or ended without finishing.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// Some fields are out of range. Lists all of them, never empty.
+    #[error("invalid request: {}", .0.iter().map(Violation::to_string).collect::<Vec<_>>().join("; "))]
+    Invalid(Vec<Violation>),
+    /// The loaded model has no such ability.
+    #[error("{0}")]
+    Unsupported(String),
+    /// Another model is served here.
+    #[error("model {asked:?} is not served here; this server has {served:?}")]
+    ModelNotFound {
+        /// What the client named.
+        asked: String,
+        /// What is loaded.
+        served: String,
+    },
+    /// A running or queued request has the same id.
+    #[error("a request with id {0:?} is running already; ids must be unique among live requests")]
+    DuplicateId(String),
+    /// Too many requests wait.
+    #[error("the queue is full ({waiting} requests wait); retry in {} ms", retry_after.as_millis())]
+    QueueFull {
+        /// Requests that wait now.
+        waiting: usize,
+        /// A sensible time to wait before the next try.
+        retry_after: Duration,
+    },
+    /// The server is going down and takes no new work.
+    #[error("the server is draining; send the request to another replica")]
+    Draining,
+    /// The engine stopped; nothing can be computed any more.
+    #[error("the engine has stopped: {0}")]
+    EngineStopped(String),
+    /// The client's deadline passed before the request finished.
+    #[error("deadline exceeded after {completion_tokens} tokens")]
+    DeadlineExceeded {
+        /// Tokens produced until then.
+        completion_tokens: usize,
+    },
+    /// The model gave NaN, or no finite logit, for this sequence.
+    #[error("the model produced no finite logits at position {position}")]
+    NotFinite {
+        /// Position of the token that could not be chosen.
+        position: usize,
+    },
+    /// A promise of the engine was broken.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl RequestError {
+    /// A refusal for one field.
+    pub fn invalid(field: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid(vec![Violation { field, message: message.into() }])
+    }
+
+    /// The class of this error.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Invalid(_) => ErrorCode::InvalidArgument,
+            Self::Unsupported(_) => ErrorCode::FailedPrecondition,
+            Self::ModelNotFound { .. } => ErrorCode::NotFound,
+            Self::DuplicateId(_) => ErrorCode::AlreadyExists,
+            Self::QueueFull { .. } => ErrorCode::ResourceExhausted,
+            Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
+            Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
+            Self::NotFinite { .. } | Self::Internal(_) => ErrorCode::Internal,
+        }
+    }
+}
+
+/// Why a model could not be loaded or an engine could not be started. Names the file, and the tensor where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file is there but its content is wrong, or contradicts another.
+    #[error("{}: {detail}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and, where known, what to do.
+        detail: String,
+    },
+    /// The model is of a kind that Tidemill does not implement.
+    #[error("{}: {detail}", path.display())]
+    Unsupported {
+        /// The file that says so.
+        path: PathBuf,
+        /// What is not supported, and what is.
+        detail: String,
+    },
+    /// The checkpoint has no such tensor.
+    #[error("{}: tensor {tensor:?} is missing; expected shape {expected:?}", path.display())]
+    MissingTensor {
+        /// The file or index that should hold it.
+        path: PathBuf,
+        /// Its name.
+        tensor: String,
+        /// The shape that the configuration asks for.
+        expected: Vec<usize>,
+    },
+    /// A tensor's shape contradicts the configuration.
+    #[error("{}: tensor {tensor:?} has shape {got:?}, but config.json asks for {expected:?}", path.display())]
+    TensorShape {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Its name.
+        tensor: String,
+        /// The shape in the file.
+        got: Vec<usize>,
+        /// The shape that the configuration asks for.
+        expected: Vec<usize>,
+    },
+    /// An engine option contradicts the model or another option.
+    #[error("{option}: {detail}")]
+    Option {
+        /// The option as on the command line.
+        option: &'static str,
+        /// What is wrong and what is accepted.
+        detail: String,
+    },
+    /// The device refused.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}

@@ -1,0 +1,1 @@
+//! Models: files, specification, decoder.
