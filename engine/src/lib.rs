@@ -1,6 +1,25 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
+mod core;
+mod engine;
 pub mod error;
+mod generation;
+mod handle;
 pub mod ids;
+mod info;
+pub mod kv;
+mod ledger;
 pub mod model;
+pub mod output;
+pub mod request;
+pub mod runner;
+pub mod scheduler;
+mod stats;
 pub mod text;
+
+pub use engine::{ComputeDtype, Engine, EngineConfig, Progress};
+pub use error::{ErrorCode, LoadError, RequestError, Violation};
+pub use generation::Generation;
+pub use handle::{Drained, EngineHandle};
+pub use info::ModelInfo;
+pub use stats::{Counters, EngineStats};

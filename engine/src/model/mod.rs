@@ -1,1 +1,2 @@
 //! Models: files, specification, decoder.
+pub mod decoder;

@@ -1,0 +1,357 @@
+//! The engine thread: commands in, steps out, effects to the ledger.
+//!
+//! One loop over two sources: commands from handles, and results from the runner. While a step runs, commands are handled
+//! as they come, so an abort frees its blocks at once and not at the end of the step. Without work the thread sleeps.
+
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, never, select_biased};
+
+use crate::{
+    error::RequestError,
+    generation::Event,
+    handle::{Drained, QueueSlot, Ticket},
+    ids::{RequestId, SeqId},
+    ledger::{Delivery, Ledger, Opening},
+    output::{AbortReceipt, AbortStage, FinishReason},
+    request::ValidatedRequest,
+    runner::RunnerThread,
+    scheduler::{Effect, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
+    stats::{Counters, Published, SharedStats},
+};
+use std::sync::Arc;
+
+/// A request on its way into the engine.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub ticket: Ticket,
+    pub request: ValidatedRequest,
+    pub events: async_channel::Sender<Event>,
+    pub slot: QueueSlot,
+    pub submitted: Instant,
+}
+
+/// What handles ask of the engine thread.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Submit(Box<Submission>),
+    /// By the client's id; answered with a receipt.
+    Abort { id: RequestId, received: Instant, reply: async_channel::Sender<AbortReceipt> },
+    /// The stream of this submission was dropped.
+    Drop { ticket: Ticket },
+    /// A stop string ended this completion.
+    Stop { ticket: Ticket, index: u32 },
+    Drain { deadline: Option<Instant>, reply: async_channel::Sender<Drained> },
+    Shutdown,
+}
+
+/// A drain under way.
+#[derive(Debug)]
+struct Draining {
+    deadline: Option<Instant>,
+    open_at_start: usize,
+    reply: async_channel::Sender<Drained>,
+}
+
+/// Everything the engine thread owns.
+pub(crate) struct Core {
+    scheduler: Scheduler,
+    ledger: Ledger,
+    runner: RunnerThread,
+    commands: Receiver<Command>,
+    stats: Arc<SharedStats>,
+    counters: Counters,
+    next_seq: u64,
+    step_in_flight: bool,
+    draining: Vec<Draining>,
+}
+
+/// Whether the loop goes on.
+enum Flow {
+    Continue,
+    Stop(String),
+}
+
+impl Core {
+    pub(crate) fn new(
+        scheduler: Scheduler,
+        runner: RunnerThread,
+        commands: Receiver<Command>,
+        stats: Arc<SharedStats>,
+    ) -> Self {
+        Self {
+            scheduler,
+            ledger: Ledger::default(),
+            runner,
+            commands,
+            stats,
+            counters: Counters::default(),
+            next_seq: 0,
+            step_in_flight: false,
+            draining: Vec::new(),
+        }
+    }
+
+    /// Runs until shutdown or failure; returns why it ended. Whatever is open then fails with it.
+    pub(crate) fn run(mut self) -> String {
+        loop {
+            self.expire(Instant::now());
+            if !self.step_in_flight && !self.launch() {
+                return "the runner is gone".into();
+            }
+            self.publish();
+            if let Flow::Stop(reason) = self.wait() {
+                return reason;
+            }
+        }
+    }
+
+    /// Plans and launches a step, if there is anything to run. False when the runner is gone.
+    fn launch(&mut self) -> bool {
+        let plan = self.scheduler.plan();
+        if plan.rows.is_empty() {
+            return true;
+        }
+        let now = Instant::now();
+        plan.rows.iter().for_each(|row| self.ledger.scheduled(row.seq, now));
+        self.step_in_flight = true;
+        self.runner.launch(plan)
+    }
+
+    /// Sleeps until there is something to do, and does it.
+    fn wait(&mut self) -> Flow {
+        let deadline = self.draining.iter().filter_map(|d| d.deadline).chain(self.ledger.next_deadline()).min();
+        let timer = deadline.map_or_else(never, crossbeam_channel::at);
+        let (commands, results) = (self.commands.clone(), self.runner.results().clone());
+        // Commands first: an abort must not wait behind a result whose tokens nobody wants any more.
+        select_biased! {
+            recv(commands) -> command => match command {
+                Ok(command) => self.handle_all(command),
+                Err(_) => Flow::Stop("every handle is gone".into()),
+            },
+            recv(results) -> result => match result {
+                Ok((plan, output)) => {
+                    self.step_in_flight = false;
+                    self.resolve(&plan, output);
+                    Flow::Continue
+                }
+                Err(_) => Flow::Stop("the runner is gone".into()),
+            },
+            recv(timer) -> _ => Flow::Continue,
+        }
+    }
+
+    /// Handles a command and those that queue behind it: requests that arrive together start in one step.
+    fn handle_all(&mut self, first: Command) -> Flow {
+        let waiting = self.commands.len();
+        let mut next = Some(first);
+        for _ in 0..=waiting {
+            let Some(command) = next else { break };
+            if let Flow::Stop(reason) = self.handle(command) {
+                return Flow::Stop(reason);
+            }
+            next = self.commands.try_recv().ok();
+        }
+        match next {
+            Some(command) => self.handle(command),
+            None => Flow::Continue,
+        }
+    }
+
+    fn handle(&mut self, command: Command) -> Flow {
+        match command {
+            Command::Submit(submission) => self.submit(*submission),
+            Command::Abort { id, received, reply } => {
+                let receipt = self.abort(id, received);
+                // Whoever asked may have gone; the abort stands.
+                drop(reply.try_send(receipt));
+            }
+            Command::Drop { ticket } => {
+                self.counters.aborted += u64::from(!self.ledger.live_seqs(ticket).is_empty());
+                self.end_request(ticket);
+            }
+            Command::Stop { ticket, index } => {
+                if let Some(seq) = self.ledger.seq(ticket, index) {
+                    self.scheduler.remove(seq);
+                    let over = self.ledger.finish(ticket, index, FinishReason::Stop);
+                    self.counters.finished += u64::from(over);
+                }
+            }
+            Command::Drain { deadline, reply } => {
+                self.stats.set_draining();
+                self.draining.push(Draining { deadline, open_at_start: self.ledger.num_open(), reply });
+            }
+            Command::Shutdown => return Flow::Stop("it was shut down".into()),
+        }
+        Flow::Continue
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { ticket, request, events, slot, submitted } = submission;
+        // Receivers that are gone already will send their own Drop command.
+        let refuse = |error| drop(events.try_send(Event::Failed(error)));
+        if self.stats.is_draining() {
+            self.counters.refused += 1;
+            return refuse(RequestError::Draining);
+        }
+        if self.ledger.find(&request.id).is_some() {
+            self.counters.refused += 1;
+            return refuse(RequestError::DuplicateId(request.id.to_string()));
+        }
+        debug_assert!(self.scheduler.fits(request.prompt.len(), request.sampling.max_tokens), "validated");
+        self.counters.prompt_tokens += request.prompt.len() as u64;
+        let first = SeqId(self.next_seq);
+        let seqs: Vec<SeqId> = (0..u64::from(request.n)).map(|i| SeqId(self.next_seq + i)).collect();
+        self.next_seq += u64::from(request.n);
+        let mut sampling = request.sampling;
+        self.ledger.open(Opening {
+            ticket,
+            id: request.id,
+            events,
+            seqs: seqs.clone(),
+            prompt_tokens: request.prompt.len(),
+            submitted,
+            deadline: request.deadline,
+            slot,
+        });
+        for (index, &id) in (0..).zip(&seqs) {
+            if index == 1 && sampling.prompt_logprobs.is_some() {
+                // The prompt is the same for all completions: the first one reports it.
+                sampling = Arc::new(crate::request::Sampling { prompt_logprobs: None, ..(*sampling).clone() });
+            }
+            self.scheduler.add(NewSequence {
+                id,
+                prompt: request.prompt.clone(),
+                seed: sampling.seed_of(index),
+                sampling: sampling.clone(),
+                prompt_of: (id != first).then_some(first),
+            });
+        }
+    }
+
+    fn abort(&mut self, id: RequestId, received: Instant) -> AbortReceipt {
+        let receipt = |id, stage, completion_tokens| AbortReceipt {
+            id,
+            stage,
+            completion_tokens,
+            blocks_freed: 0,
+            rows_freed: 0,
+            time_to_free: Duration::ZERO,
+        };
+        let Some(ticket) = self.ledger.find(&id) else {
+            return match self.ledger.ended(&id) {
+                Some(tokens) => receipt(id, AbortStage::Finished, tokens),
+                None => receipt(id, AbortStage::Unknown, 0),
+            };
+        };
+        let tokens = self.ledger.completion_tokens(ticket);
+        let removed = self.remove_seqs(ticket);
+        // The furthest of its completions says where the request was.
+        let stage = match removed.iter().map(|r| r.stage).max() {
+            Some(Stage::Decode) => AbortStage::Decode,
+            Some(Stage::Prefill) => AbortStage::Prefill,
+            Some(Stage::Queued) | None => AbortStage::Queued,
+        };
+        let time_to_free = received.elapsed();
+        for index in 0..=u32::MAX {
+            if self.ledger.live_seqs(ticket).is_empty() {
+                break;
+            }
+            self.ledger.finish(ticket, index, FinishReason::Abort);
+        }
+        self.counters.aborted += 1;
+        AbortReceipt {
+            blocks_freed: removed.iter().map(|r| r.blocks_freed).sum(),
+            rows_freed: removed.iter().map(|r| r.rows_freed).sum(),
+            time_to_free,
+            ..receipt(id, stage, tokens)
+        }
+    }
+
+    /// Takes a request's sequences out of the scheduler: everything it held is free afterwards.
+    fn remove_seqs(&mut self, ticket: Ticket) -> Vec<Removed> {
+        self.ledger.live_seqs(ticket).into_iter().filter_map(|seq| self.scheduler.remove(seq)).collect()
+    }
+
+    /// Ends a request whose client is gone.
+    fn end_request(&mut self, ticket: Ticket) {
+        self.fail(ticket, RequestError::Internal("its client is gone".into()));
+    }
+
+    fn fail(&mut self, ticket: Ticket, error: RequestError) {
+        self.remove_seqs(ticket);
+        self.ledger.fail(ticket, error);
+    }
+
+    /// Ends what has waited too long: requests past their deadline, and whatever is left when a drain's grace is over.
+    fn expire(&mut self, now: Instant) {
+        for ticket in self.ledger.expired(now) {
+            let completion_tokens = self.ledger.completion_tokens(ticket);
+            self.fail(ticket, RequestError::DeadlineExceeded { completion_tokens });
+            self.counters.failed += 1;
+        }
+        let over = |d: &Draining| d.deadline.is_some_and(|deadline| deadline <= now);
+        let mut cut_off = 0;
+        if self.draining.iter().any(over) {
+            for ticket in self.ledger.tickets() {
+                self.fail(ticket, RequestError::Draining);
+                self.counters.failed += 1;
+                cut_off += 1;
+            }
+        }
+        if self.ledger.is_empty() {
+            for drain in self.draining.drain(..) {
+                let finished = drain.open_at_start.saturating_sub(cut_off);
+                drop(drain.reply.try_send(Drained { finished, cut_off }));
+            }
+        }
+    }
+
+    fn resolve(&mut self, plan: &StepPlan, output: StepOutput) {
+        let effects = self.scheduler.resolve(plan, output);
+        self.counters.steps += 1;
+        let now = Instant::now();
+        for effect in effects {
+            self.commit(effect, now);
+        }
+        if cfg!(debug_assertions) {
+            self.scheduler.check();
+        }
+    }
+
+    fn commit(&mut self, effect: Effect, now: Instant) {
+        match effect {
+            Effect::PromptLogprobs { seq, logprobs } => self.ledger.prompt_logprobs(seq, logprobs),
+            Effect::Token { seq, token, logprobs, finish, num_preemptions } => {
+                self.counters.generation_tokens += 1;
+                let over = self.ledger.token(Delivery { seq, token, logprobs, finish, num_preemptions }, now);
+                self.counters.finished += u64::from(over);
+            }
+            Effect::Failed { seq, position, error } => {
+                if let Some(ticket) = self.ledger.ticket_of(seq) {
+                    self.counters.failed += 1;
+                    self.fail(
+                        ticket,
+                        match error {
+                            None => RequestError::NotFinite { position },
+                            Some(detail) => {
+                                tracing::error!(detail, position, "a request failed in the runner");
+                                RequestError::Internal("the model failed on this request; see the server's log".into())
+                            }
+                        },
+                    );
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        self.counters.preemptions = self.scheduler.num_preemptions();
+        let published = Published {
+            running: self.scheduler.num_running(),
+            waiting: self.scheduler.num_waiting(),
+            counters: self.counters,
+        };
+        self.stats.publish(published, self.step_in_flight);
+    }
+}

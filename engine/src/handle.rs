@@ -1,0 +1,190 @@
+//! The engine from outside: a cheap handle to submit, abort, read and drain.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::Sender;
+
+use crate::{
+    core::{Command, Submission},
+    error::RequestError,
+    generation::Generation,
+    ids::RequestId,
+    info::ModelInfo,
+    output::AbortReceipt,
+    request::{GenerateRequest, ValidatedRequest, Validator},
+    stats::{EngineStats, SharedStats},
+    text::TextModel,
+};
+
+/// A submission's own number: aborts by a dropped stream use it, so that they can never hit another request that carries the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Ticket(pub u64);
+
+/// What handles and the engine thread share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub info: ModelInfo,
+    pub text: Arc<TextModel>,
+    pub validator: Validator,
+    pub stats: Arc<SharedStats>,
+    pub max_num_queued_reqs: usize,
+    /// Requests that were submitted and have no row of the batch yet.
+    pub queued: Arc<AtomicUsize>,
+    pub next_ticket: AtomicU64,
+    /// Why the engine stopped, once it did.
+    pub stopped: std::sync::OnceLock<String>,
+    /// Closed when the engine thread ends.
+    pub alive: async_channel::Receiver<()>,
+}
+
+/// A request's place in the queue; gives it back when dropped.
+#[derive(Debug)]
+pub(crate) struct QueueSlot(Arc<AtomicUsize>);
+
+impl QueueSlot {
+    fn take(queued: &Arc<AtomicUsize>, max: usize) -> Result<Self, usize> {
+        queued.fetch_update(Relaxed, Relaxed, |n| (n < max).then_some(n + 1))?;
+        Ok(Self(queued.clone()))
+    }
+}
+
+impl Drop for QueueSlot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A handle to a running engine. Cheap to clone; usable from any thread and any async runtime.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    pub(crate) commands: Sender<Command>,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    /// What is loaded.
+    pub fn info(&self) -> &ModelInfo {
+        &self.shared.info
+    }
+
+    /// Encoding, decoding, chat templates.
+    pub fn text(&self) -> &Arc<TextModel> {
+        &self.shared.text
+    }
+
+    /// Checks a request; see [`Validator::validate`], also for where to call it.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
+        self.shared.validator.validate(request)
+    }
+
+    /// Queues a request. Returns at once; the outcome streams through the [`Generation`]. Dropping that aborts the request.
+    ///
+    /// # Errors
+    /// [`RequestError::QueueFull`], [`RequestError::Draining`], [`RequestError::EngineStopped`]. An id that is
+    /// live already is reported by the stream.
+    pub fn submit(&self, request: ValidatedRequest) -> Result<Generation, RequestError> {
+        let refuse = |error| {
+            self.shared.stats.count_refusal();
+            Err(error)
+        };
+        if let Some(reason) = self.shared.stopped.get() {
+            return Err(RequestError::EngineStopped(reason.clone()));
+        }
+        if self.shared.stats.is_draining() {
+            return refuse(RequestError::Draining);
+        }
+        let slot = match QueueSlot::take(&self.shared.queued, self.shared.max_num_queued_reqs) {
+            Ok(slot) => slot,
+            Err(waiting) => return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) }),
+        };
+        let ticket = Ticket(self.shared.next_ticket.fetch_add(1, Relaxed));
+        // At most one event per token and completion, so the bound of max_tokens bounds the channel too.
+        let (events_tx, events) = async_channel::unbounded();
+        let generation = Generation::new(&request, ticket, events, self.clone());
+        let submission = Submission { ticket, request, events: events_tx, slot, submitted: Instant::now() };
+        match self.commands.send(Command::Submit(Box::new(submission))) {
+            Ok(()) => Ok(generation),
+            Err(_) => Err(RequestError::EngineStopped(self.stop_reason())),
+        }
+    }
+
+    /// Ends a request at any stage. Idempotent: unknown and finished ids are answers.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`].
+    pub async fn abort(&self, id: RequestId) -> Result<AbortReceipt, RequestError> {
+        let stopped = |_| RequestError::EngineStopped(self.stop_reason());
+        self.start_abort(id)?.recv().await.map_err(stopped)
+    }
+
+    /// [`abort`](Self::abort) for callers without an async runtime.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`].
+    pub fn abort_blocking(&self, id: RequestId) -> Result<AbortReceipt, RequestError> {
+        let stopped = |_| RequestError::EngineStopped(self.stop_reason());
+        self.start_abort(id)?.recv_blocking().map_err(stopped)
+    }
+
+    fn start_abort(&self, id: RequestId) -> Result<async_channel::Receiver<AbortReceipt>, RequestError> {
+        let (reply, receipt) = async_channel::bounded(1);
+        let command = Command::Abort { id, received: Instant::now(), reply };
+        match self.commands.send(command) {
+            Ok(()) => Ok(receipt),
+            Err(_) => Err(RequestError::EngineStopped(self.stop_reason())),
+        }
+    }
+
+    /// Gauges and counters now.
+    pub fn stats(&self) -> EngineStats {
+        self.shared.stats.read()
+    }
+
+    /// Refuses new requests from now on and waits for the live ones; those that are left after `grace` end with
+    /// [`RequestError::Draining`]. Returns how many ended by themselves and how many were cut off.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`].
+    pub async fn drain(&self, grace: Duration) -> Result<Drained, RequestError> {
+        self.shared.stats.set_draining();
+        let (reply, drained) = async_channel::bounded(1);
+        let command = Command::Drain { deadline: Instant::now().checked_add(grace), reply };
+        let stopped = || RequestError::EngineStopped(self.stop_reason());
+        self.commands.send(command).map_err(|_| stopped())?;
+        drained.recv().await.map_err(|_| stopped())
+    }
+
+    /// Whether the engine thread has ended.
+    pub fn is_stopped(&self) -> bool {
+        self.shared.stopped.get().is_some()
+    }
+
+    /// Resolves when the engine thread has ended, with the reason.
+    pub async fn stopped(&self) -> String {
+        // Nothing is ever sent: the channel closes.
+        drop(self.shared.alive.recv().await);
+        self.stop_reason()
+    }
+
+    pub(crate) fn stop_reason(&self) -> String {
+        self.shared.stopped.get().cloned().unwrap_or_else(|| "it was shut down".into())
+    }
+}
+
+/// What a drain did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drained {
+    /// Requests that ended by themselves.
+    pub finished: usize,
+    /// Requests that were cut off.
+    pub cut_off: usize,
+}

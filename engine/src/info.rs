@@ -1,0 +1,38 @@
+//! What is loaded and how, for people and clients.
+
+use crate::{ids::TokenId, model::generation_config::GenerationDefaults};
+
+/// A loaded model and the engine around it.
+#[derive(Debug, Clone)]
+pub struct ModelInfo {
+    /// The name clients use.
+    pub served_model_name: String,
+    /// As in `config.json`.
+    pub architecture: String,
+    /// Elements of all tensors.
+    pub num_parameters: u64,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+    /// Tokens of prompt and completion together.
+    pub max_model_len: usize,
+    /// The device in words.
+    pub device: String,
+    /// Arithmetic of the matrix products: `bfloat16` or `float32`.
+    pub dtype: &'static str,
+    /// Storage of keys and values.
+    pub kv_cache_dtype: &'static str,
+    /// Tokens per KV block.
+    pub block_size: usize,
+    /// KV blocks in all.
+    pub num_kv_blocks: usize,
+    /// Rows of the batch.
+    pub max_num_seqs: usize,
+    /// Tokens per step.
+    pub max_num_batched_tokens: usize,
+    /// Tokens that end a completion.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Whether chat prompts can be rendered.
+    pub has_chat_template: bool,
+    /// Sampling defaults of the model.
+    pub defaults: GenerationDefaults,
+}

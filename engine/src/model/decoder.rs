@@ -1,0 +1,245 @@
+//! The decoder: one wiring of ops for every family that is data over it.
+//!
+//! Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP (Touvron et al. 2023, LLaMA). It sees
+//! batch metadata and its own tensors; it knows no sequence and no scheduler.
+
+use std::sync::Arc;
+
+use tidemill_kernels::{
+    HostTensor, KernelError, Ops,
+    ops::{BatchMeta, Epilogue, HeadShape, KvShape},
+    sampling::{RowTask, Sampled},
+};
+
+use super::{checkpoint::Checkpoint, rope::rope_table, spec::ModelSpec};
+use crate::error::LoadError;
+
+/// Logits are computed for so many rows at a time: bounds the memory of prompt log-probabilities, where every position of a
+/// chunk wants the whole vocabulary.
+const MAX_LOGITS_ROWS: usize = 64;
+
+struct Layer<O: Ops> {
+    input_layernorm: O::Vector,
+    qkv_proj: O::Weight,
+    o_proj: O::Weight,
+    post_attention_layernorm: O::Vector,
+    gate_up_proj: O::Weight,
+    down_proj: O::Weight,
+}
+
+/// Activations, allocated once for the largest step. T is `max_num_batched_tokens`.
+struct Scratch<O: Ops> {
+    /// `[T, H]` the residual stream.
+    hidden: O::Buffer,
+    /// `[T, H]` normalised input of a block.
+    normed: O::Buffer,
+    /// `[T, (Q + 2 K) * D]`.
+    qkv: O::Buffer,
+    /// `[T, Q * D]`.
+    attention: O::Buffer,
+    /// `[T, 2 I]`.
+    gate_up: O::Buffer,
+    /// `[T, I]`.
+    mlp: O::Buffer,
+    /// `[T, H]` the rows whose logits are wanted.
+    gathered: O::Buffer,
+    /// `[MAX_LOGITS_ROWS, V]`.
+    logits: O::Buffer,
+}
+
+/// Sizes that a decoder is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct DecoderLimits {
+    /// T of the largest step.
+    pub max_num_batched_tokens: usize,
+    /// Positions of the RoPE table.
+    pub max_model_len: usize,
+    /// The KV cache.
+    pub kv: KvShape,
+}
+
+/// A loaded model on a device.
+pub struct Decoder<O: Ops> {
+    ops: O,
+    spec: ModelSpec,
+    embed_tokens: O::Weight,
+    layers: Vec<Layer<O>>,
+    norm: O::Vector,
+    /// `None`: tied to `embed_tokens`.
+    lm_head: Option<O::Weight>,
+    rope: O::Vector,
+    kv: O::KvCache,
+    scratch: Scratch<O>,
+}
+
+impl<O: Ops> Decoder<O> {
+    /// Takes the weights over from the checkpoint and allocates everything a step needs. Calls `progress` after each layer
+    /// with the number of layers done.
+    ///
+    /// # Errors
+    /// Missing or misshapen tensors, named with both shapes; the device's refusals.
+    pub fn load(
+        ops: O,
+        spec: &ModelSpec,
+        checkpoint: &Checkpoint,
+        limits: DecoderLimits,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self, LoadError> {
+        let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+        let vector = |name: &str| -> Result<O::Vector, LoadError> {
+            Ok(ops.vector(&checkpoint.tensor(name, &[hidden])?.to_f32())?)
+        };
+        let matrix = |name: &str| -> Result<O::Weight, LoadError> {
+            Ok(ops.weight(&[checkpoint.tensor(name, &[vocab, hidden])?], &[])?)
+        };
+        let mut layers = Vec::with_capacity(spec.num_layers);
+        for index in 0..spec.num_layers {
+            layers.push(Layer::load(&ops, spec, checkpoint, index)?);
+            progress(index + 1);
+        }
+        let heads = head_shape(spec);
+        let tokens = limits.max_num_batched_tokens;
+        let rope = rope_table(&spec.rope, spec.head_dim, limits.max_model_len);
+        Ok(Self {
+            embed_tokens: matrix("model.embed_tokens.weight")?,
+            norm: vector("model.norm.weight")?,
+            lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
+            rope: ops.vector(&rope)?,
+            kv: ops.kv_cache(limits.kv)?,
+            scratch: Scratch {
+                hidden: ops.buffer(tokens * hidden)?,
+                normed: ops.buffer(tokens * hidden)?,
+                qkv: ops.buffer(tokens * heads.qkv_width())?,
+                attention: ops.buffer(tokens * heads.num_heads * heads.head_dim)?,
+                gate_up: ops.buffer(tokens * 2 * spec.intermediate_size)?,
+                mlp: ops.buffer(tokens * spec.intermediate_size)?,
+                gathered: ops.buffer(tokens * hidden)?,
+                logits: ops.buffer(MAX_LOGITS_ROWS * vocab)?,
+            },
+            layers,
+            spec: spec.clone(),
+            ops,
+        })
+    }
+
+    /// Computes one step and does one task per entry of `meta.logits_indices`, in order.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<Vec<Sampled>, KernelError> {
+        debug_assert_eq!(meta.logits_indices.len(), tasks.len(), "one task per row of logits");
+        let mut sampled = Vec::with_capacity(tasks.len());
+        let vocab = self.spec.vocab_size;
+        self.forward(meta, |ops, logits, rows| {
+            sampled.extend(ops.sample(logits, vocab, &tasks[rows])?);
+            Ok(())
+        })?;
+        Ok(sampled)
+    }
+
+    /// Computes one step and returns the logits `[R, V]` of `meta.logits_indices`: what a test compares with a reference.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn logits(&mut self, meta: Arc<BatchMeta>) -> Result<Vec<f32>, KernelError> {
+        let vocab = self.spec.vocab_size;
+        let mut all = Vec::with_capacity(meta.logits_indices.len() * vocab);
+        self.forward(meta, |ops, logits, rows| {
+            all.extend(ops.download(logits, rows.len() * vocab)?);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// All layers, then the logits in groups of at most [`MAX_LOGITS_ROWS`] rows, each handed to `each`.
+    fn forward(
+        &mut self,
+        meta: Arc<BatchMeta>,
+        mut each: impl FnMut(&O, &mut O::Buffer, std::ops::Range<usize>) -> Result<(), KernelError> + Send,
+    ) -> Result<(), KernelError> {
+        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch } = self;
+        let heads = head_shape(spec);
+        let (tokens, eps) = (meta.num_tokens(), spec.rms_norm_eps);
+        let groups: Vec<Arc<BatchMeta>> = logits_groups(&meta);
+        let batch = ops.upload(meta)?;
+        ops.enter(|| {
+            let s = scratch;
+            ops.embedding(&mut s.hidden, embed_tokens, &batch)?;
+            for (index, layer) in layers.iter().enumerate() {
+                ops.rmsnorm(&mut s.normed, &s.hidden, &layer.input_layernorm, eps, tokens)?;
+                ops.linear(&mut s.qkv, &s.normed, &layer.qkv_proj, tokens, Epilogue::Store)?;
+                ops.rope_kv_write(&mut s.qkv, kv, rope, &batch, heads, index)?;
+                let scale = (heads.head_dim as f32).powf(-0.5);
+                ops.paged_attention(&mut s.attention, &s.qkv, kv, &batch, heads, scale, index)?;
+                ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, tokens, Epilogue::Add)?;
+                ops.rmsnorm(&mut s.normed, &s.hidden, &layer.post_attention_layernorm, eps, tokens)?;
+                ops.linear(&mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens, Epilogue::Store)?;
+                ops.silu_mul(&mut s.mlp, &s.gate_up, spec.intermediate_size, tokens)?;
+                ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
+            }
+            let head = lm_head.as_ref().unwrap_or(embed_tokens);
+            let mut done = 0;
+            for group in groups {
+                let rows = group.logits_indices.len();
+                ops.gather_rows(&mut s.gathered, &s.hidden, &ops.upload(group)?, spec.hidden_size)?;
+                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows)?;
+                ops.linear(&mut s.logits, &s.normed, head, rows, Epilogue::Store)?;
+                each(ops, &mut s.logits, done..done + rows)?;
+                done += rows;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The rows of logits in groups that fit the buffer. Nearly always one group: the step's own metadata.
+fn logits_groups(meta: &Arc<BatchMeta>) -> Vec<Arc<BatchMeta>> {
+    match meta.logits_indices.len() {
+        0 => Vec::new(),
+        rows if rows <= MAX_LOGITS_ROWS => vec![meta.clone()],
+        _ => {
+            let group = |rows: &[u32]| BatchMeta { logits_indices: rows.to_vec(), ..BatchMeta::default() };
+            meta.logits_indices.chunks(MAX_LOGITS_ROWS).map(|rows| Arc::new(group(rows))).collect()
+        }
+    }
+}
+
+impl<O: Ops> Layer<O> {
+    fn load(ops: &O, spec: &ModelSpec, checkpoint: &Checkpoint, index: usize) -> Result<Self, LoadError> {
+        let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
+        let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+        let prefix = format!("model.layers.{index}");
+        let vector = |name: &str| -> Result<O::Vector, LoadError> {
+            Ok(ops.vector(&checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[hidden])?.to_f32())?)
+        };
+        // Projections that read the same input are stacked into one matrix.
+        let stacked = |parts: &[(&str, usize)], columns: usize, bias: bool| -> Result<O::Weight, LoadError> {
+            let mut weights: Vec<HostTensor> = Vec::new();
+            let mut biases = Vec::new();
+            for &(name, rows) in parts {
+                weights.push(checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[rows, columns])?);
+                if bias {
+                    biases.push(checkpoint.tensor(&format!("{prefix}.{name}.bias"), &[rows])?);
+                }
+            }
+            Ok(ops.weight(&weights, &biases)?)
+        };
+        let (attention_bias, mlp_bias) = (spec.attention_bias, spec.mlp_bias);
+        Ok(Self {
+            input_layernorm: vector("input_layernorm")?,
+            qkv_proj: stacked(
+                &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+                hidden,
+                attention_bias,
+            )?,
+            o_proj: stacked(&[("self_attn.o_proj", hidden)], q, attention_bias)?,
+            post_attention_layernorm: vector("post_attention_layernorm")?,
+            gate_up_proj: stacked(&[("mlp.gate_proj", inter), ("mlp.up_proj", inter)], hidden, mlp_bias)?,
+            down_proj: stacked(&[("mlp.down_proj", hidden)], inter, mlp_bias)?,
+        })
+    }
+}
+
+fn head_shape(spec: &ModelSpec) -> HeadShape {
+    HeadShape { num_heads: spec.num_heads, num_kv_heads: spec.num_kv_heads, head_dim: spec.head_dim }
+}

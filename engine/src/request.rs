@@ -1,0 +1,437 @@
+//! Requests: what a client asks ([`GenerateRequest`]) and what the engine accepts ([`ValidatedRequest`]).
+//!
+//! [`Validator::validate`] is the one door: nothing else builds a [`ValidatedRequest`], and only that can be submitted, so every
+//! front end gives the same verdict.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::{
+    error::{RequestError, Violation},
+    ids::{RequestId, TokenId},
+    model::generation_config::GenerationDefaults,
+    text::{TextModel, chat::ChatPrompt},
+};
+
+/// What is to be completed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    /// Plain text, encoded with the model's tokenizer and its special tokens.
+    Text(String),
+    /// Token ids, used as they are.
+    TokenIds(Vec<TokenId>),
+    /// A conversation, rendered with the model's chat template.
+    Chat(ChatPrompt),
+}
+
+/// Sampling as the client gave it: `None` takes the model's `generation_config.json`, then the neutral value.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// 0 keeps all.
+    pub top_k: Option<u32>,
+    /// In (0, 1].
+    pub top_p: Option<f32>,
+    /// In [0, 1].
+    pub min_p: Option<f32>,
+    /// Over 0.
+    pub repetition_penalty: Option<f32>,
+    /// In [-2, 2].
+    pub presence_penalty: Option<f32>,
+    /// In [-2, 2].
+    pub frequency_penalty: Option<f32>,
+    /// Added to single tokens' logits, each in [-100, 100].
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// Key of the random stream; drawn at random when absent.
+    pub seed: Option<u64>,
+    /// Tokens to generate at most.
+    pub max_tokens: Option<u32>,
+    /// Tokens before which nothing but `max_tokens` ends the generation.
+    pub min_tokens: Option<u32>,
+    /// Strings that end the generation.
+    pub stop: Vec<String>,
+    /// Tokens that end the generation.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Goes on past end-of-sequence tokens.
+    pub ignore_eos: bool,
+    /// Report log-probabilities of the tokens and of so many of the largest.
+    pub logprobs: Option<u32>,
+    /// The same for the prompt.
+    pub prompt_logprobs: Option<u32>,
+    /// Independent completions.
+    pub n: Option<u32>,
+}
+
+/// A request as a front end received it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateRequest {
+    /// The client's name for it; made here when absent.
+    pub id: Option<RequestId>,
+    /// What to complete.
+    pub prompt: Prompt,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// Do not detokenise; incompatible with stop strings.
+    pub token_ids_only: bool,
+    /// Let special tokens stand in the text.
+    pub include_special_tokens: bool,
+    /// The model the client means, if it said.
+    pub model: Option<String>,
+    /// When the client stops waiting.
+    pub deadline: Option<Instant>,
+}
+
+impl GenerateRequest {
+    /// A request with neither options nor a deadline.
+    pub fn new(prompt: Prompt) -> Self {
+        Self {
+            id: None,
+            prompt,
+            sampling: SamplingParams::default(),
+            token_ids_only: false,
+            include_special_tokens: false,
+            model: None,
+            deadline: None,
+        }
+    }
+}
+
+/// Sampling with every default filled in and every value checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// Each token once.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// Key of the random stream of completion 0.
+    pub seed: u64,
+    /// At least 1; prompt and completion fit the context together.
+    pub max_tokens: usize,
+    /// At most `max_tokens`.
+    pub min_tokens: usize,
+    /// Tokens that end a completion because the client said so.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Tokens that end a completion because the model says so; empty with `ignore_eos`.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Log-probabilities of generated tokens.
+    pub logprobs: Option<u32>,
+    /// Log-probabilities of prompt tokens.
+    pub prompt_logprobs: Option<u32>,
+}
+
+impl Sampling {
+    /// Key of the random stream of completion `index`: completion 0 has the client's own seed.
+    pub fn seed_of(&self, index: u32) -> u64 {
+        // The odd constant is 2^64 / golden ratio (Knuth, TAOCP 3, 6.4): distinct keys for distinct indices.
+        self.seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    }
+
+    /// Whether any penalty needs to know which tokens stand in the sequence.
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
+/// A request that passed [`Validator::validate`]. Cannot be built in any other way.
+#[derive(Debug)]
+pub struct ValidatedRequest {
+    pub(crate) id: RequestId,
+    pub(crate) prompt: Arc<[TokenId]>,
+    pub(crate) sampling: Arc<Sampling>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) n: u32,
+    pub(crate) text_output: bool,
+    pub(crate) include_special_tokens: bool,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl ValidatedRequest {
+    /// The request's id, the client's or ours.
+    pub fn id(&self) -> &RequestId {
+        &self.id
+    }
+
+    /// The prompt as token ids.
+    pub fn prompt(&self) -> &[TokenId] {
+        &self.prompt
+    }
+
+    /// Sampling with defaults filled in.
+    pub fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+}
+
+/// Documented bounds of a request.
+pub mod limits {
+    /// Completions of one prompt.
+    pub const MAX_N: u32 = 8;
+    /// Stop strings.
+    pub const MAX_STOP: usize = 16;
+    /// Bytes of one stop string.
+    pub const MAX_STOP_BYTES: usize = 256;
+    /// Stop token ids.
+    pub const MAX_STOP_TOKEN_IDS: usize = 64;
+    /// Most likely tokens reported per position.
+    pub const MAX_LOGPROBS: u32 = 20;
+    /// Entries of `logit_bias`.
+    pub const MAX_LOGIT_BIAS: usize = 1024;
+    /// `max_tokens` where neither the client nor the model gives one.
+    pub const DEFAULT_MAX_TOKENS: usize = 1024;
+}
+
+/// The one door: checks a request against the model and the engine's limits.
+#[derive(Debug)]
+pub struct Validator {
+    pub(crate) text: Arc<TextModel>,
+    pub(crate) defaults: GenerationDefaults,
+    pub(crate) served_model_name: String,
+    pub(crate) vocab_size: usize,
+    pub(crate) max_model_len: usize,
+    /// Tokens that the KV pool holds in all.
+    pub(crate) kv_capacity_tokens: usize,
+    pub(crate) eos_token_ids: Vec<TokenId>,
+}
+
+/// Collects everything that is wrong, so that a client learns it in one answer.
+#[derive(Default)]
+struct Findings(Vec<Violation>);
+
+impl Findings {
+    fn check(&mut self, ok: bool, field: &'static str, message: impl FnOnce() -> String) {
+        if !ok {
+            self.0.push(Violation { field, message: message() });
+        }
+    }
+
+    fn range(&mut self, value: f32, field: &'static str, low: f32, high: f32) {
+        self.check((low..=high).contains(&value), field, || format!("{value} is not in [{low}, {high}]"));
+    }
+}
+
+impl Validator {
+    /// Fills in defaults, encodes the prompt and checks everything.
+    ///
+    /// Encoding a long prompt takes time: call this off any thread that must stay responsive.
+    ///
+    /// # Errors
+    /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
+    /// [`RequestError::Unsupported`] for a chat prompt without a template.
+    pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
+        if let Some(asked) = request.model.as_ref().filter(|m| !m.is_empty() && **m != self.served_model_name) {
+            return Err(RequestError::ModelNotFound {
+                asked: asked.clone(),
+                served: self.served_model_name.clone(),
+            });
+        }
+        let mut found = Findings::default();
+        self.check_id(request.id.as_ref(), &mut found);
+        self.check_stops(&request, &mut found);
+        let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
+        let n = request.sampling.n.unwrap_or(1);
+        found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
+            format!("{n} is not in [1, {}]", limits::MAX_N)
+        });
+        // A prompt is encoded only for a request that is otherwise sound: encoding is the expensive part.
+        if !found.0.is_empty() {
+            return Err(RequestError::Invalid(found.0));
+        }
+        let prompt = self.encode(request.prompt)?;
+        let sampling = self.with_lengths(sampling, &request.sampling, prompt.len())?;
+        let id = request.id.filter(|id| !id.as_str().is_empty());
+        Ok(ValidatedRequest {
+            id: id.unwrap_or_else(|| RequestId::new(format!("req-{:016x}", rand::random::<u64>()))),
+            prompt: prompt.into(),
+            sampling: Arc::new(sampling),
+            stop: request.sampling.stop,
+            n,
+            text_output: !request.token_ids_only,
+            include_special_tokens: request.include_special_tokens,
+            deadline: request.deadline,
+        })
+    }
+
+    fn check_id(&self, id: Option<&RequestId>, found: &mut Findings) {
+        let Some(id) = id else { return };
+        found.check(id.as_str().len() <= RequestId::MAX_BYTES, "request_id", || {
+            format!("longer than {} bytes", RequestId::MAX_BYTES)
+        });
+        found.check(!id.as_str().chars().any(char::is_control), "request_id", || {
+            "holds control characters".into()
+        });
+    }
+
+    fn check_stops(&self, request: &GenerateRequest, found: &mut Findings) {
+        let stop = &request.sampling.stop;
+        found.check(stop.len() <= limits::MAX_STOP, "sampling.stop", || {
+            format!("{} strings; at most {}", stop.len(), limits::MAX_STOP)
+        });
+        found.check(stop.iter().all(|s| !s.is_empty()), "sampling.stop", || "holds an empty string".into());
+        found.check(stop.iter().all(|s| s.len() <= limits::MAX_STOP_BYTES), "sampling.stop", || {
+            format!("a string is longer than {} bytes", limits::MAX_STOP_BYTES)
+        });
+        found.check(stop.is_empty() || !request.token_ids_only, "sampling.stop", || {
+            "stop strings need text; use stop_token_ids with token_ids_only".into()
+        });
+    }
+
+    /// Everything of [`Sampling`] that does not depend on the prompt's length.
+    fn sampling_without_lengths(&self, asked: &SamplingParams, found: &mut Findings) -> Sampling {
+        let defaults = &self.defaults;
+        let ids = &asked.stop_token_ids;
+        found.check(ids.len() <= limits::MAX_STOP_TOKEN_IDS, "sampling.stop_token_ids", || {
+            format!("{} ids; at most {}", ids.len(), limits::MAX_STOP_TOKEN_IDS)
+        });
+        self.check_ids(ids.iter().copied(), "sampling.stop_token_ids", found);
+        let bias = &asked.logit_bias;
+        found.check(bias.len() <= limits::MAX_LOGIT_BIAS, "sampling.logit_bias", || {
+            format!("{} entries; at most {}", bias.len(), limits::MAX_LOGIT_BIAS)
+        });
+        self.check_ids(bias.iter().map(|b| b.0), "sampling.logit_bias", found);
+        bias.iter().for_each(|&(_, value)| found.range(value, "sampling.logit_bias", -100.0, 100.0));
+        for (field, value) in
+            [("sampling.logprobs", asked.logprobs), ("sampling.prompt_logprobs", asked.prompt_logprobs)]
+        {
+            found.check(value.is_none_or(|v| v <= limits::MAX_LOGPROBS), field, || {
+                format!("{} is over {}", value.unwrap_or(0), limits::MAX_LOGPROBS)
+            });
+        }
+        let sampling = Sampling {
+            temperature: asked.temperature.or(defaults.temperature).unwrap_or(1.0),
+            top_k: asked.top_k.or(defaults.top_k).unwrap_or(0),
+            top_p: asked.top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p: asked.min_p.or(defaults.min_p).unwrap_or(0.0),
+            repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            presence_penalty: asked.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: asked.frequency_penalty.unwrap_or(0.0),
+            logit_bias: bias.clone(),
+            seed: asked.seed.unwrap_or_else(rand::random),
+            max_tokens: 0,
+            min_tokens: 0,
+            stop_token_ids: ids.clone(),
+            eos_token_ids: if asked.ignore_eos { Vec::new() } else { self.eos_token_ids.clone() },
+            logprobs: asked.logprobs,
+            prompt_logprobs: asked.prompt_logprobs,
+        };
+        // Defaults were checked when the model was loaded, so what fails here is the client's.
+        found.range(sampling.temperature, "sampling.temperature", 0.0, 100.0);
+        found.check(sampling.top_p > 0.0 && sampling.top_p <= 1.0, "sampling.top_p", || {
+            format!("{} is not in (0, 1]", sampling.top_p)
+        });
+        found.range(sampling.min_p, "sampling.min_p", 0.0, 1.0);
+        let repetition = sampling.repetition_penalty;
+        found.check(repetition > 0.0 && repetition <= 100.0, "sampling.repetition_penalty", || {
+            format!("{repetition} is not in (0, 100]")
+        });
+        found.range(sampling.presence_penalty, "sampling.presence_penalty", -2.0, 2.0);
+        found.range(sampling.frequency_penalty, "sampling.frequency_penalty", -2.0, 2.0);
+        sampling
+    }
+
+    fn check_ids(&self, mut ids: impl Iterator<Item = TokenId>, field: &'static str, found: &mut Findings) {
+        let bad = ids.find(|id| id.0 as usize >= self.vocab_size);
+        found.check(bad.is_none(), field, || self.outside_vocabulary(bad));
+    }
+
+    fn outside_vocabulary(&self, id: Option<TokenId>) -> String {
+        format!("token id {} is outside the vocabulary of {}", id.map_or(0, |id| id.0), self.vocab_size)
+    }
+
+    fn encode(&self, prompt: Prompt) -> Result<Vec<TokenId>, RequestError> {
+        let (ids, field) = match prompt {
+            Prompt::Text(text) => {
+                self.refuse_gigantic(text.len(), "prompt.text")?;
+                (self.text.encode(&text, true)?, "prompt.text")
+            }
+            Prompt::Chat(chat) => {
+                let text = self.text.render_chat(&chat)?;
+                self.refuse_gigantic(text.len(), "prompt.chat")?;
+                (self.text.encode(&text, false)?, "prompt.chat")
+            }
+            Prompt::TokenIds(ids) => {
+                if let Some(bad) = ids.iter().find(|id| id.0 as usize >= self.vocab_size) {
+                    return Err(RequestError::invalid("prompt.token_ids", self.outside_vocabulary(Some(*bad))));
+                }
+                (ids, "prompt.token_ids")
+            }
+        };
+        if ids.is_empty() {
+            return Err(RequestError::invalid(field, "the prompt is empty; give at least one token"));
+        }
+        if ids.len() >= self.max_model_len {
+            return Err(self.too_long(field, ids.len(), ""));
+        }
+        Ok(ids)
+    }
+
+    /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
+    fn refuse_gigantic(&self, bytes: usize, field: &'static str) -> Result<(), RequestError> {
+        let least = self.text.min_tokens_for_bytes(bytes);
+        if least >= self.max_model_len { Err(self.too_long(field, least, "at least ")) } else { Ok(()) }
+    }
+
+    fn too_long(&self, field: &'static str, tokens: usize, qualifier: &str) -> RequestError {
+        RequestError::invalid(
+            field,
+            format!(
+                "the prompt has {qualifier}{tokens} tokens; with one token to generate, at most {} fit max_model_len {}",
+                self.max_model_len - 1,
+                self.max_model_len
+            ),
+        )
+    }
+
+    fn with_lengths(
+        &self,
+        sampling: Sampling,
+        asked: &SamplingParams,
+        prompt_len: usize,
+    ) -> Result<Sampling, RequestError> {
+        let mut found = Findings::default();
+        let room = self.max_model_len - prompt_len;
+        let max_tokens = match asked.max_tokens {
+            Some(max) => {
+                let max = max as usize;
+                found.check(max >= 1, "sampling.max_tokens", || "must be at least 1".into());
+                found.check(max <= room, "sampling.max_tokens", || {
+                    format!(
+                        "{max} is over the {room} tokens that a prompt of {prompt_len} leaves of max_model_len {}",
+                        self.max_model_len
+                    )
+                });
+                max
+            }
+            None => self.defaults.max_new_tokens.unwrap_or(limits::DEFAULT_MAX_TOKENS).min(room),
+        };
+        let min_tokens = asked.min_tokens.unwrap_or(0) as usize;
+        found.check(min_tokens <= max_tokens, "sampling.min_tokens", || {
+            format!("{min_tokens} is over max_tokens, {max_tokens}")
+        });
+        // The last token is never written to the cache: nothing comes after it.
+        let kv_tokens = prompt_len + max_tokens - usize::from(max_tokens > 0);
+        found.check(kv_tokens <= self.kv_capacity_tokens, "sampling.max_tokens", || {
+            format!(
+                "prompt and completion need {kv_tokens} tokens of KV cache, but the whole cache holds {}; \
+                 lower max_tokens or start the server with a larger --kv-cache-memory",
+                self.kv_capacity_tokens
+            )
+        });
+        if found.0.is_empty() {
+            Ok(Sampling { max_tokens, min_tokens, ..sampling })
+        } else {
+            Err(RequestError::Invalid(found.0))
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The real runner: a plan becomes batch metadata, goes through the decoder, and comes back as tokens.
+
+use std::sync::Arc;
+
+use tidemill_kernels::{
+    Ops,
+    ops::BatchMeta,
+    sampling::{Logprobs, RowTask, SampleSpec, Sampled},
+};
+
+use super::Runner;
+use crate::{
+    ids::TokenId,
+    model::decoder::Decoder,
+    output::TokenLogprobs,
+    scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan},
+};
+
+/// Runs plans on a [`Decoder`].
+pub struct DecoderRunner<O: Ops> {
+    decoder: Decoder<O>,
+    block_size: usize,
+}
+
+impl<O: Ops> DecoderRunner<O> {
+    /// A runner for a decoder whose KV cache has blocks of `block_size` tokens.
+    pub fn new(decoder: Decoder<O>, block_size: usize) -> Self {
+        Self { decoder, block_size }
+    }
+}
+
+impl<O: Ops> Runner for DecoderRunner<O> {
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
+        let (meta, tasks) = flatten(plan, self.block_size);
+        let sampled = self.decoder.step(Arc::new(meta), &tasks).map_err(|error| error.to_string())?;
+        let mut sampled = sampled.into_iter();
+        let rows = plan.rows.iter().map(|row| collect(row, &mut sampled)).collect();
+        Ok(StepOutput { rows })
+    }
+}
+
+/// The plan as flat metadata, and one task per row of logits: for each plan row its scored positions, then its sample.
+fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
+    let max_blocks = plan.rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
+    let mut meta = BatchMeta { max_blocks, cu_seqlens_q: vec![0], ..BatchMeta::default() };
+    let mut tasks = Vec::new();
+    for row in &plan.rows {
+        let first = meta.token_ids.len();
+        for (i, token) in row.tokens.iter().enumerate() {
+            let position = row.start + i;
+            let block = row.blocks[position / block_size].0 as usize;
+            meta.token_ids.push(token.0);
+            meta.positions.push(position as u32);
+            meta.slot_mapping.push((block * block_size + position % block_size) as u32);
+        }
+        meta.cu_seqlens_q.push(meta.token_ids.len() as u32);
+        meta.context_lens.push((row.start + row.tokens.len()) as u32);
+        meta.block_tables.extend(row.blocks.iter().map(|block| block.0));
+        meta.block_tables.resize(meta.context_lens.len() * max_blocks, 0);
+        for (position, target) in row.score_at.clone().zip(&row.targets) {
+            meta.logits_indices.push((first + position - row.start) as u32);
+            tasks.push(RowTask::Score(target.0, row.score_top));
+        }
+        if let Some(sample) = &row.sample {
+            meta.logits_indices.push((meta.token_ids.len() - 1) as u32);
+            tasks.push(RowTask::Sample(spec(sample), sample.sampling.logprobs));
+        }
+    }
+    (meta, tasks)
+}
+
+fn spec(plan: &SamplePlan) -> SampleSpec {
+    let sampling = &plan.sampling;
+    let stops = || sampling.eos_token_ids.iter().chain(&sampling.stop_token_ids).map(|token| token.0);
+    SampleSpec {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        seed: plan.seed,
+        position: plan.position as u32,
+        repetition_penalty: sampling.repetition_penalty,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        token_counts: plan.token_counts.iter().map(|&(token, count)| (token.0, count)).collect(),
+        logit_bias: sampling.logit_bias.iter().map(|&(token, bias)| (token.0, bias)).collect(),
+        forbidden: if plan.forbid_stops { stops().collect() } else { Vec::new() },
+    }
+}
+
+/// Takes the results of one plan row off the front of `sampled`.
+fn collect(row: &PlanRow, sampled: &mut impl Iterator<Item = Sampled>) -> RowResult {
+    let count = row.targets.len() + usize::from(row.sample.is_some());
+    let results: Vec<Sampled> = sampled.take(count).collect();
+    if results.iter().any(|result| !result.finite) {
+        return RowResult::NotFinite;
+    }
+    let mut results = results.into_iter();
+    let prompt_logprobs = results
+        .by_ref()
+        .take(row.targets.len())
+        .filter_map(|result| result.logprobs.map(|l| token_logprobs(result.token, l)))
+        .collect();
+    let sampled = results.next();
+    RowResult::Done(RowOutput {
+        sampled: sampled.as_ref().map(|result| TokenId(result.token)),
+        logprobs: sampled.and_then(|result| result.logprobs.map(|l| token_logprobs(result.token, l))),
+        prompt_logprobs,
+    })
+}
+
+fn token_logprobs(token: u32, logprobs: Logprobs) -> TokenLogprobs {
+    TokenLogprobs {
+        token: TokenId(token),
+        logprob: logprobs.logprob,
+        rank: logprobs.rank,
+        top: logprobs.top.into_iter().map(|(token, logprob)| (TokenId(token), logprob)).collect(),
+    }
+}

@@ -1,0 +1,122 @@
+//! What a step's results mean.
+
+use super::{Scheduler, StepPlan};
+use crate::{
+    ids::{SeqId, TokenId},
+    output::{FinishReason, MatchedStop, TokenLogprobs},
+};
+
+/// What the runner found for one row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowOutput {
+    /// The next token, when the row asked for one.
+    pub sampled: Option<TokenId>,
+    /// Its log-probabilities, when they were asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// One per scored prompt position.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// A row's result. A row that fails takes no other down.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RowResult {
+    /// It was computed.
+    Done(RowOutput),
+    /// The model gave no finite logits.
+    NotFinite,
+    /// The runner failed on this row, even alone.
+    Failed(String),
+}
+
+/// The results of a step, one per row of its plan, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepOutput {
+    /// In the plan's order.
+    pub rows: Vec<RowResult>,
+}
+
+/// What a result changes outside the scheduler; the ledger applies it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Some prompt positions were scored.
+    PromptLogprobs {
+        /// Whose.
+        seq: SeqId,
+        /// In order of position.
+        logprobs: Vec<TokenLogprobs>,
+    },
+    /// A token was generated.
+    Token {
+        /// Whose.
+        seq: SeqId,
+        /// The token.
+        token: TokenId,
+        /// When asked for.
+        logprobs: Option<TokenLogprobs>,
+        /// Present when it is the sequence's last: the sequence is gone from the scheduler.
+        finish: Option<(FinishReason, Option<MatchedStop>)>,
+        /// Times the sequence had been preempted.
+        num_preemptions: usize,
+    },
+    /// The sequence cannot go on and is gone from the scheduler.
+    Failed {
+        /// Whose.
+        seq: SeqId,
+        /// Position of the token that could not be chosen.
+        position: usize,
+        /// What the runner said; `None` when the logits were not finite.
+        error: Option<String>,
+    },
+}
+
+impl Scheduler {
+    /// Takes a step's results in. Rows whose sequence is gone meanwhile are skipped.
+    pub fn resolve(&mut self, plan: &StepPlan, output: StepOutput) -> Vec<Effect> {
+        let mut effects = Vec::with_capacity(plan.rows.len());
+        debug_assert_eq!(plan.rows.len(), output.rows.len(), "one result per row");
+        for (row, result) in plan.rows.iter().zip(output.rows) {
+            let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
+            let computed = row.start + row.tokens.len();
+            match result {
+                RowResult::Done(output) => {
+                    seq.num_computed = computed;
+                    if !output.prompt_logprobs.is_empty() {
+                        seq.num_scored = row.score_at.end;
+                        effects.push(Effect::PromptLogprobs { seq: row.seq, logprobs: output.prompt_logprobs });
+                    }
+                    if let Some(token) = output.sampled {
+                        effects.push(self.advance(row.seq, token, output.logprobs));
+                    }
+                }
+                RowResult::NotFinite => effects.push(self.fail(row.seq, computed, None)),
+                RowResult::Failed(error) => effects.push(self.fail(row.seq, computed, Some(error))),
+            }
+        }
+        effects
+    }
+
+    fn advance(&mut self, id: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>) -> Effect {
+        let seq = self.seqs.get_mut(&id).expect("resolve looked it up");
+        seq.push(token);
+        let num_preemptions = seq.num_preemptions;
+        let sampling = &seq.sampling;
+        let finish = if seq.completion_tokens() >= sampling.min_tokens && sampling.stop_token_ids.contains(&token) {
+            Some((FinishReason::Stop, Some(MatchedStop::Token(token))))
+        } else if seq.completion_tokens() >= sampling.min_tokens && sampling.eos_token_ids.contains(&token) {
+            Some((FinishReason::Stop, None))
+        } else if seq.completion_tokens() >= sampling.max_tokens {
+            Some((FinishReason::Length, None))
+        } else {
+            None
+        };
+        if finish.is_some() {
+            self.remove(id);
+        }
+        Effect::Token { seq: id, token, logprobs, finish, num_preemptions }
+    }
+
+    fn fail(&mut self, seq: SeqId, position: usize, error: Option<String>) -> Effect {
+        self.remove(seq);
+        Effect::Failed { seq, position, error }
+    }
+}

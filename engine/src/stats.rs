@@ -1,0 +1,121 @@
+//! Gauges and counters, readable from any thread without asking the engine thread.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use crate::kv::{BlockCounts, BlockPool};
+
+/// One reading.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EngineStats {
+    /// Sequences in the batch.
+    pub num_requests_running: usize,
+    /// Sequences that wait.
+    pub num_requests_waiting: usize,
+    /// KV blocks by state.
+    pub kv_blocks: BlockCounts,
+    /// Counters since the start.
+    pub counters: Counters,
+    /// Since the engine thread last showed a sign of life while it had work; zero when idle.
+    pub heartbeat_age: Duration,
+    /// Since the start.
+    pub uptime: Duration,
+    /// New requests are refused.
+    pub draining: bool,
+}
+
+/// Counters since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Steps run.
+    pub steps: u64,
+    /// Preemptions.
+    pub preemptions: u64,
+    /// Requests that ended by stop or length.
+    pub finished: u64,
+    /// Requests that were aborted.
+    pub aborted: u64,
+    /// Requests that were refused after validation (queue full, duplicate id, draining).
+    pub refused: u64,
+    /// Requests that ended in an error.
+    pub failed: u64,
+}
+
+/// What the engine thread publishes.
+#[derive(Debug)]
+pub(crate) struct SharedStats {
+    started: Instant,
+    pool: BlockPool,
+    published: Mutex<Published>,
+    /// Refusals happen on the callers' threads.
+    refused: AtomicU64,
+    draining: AtomicBool,
+    /// Milliseconds after `started` of the last sign of life.
+    heartbeat_ms: AtomicU64,
+    busy: AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Published {
+    pub running: usize,
+    pub waiting: usize,
+    pub counters: Counters,
+}
+
+impl SharedStats {
+    pub(crate) fn new(pool: BlockPool) -> Self {
+        Self {
+            started: Instant::now(),
+            pool,
+            published: Mutex::default(),
+            refused: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            heartbeat_ms: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn publish(&self, published: Published, busy: bool) {
+        *self.published.lock() = published;
+        self.heartbeat_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
+        self.busy.store(busy, Relaxed);
+    }
+
+    pub(crate) fn count_refusal(&self) {
+        self.refused.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn set_draining(&self) {
+        self.draining.store(true, Relaxed);
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Relaxed)
+    }
+
+    pub(crate) fn read(&self) -> EngineStats {
+        let published = *self.published.lock();
+        let uptime = self.started.elapsed();
+        let idle_for = uptime.saturating_sub(Duration::from_millis(self.heartbeat_ms.load(Relaxed)));
+        EngineStats {
+            num_requests_running: published.running,
+            num_requests_waiting: published.waiting,
+            kv_blocks: self.pool.counts(),
+            counters: Counters {
+                refused: published.counters.refused + self.refused.load(Relaxed),
+                ..published.counters
+            },
+            heartbeat_age: if self.busy.load(Relaxed) { idle_for } else { Duration::ZERO },
+            uptime,
+            draining: self.is_draining(),
+        }
+    }
+}
