@@ -174,8 +174,11 @@ impl Engine {
         Self::with_runner(runner, info, text, config.max_num_queued_reqs)
     }
 
-    /// Starts the engine thread over a runner.
-    fn with_runner(
+    /// Starts the engine thread over a runner: the real one, or one that a test brings. `info` must describe it.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn with_runner(
         runner: RunnerThread,
         info: ModelInfo,
         text: Arc<TextModel>,

@@ -1,0 +1,88 @@
+//! The promise: the same request gives the same tokens, whoever shares the batch, however its prompt is cut, and after preemption.
+//!
+//! Compared are tokens and the bits of their log-probabilities, on the built-in model.
+
+use tidemill_engine::{
+    Engine, EngineConfig, EngineHandle, Generation,
+    ids::TokenId,
+    model::files::ModelSource,
+    request::{GenerateRequest, Prompt, SamplingParams},
+};
+
+/// What is compared: tokens, bits of their log-probabilities, text.
+type Outcome = (Vec<TokenId>, Vec<u32>, String);
+
+fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>) -> Engine {
+    // One block of 16 tokens: 4 layers, keys and values, 2 heads of 64, bfloat16.
+    let block_bytes = 2 * 4 * 16 * 2 * 64 * 2;
+    let config = EngineConfig {
+        max_num_batched_tokens,
+        kv_cache_memory: kv_blocks.map(|blocks| blocks * block_bytes),
+        threads: Some(2),
+        ..EngineConfig::new(ModelSource::Builtin)
+    };
+    Engine::start(config, |_| ()).unwrap()
+}
+
+/// Requests of many lengths and all kinds of sampling.
+fn request(index: u32) -> GenerateRequest {
+    let words = ["The lighthouse", " keeper", " found a", " small", " boat,", " and then", " it", " rained.", " Why?"];
+    let length = [1, 3, 9, 17, 40, 90][index as usize % 6];
+    let text: String = (0..length).map(|i| words[(i * 5 + index as usize) % words.len()]).collect();
+    let mut sampling = SamplingParams {
+        temperature: Some([0.0, 0.7, 1.3][index as usize % 3]),
+        seed: Some(u64::from(index)),
+        max_tokens: Some(8 + index * 7 % 40),
+        ignore_eos: true,
+        logprobs: Some(2),
+        ..SamplingParams::default()
+    };
+    match index % 4 {
+        1 => (sampling.top_k, sampling.top_p) = (Some(20), Some(0.9)),
+        2 => (sampling.repetition_penalty, sampling.frequency_penalty) = (Some(1.2), Some(0.3)),
+        3 => sampling.min_p = Some(0.05),
+        _ => {}
+    }
+    GenerateRequest { sampling, ..GenerateRequest::new(Prompt::Text(text)) }
+}
+
+fn submit(handle: &EngineHandle, index: u32) -> Generation {
+    handle.submit(handle.validate(request(index)).unwrap()).unwrap()
+}
+
+fn outcome(mut generation: Generation) -> Outcome {
+    let mut outcome = Outcome::default();
+    while let Some(output) = generation.next_blocking() {
+        let output = output.unwrap();
+        outcome.0.extend(output.token_ids);
+        outcome.1.extend(output.logprobs.iter().flat_map(|l| [l.logprob.to_bits(), l.top[1].1.to_bits()]));
+        outcome.2 += &output.text;
+    }
+    outcome
+}
+
+fn alone(engine: &Engine, count: u32) -> Vec<Outcome> {
+    (0..count).map(|index| outcome(submit(&engine.handle(), index))).collect()
+}
+
+fn together(engine: &Engine, count: u32) -> Vec<Outcome> {
+    let generations: Vec<_> = (0..count).map(|index| submit(&engine.handle(), index)).collect();
+    generations.into_iter().map(outcome).collect()
+}
+
+#[test]
+fn alone_or_among_32_with_small_or_large_chunks_or_preempted_the_bits_are_the_same() {
+    const COUNT: u32 = 33;
+    let reference = alone(&engine(512, None), COUNT);
+    assert!(reference.iter().all(|(tokens, bits, _)| !tokens.is_empty() && bits.len() == 2 * tokens.len()));
+    for (budget, kv_blocks) in [(16, None), (2048, None), (512, Some(40)), (16, Some(24))] {
+        let engine = engine(budget, kv_blocks);
+        let outcomes = together(&engine, COUNT);
+        for (index, (got, expected)) in outcomes.iter().zip(&reference).enumerate() {
+            assert!(got == expected, "request {index} differs with budget {budget}, blocks {kv_blocks:?}: {got:?} {expected:?}");
+        }
+        let stats = engine.handle().stats();
+        assert_eq!(stats.kv_blocks.free, stats.kv_blocks.total);
+        assert_eq!(kv_blocks.is_some(), stats.counters.preemptions > 0, "a small cache preempts, a large one does not");
+    }
+}

@@ -1,0 +1,369 @@
+//! The engine thread over a runner that the test holds by a string: aborts, deadlines, failures and drains at every stage.
+
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use tidemill_engine::{
+    Engine, EngineHandle, Generation, ModelInfo, RequestError,
+    ids::{RequestId, TokenId},
+    model::{
+        files::{ModelFiles, ModelSource},
+        generation_config::GenerationDefaults,
+        spec::ModelSpec,
+    },
+    output::{AbortStage, FinishReason, MatchedStop, Output},
+    request::{GenerateRequest, Prompt, SamplingParams},
+    runner::{Runner, RunnerThread},
+    scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan},
+    text::TextModel,
+};
+
+const BLOCKS: usize = 16;
+const BLOCK_SIZE: usize = 4;
+/// A prompt with this token makes the runner panic.
+const POISON: TokenId = TokenId(66);
+/// A prompt with this token has no finite logits.
+const NAN: TokenId = TokenId(67);
+
+/// Runs a step only when the test lets it; the next token is the position, plus 300.
+struct GatedRunner {
+    gate: Receiver<()>,
+    started: Sender<StepPlan>,
+}
+
+impl Runner for GatedRunner {
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
+        // Both fail only at the end of a test.
+        drop(self.started.send(plan.clone()));
+        drop(self.gate.recv());
+        assert!(!plan.rows.iter().any(|row| row.tokens.contains(&POISON)), "poisoned");
+        let result = |row: &PlanRow| {
+            if row.tokens.contains(&NAN) {
+                return RowResult::NotFinite;
+            }
+            let sampled = row.sample.as_ref().map(|sample| TokenId(300 + sample.position as u32));
+            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
+        };
+        Ok(StepOutput { rows: plan.rows.iter().map(result).collect() })
+    }
+}
+
+struct Bench {
+    gate: Sender<()>,
+    started: Receiver<StepPlan>,
+    // Dropped last: the gate must be open when the engine waits for its runner.
+    engine: Option<Engine>,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        (0..1000).for_each(|_| drop(self.gate.send(())));
+        self.engine = None;
+    }
+}
+
+impl Bench {
+    /// Two rows, chunks of 8 tokens, three places in the queue.
+    fn new() -> Self {
+        let (gate, gate_rx) = unbounded();
+        let (started_tx, started) = unbounded();
+        let (runner, ()) =
+            RunnerThread::start(move || Ok((GatedRunner { gate: gate_rx, started: started_tx }, ()))).unwrap();
+        let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
+        let spec = ModelSpec::load(&files).unwrap();
+        let text = Arc::new(TextModel::load(&files, &spec, None).unwrap());
+        let info = ModelInfo {
+            served_model_name: "sim".into(),
+            architecture: "none".into(),
+            num_parameters: 0,
+            vocab_size: spec.vocab_size,
+            max_model_len: BLOCKS * BLOCK_SIZE,
+            device: "simulated".into(),
+            dtype: "float32",
+            kv_cache_dtype: "float32",
+            block_size: BLOCK_SIZE,
+            num_kv_blocks: BLOCKS,
+            max_num_seqs: 2,
+            max_num_batched_tokens: 8,
+            eos_token_ids: Vec::new(),
+            has_chat_template: true,
+            defaults: GenerationDefaults::default(),
+        };
+        Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, 3).unwrap()) }
+    }
+
+    fn handle(&self) -> EngineHandle {
+        self.engine.as_ref().unwrap().handle()
+    }
+
+    /// Waits until a step is in flight.
+    fn step_started(&self) -> StepPlan {
+        self.started.recv_timeout(Duration::from_secs(10)).expect("a step should have started")
+    }
+
+    fn finish_step(&self) {
+        self.gate.send(()).unwrap();
+    }
+
+    fn all_free(&self) -> bool {
+        self.handle().stats().kv_blocks.free == BLOCKS
+    }
+}
+
+fn request(id: &str, prompt: &[u32], max_tokens: u32) -> GenerateRequest {
+    let prompt = Prompt::TokenIds(prompt.iter().copied().map(TokenId).collect());
+    GenerateRequest {
+        id: Some(RequestId::new(id)),
+        sampling: SamplingParams { max_tokens: Some(max_tokens), ..SamplingParams::default() },
+        ..GenerateRequest::new(prompt)
+    }
+}
+
+fn submit(handle: &EngineHandle, request: GenerateRequest) -> Generation {
+    handle.submit(handle.validate(request).unwrap()).unwrap()
+}
+
+fn collect(mut generation: Generation) -> Result<(Vec<u32>, Output), RequestError> {
+    let mut tokens = Vec::new();
+    loop {
+        let output = generation.next_blocking().expect("a stream ends with a finish or an error")?;
+        tokens.extend(output.token_ids.iter().map(|token| token.0));
+        if output.finish.is_some() {
+            assert!(generation.next_blocking().is_none(), "nothing comes after the end");
+            return Ok((tokens, output));
+        }
+    }
+}
+
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(10), "never: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn abort_frees_at_once_at_every_stage_while_the_step_runs() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let long: Vec<u32> = (1..=20).collect();
+    let prefill = submit(&handle, request("prefill", &long, 9));
+    bench.step_started();
+    let queued = [submit(&handle, request("q1", &[1, 2], 9)), submit(&handle, request("q2", &[1, 2], 9))];
+    // The step with the first chunk of eight tokens is still running.
+    let receipt = handle.abort_blocking(RequestId::new("prefill")).unwrap();
+    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Prefill, 2, 1));
+    assert!(bench.all_free(), "blocks are free before the step ends");
+    let receipt = handle.abort_blocking(RequestId::new("q2")).unwrap();
+    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Queued, 0, 0));
+    bench.finish_step();
+    bench.step_started();
+    bench.finish_step();
+    bench.step_started();
+    let receipt = handle.abort_blocking(RequestId::new("q1")).unwrap();
+    assert_eq!((receipt.stage, receipt.completion_tokens, receipt.blocks_freed), (AbortStage::Decode, 1, 1));
+    assert!(bench.all_free() && receipt.time_to_free < Duration::from_secs(1));
+    bench.finish_step();
+    for generation in [prefill].into_iter().chain(queued) {
+        let (_, last) = collect(generation).unwrap();
+        assert_eq!(last.finish.unwrap().reason, FinishReason::Abort);
+    }
+}
+
+#[test]
+fn abort_is_idempotent_and_unknown_ids_are_answered() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let stage = |id: &str| handle.abort_blocking(RequestId::new(id)).unwrap().stage;
+    assert_eq!(stage("nobody"), AbortStage::Unknown);
+    let generation = submit(&handle, request("a", &[1, 2, 3], 2));
+    bench.finish_step();
+    bench.finish_step();
+    let (tokens, _) = collect(generation).unwrap();
+    assert_eq!(tokens, [303, 304]);
+    let receipt = handle.abort_blocking(RequestId::new("a")).unwrap();
+    assert_eq!((receipt.stage, receipt.completion_tokens, receipt.blocks_freed), (AbortStage::Finished, 2, 0));
+    assert_eq!(stage("a"), AbortStage::Finished);
+}
+
+#[test]
+fn a_dropped_stream_is_an_abort_that_waits_for_no_token() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let generation = submit(&handle, request("a", &[1, 2, 3], 9));
+    bench.step_started();
+    assert!(!bench.all_free());
+    drop(generation);
+    eventually("the blocks come back while the step still runs", || bench.all_free());
+    bench.finish_step();
+    assert_eq!(handle.stats().counters.aborted, 1);
+}
+
+#[test]
+fn a_duplicate_id_is_refused_and_its_stream_cannot_abort_the_first() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let first = submit(&handle, request("a", &[1, 2, 3], 1));
+    bench.step_started();
+    drop(submit(&handle, request("a", &[4], 1)));
+    let second = submit(&handle, request("a", &[4], 1));
+    assert!(matches!(collect(second), Err(RequestError::DuplicateId(id)) if id == "a"));
+    bench.finish_step();
+    assert_eq!(collect(first).unwrap().0, [303]);
+}
+
+#[test]
+fn a_row_that_panics_or_has_no_finite_logits_takes_nobody_along() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let good = submit(&handle, request("good", &[1, 2, 3], 3));
+    bench.step_started();
+    let bad = submit(&handle, request("bad", &[POISON.0], 3));
+    let nan = submit(&handle, request("nan", &[NAN.0], 3));
+    (0..20).for_each(|_| bench.finish_step());
+    assert_eq!(collect(good).unwrap().0, [303, 304, 305]);
+    assert!(matches!(collect(bad), Err(RequestError::Internal(_))));
+    assert_eq!(collect(nan).unwrap_err(), RequestError::NotFinite { position: 1 });
+    eventually("all blocks are free", || bench.all_free());
+}
+
+#[test]
+fn deadlines_end_queued_and_running_requests() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let soon = |id| {
+        let deadline = Some(Instant::now() + Duration::from_millis(50));
+        submit(&handle, GenerateRequest { deadline, ..request(id, &[1, 2, 3], 5) })
+    };
+    let running = soon("running");
+    bench.step_started();
+    let queued = soon("queued");
+    for generation in [running, queued] {
+        assert_eq!(collect(generation).unwrap_err(), RequestError::DeadlineExceeded { completion_tokens: 0 });
+    }
+    assert!(bench.all_free(), "freed although the step has not ended");
+    bench.finish_step();
+}
+
+#[test]
+fn a_full_queue_refuses_at_once_and_takes_work_again_later() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let mut live = vec![submit(&handle, request("0", &[1], 1))];
+    bench.step_started();
+    live.extend((1..=3).map(|i| submit(&handle, request(&i.to_string(), &[1], 1))));
+    let refused = handle.submit(handle.validate(request("4", &[1], 1)).unwrap());
+    assert!(matches!(refused, Err(RequestError::QueueFull { waiting: 3, .. })));
+    (0..20).for_each(|_| bench.finish_step());
+    live.into_iter().for_each(|generation| drop(collect(generation).unwrap()));
+    collect(submit(&handle, request("5", &[1], 1))).unwrap();
+}
+
+#[test]
+fn a_drain_lets_the_running_finish_and_cuts_off_after_the_grace() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let quick = submit(&handle, request("quick", &[1], 1));
+    let slow = submit(&handle, request("slow", &[1], 50));
+    bench.step_started();
+    let drain = {
+        let handle = handle.clone();
+        thread::spawn(move || block_on(handle.drain(Duration::from_millis(200))).unwrap())
+    };
+    eventually("draining", || handle.stats().draining);
+    let refused = handle.submit(handle.validate(request("late", &[1], 1)).unwrap());
+    assert_eq!(refused.map(drop).unwrap_err(), RequestError::Draining);
+    bench.finish_step();
+    assert_eq!(collect(quick).unwrap().0, [301]);
+    assert_eq!(collect(slow).map(drop).unwrap_err(), RequestError::Draining);
+    let drained = drain.join().unwrap();
+    assert_eq!((drained.finished, drained.cut_off), (1, 1));
+    assert!(bench.all_free());
+}
+
+#[test]
+fn when_the_engine_goes_every_request_is_told() {
+    let mut bench = Bench::new();
+    let handle = bench.handle();
+    let generation = submit(&handle, request("a", &[1], 5));
+    bench.step_started();
+    bench.finish_step();
+    (0..10).for_each(|_| bench.finish_step());
+    let stop = thread::spawn(move || bench.engine = None);
+    let result = collect(generation);
+    assert!(matches!(result, Ok(_) | Err(RequestError::EngineStopped(_))), "{result:?}");
+    stop.join().unwrap();
+    assert!(handle.is_stopped());
+    let late = handle.validate(request("late", &[1], 1)).and_then(|request| handle.submit(request)).map(drop);
+    assert!(matches!(late, Err(RequestError::EngineStopped(_))));
+    assert!(matches!(handle.abort_blocking(RequestId::new("a")), Err(RequestError::EngineStopped(_))));
+}
+
+#[test]
+fn n_completions_share_a_request_and_end_with_it() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let mut asked = request("a", &[1, 2, 3, 4, 5], 3);
+    asked.sampling.n = Some(2);
+    let mut generation = submit(&handle, asked);
+    (0..20).for_each(|_| bench.finish_step());
+    let mut tokens = [Vec::new(), Vec::new()];
+    while let Some(output) = generation.next_blocking() {
+        let output = output.unwrap();
+        tokens[output.index as usize].extend(output.token_ids.iter().map(|token| token.0));
+    }
+    assert_eq!(tokens, [[305, 306, 307], [305, 306, 307]]);
+    eventually("all blocks are free", || bench.all_free());
+}
+
+#[test]
+fn a_stop_string_ends_the_completion_before_its_tokens_run_out() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let text = handle.text().clone();
+    let all: Vec<TokenId> = (303..310).map(TokenId).collect();
+    let whole = text.decode(&all, false).unwrap();
+    let first_two = text.decode(&all[..2], false).unwrap();
+    // The stop string straddles the edge between the second and the third token.
+    let cut = first_two.char_indices().last().unwrap().0;
+    let stop: String = whole[cut..].chars().take(2).collect();
+    let mut asked = request("a", &[1, 2, 3], 40);
+    asked.sampling.stop = vec![stop.clone()];
+    let mut generation = submit(&handle, asked);
+    (0..60).for_each(|_| bench.finish_step());
+    let mut said = String::new();
+    let finish = loop {
+        let output = generation.next_blocking().unwrap().unwrap();
+        said += &output.text;
+        if let Some(finish) = output.finish {
+            break finish;
+        }
+    };
+    assert_eq!(said, whole[..whole.find(&stop).unwrap()]);
+    assert_eq!((finish.reason, finish.matched_stop), (FinishReason::Stop, Some(MatchedStop::Text(stop))));
+    assert!(finish.usage.completion_tokens <= 3, "tokens after the stop string are not part of it");
+    eventually("all blocks are free", || bench.all_free());
+}
+
+/// Drives a future that needs no runtime.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(thread::current())).into();
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+            std::task::Poll::Ready(output) => return output,
+            std::task::Poll::Pending => thread::park(),
+        }
+    }
+}
