@@ -139,6 +139,9 @@ impl Engine {
         };
         let sizes = Sizes::choose(&config, &spec, compute)?;
         let num_parameters = checkpoint.num_parameters();
+        // The embedding is a look-up, unless it is the output matrix too.
+        let looked_up = if spec.tie_word_embeddings { 0 } else { spec.vocab_size * spec.hidden_size * spec.dtype.size() };
+        let weight_bytes_per_step = checkpoint.total_bytes().saturating_sub(looked_up as u64);
         let (threads, runner_spec) = (config.threads, spec.clone());
         let (runner, device) = RunnerThread::start(move || {
             let ops = CpuOps::new(CpuConfig { compute, isa: None, threads })?;
@@ -158,6 +161,7 @@ impl Engine {
             served_model_name: config.served_model_name.unwrap_or_else(|| files.name().to_owned()),
             architecture: spec.architecture.clone(),
             num_parameters,
+            weight_bytes_per_step,
             vocab_size: spec.vocab_size,
             max_model_len: sizes.max_model_len,
             device,

@@ -11,6 +11,8 @@ pub struct ModelInfo {
     pub architecture: String,
     /// Elements of all tensors.
     pub num_parameters: u64,
+    /// Bytes of weights that a decode step reads once for the whole batch.
+    pub weight_bytes_per_step: u64,
     /// Token ids are below this.
     pub vocab_size: usize,
     /// Tokens of prompt and completion together.

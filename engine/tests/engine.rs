@@ -80,6 +80,7 @@ impl Bench {
             served_model_name: "sim".into(),
             architecture: "none".into(),
             num_parameters: 0,
+            weight_bytes_per_step: 0,
             vocab_size: spec.vocab_size,
             max_model_len: BLOCKS * BLOCK_SIZE,
             device: "simulated".into(),

@@ -1,0 +1,49 @@
+//! A server of its own for a benchmark: the `tidemill` binary that was built beside it.
+
+use std::{
+    io::{self, BufRead, BufReader},
+    process::{Child, Command, Stdio},
+};
+
+/// A `tidemill serve` child on a free port; stopped when dropped.
+#[derive(Debug)]
+pub struct ServerProcess {
+    child: Child,
+    /// `http://127.0.0.1:PORT`.
+    pub address: String,
+}
+
+impl ServerProcess {
+    /// Starts the binary beside the running executable with `serve --grpc-port 0` and `args`, and reads its address from
+    /// the line `listening on ADDRESS`.
+    ///
+    /// # Errors
+    /// When the binary is missing, or ends before it listens.
+    pub fn start(args: &[&str]) -> io::Result<Self> {
+        let binary = std::env::current_exe()?.with_file_name("tidemill");
+        let mut child = Command::new(&binary)
+            .args(["serve", "--grpc-port", "0"])
+            .args(args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| {
+                let hint = "build it with `cargo build --release` first";
+                io::Error::new(error.kind(), format!("{}: {error}; {hint}", binary.display()))
+            })?;
+        let stdout = child.stdout.take().ok_or_else(|| io::Error::other("no stdout"))?;
+        for line in BufReader::new(stdout).lines() {
+            if let Some(address) = line?.strip_prefix("listening on ") {
+                return Ok(Self { child, address: format!("http://{}", address.trim()) });
+            }
+        }
+        Err(io::Error::other(format!("the server ended with {} before it listened", child.wait()?)))
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
