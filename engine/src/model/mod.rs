@@ -1,2 +1,17 @@
-//! Models: files, specification, decoder.
+//! A model: its files, its specification, its weights, and the decoder that computes it.
+
+mod fields;
+
+pub mod checkpoint;
 pub mod decoder;
+pub mod files;
+pub mod generation_config;
+pub mod rope;
+pub mod spec;
+
+pub use checkpoint::Checkpoint;
+pub use decoder::{Decoder, DecoderLimits};
+pub use files::{ModelFiles, ModelSource};
+pub use generation_config::GenerationDefaults;
+pub use rope::{RopeScaling, RopeSpec, rope_table};
+pub use spec::{Architecture, ModelSpec, TensorSpec};

@@ -1,1 +1,18 @@
-//! Text in, ids out, and back.
+//! Text in, ids out, and back: tokenizer, chat template, streaming detokeniser, stop strings.
+//!
+//! All of it runs on the caller's side, off the engine thread. A [`TextModel`] is cheap to clone and shared.
+
+mod bound;
+mod guard;
+mod pyjson;
+mod vocab;
+
+pub mod chat;
+pub mod detokenize;
+pub mod stop;
+pub mod tokenizer;
+
+pub use chat::{ChatMessage, ChatPrompt};
+pub use detokenize::Detokenizer;
+pub use stop::{StopMatcher, StopStep};
+pub use tokenizer::TextModel;

@@ -1,0 +1,191 @@
+//! Weights: one safetensors file or several shards and their index, memory-mapped.
+//!
+//! A checkpoint is hostile input. The `safetensors` crate checks each header: its size (100 MB at most), that the extents
+//! lie in the file without holes or overlap, that shapes and dtypes fit them, all with checked arithmetic. What concerns
+//! several files is checked here.
+
+use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+
+use bytes::Bytes;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use tidemill_kernels::tensor::{DType, HostTensor};
+
+use crate::{
+    error::LoadError,
+    model::{
+        files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX},
+        spec::{ModelSpec, TensorSpec},
+    },
+};
+
+/// All tensors of a model folder. Nothing is read until it is used: the files are memory-mapped.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The single weight file or the index, for messages about what is missing.
+    path: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Place in the shard's bytes.
+    range: Range<usize>,
+}
+
+/// `model.safetensors.index.json`; its metadata is not used.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Maps the weight files and reads their headers.
+    ///
+    /// # Errors
+    /// [`LoadError::Io`] and [`LoadError::Format`], naming the file and, where there is one, the tensor.
+    pub fn open(files: &ModelFiles) -> Result<Self, LoadError> {
+        if files.contains(WEIGHTS) {
+            let mut checkpoint = Self::empty(files.path(WEIGHTS));
+            checkpoint.add_shard(files, WEIGHTS)?;
+            return Ok(checkpoint);
+        }
+        let path = files.path(WEIGHTS_INDEX);
+        let index: Index = serde_json::from_slice(&files.require(WEIGHTS_INDEX)?).map_err(|error| {
+            LoadError::Format { path: path.clone(), detail: format!("not a safetensors index: {error}") }
+        })?;
+        let mut checkpoint = Self::empty(path);
+        let mut shard_numbers = BTreeMap::new();
+        for (tensor, shard) in &index.weight_map {
+            checkpoint.check_shard_name(tensor, shard)?;
+            if !shard_numbers.contains_key(shard.as_str()) {
+                shard_numbers.insert(shard.as_str(), checkpoint.shards.len());
+                checkpoint.add_shard(files, shard)?;
+            }
+        }
+        for (tensor, shard) in &index.weight_map {
+            checkpoint.check_place(tensor, shard, shard_numbers[shard.as_str()])?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn empty(path: PathBuf) -> Self {
+        Self { path, shards: Vec::new(), tensors: BTreeMap::new() }
+    }
+
+    /// Shards lie beside their index. (The files themselves may be symbolic links, as in the hub's cache.)
+    fn check_shard_name(&self, tensor: &str, shard: &str) -> Result<(), LoadError> {
+        let plain = shard.ends_with(".safetensors") && !shard.contains(['/', '\\', ':', '\0']);
+        if plain && !shard.starts_with('.') {
+            return Ok(());
+        }
+        let detail =
+            format!("tensor {tensor:?} is said to be in {shard:?}, which is no file name of this folder");
+        Err(LoadError::Format { path: self.path.clone(), detail })
+    }
+
+    fn check_place(&self, tensor: &str, shard: &str, number: usize) -> Result<(), LoadError> {
+        match self.tensors.get(tensor) {
+            Some(entry) if entry.shard == number => Ok(()),
+            _ => {
+                let detail = format!("tensor {tensor:?} is said to be in {shard}, but is not there");
+                Err(LoadError::Format { path: self.path.clone(), detail })
+            }
+        }
+    }
+
+    fn add_shard(&mut self, files: &ModelFiles, name: &str) -> Result<(), LoadError> {
+        let path = files.path(name);
+        let format = |detail: String| LoadError::Format { path: path.clone(), detail };
+        let bytes = files.map(name)?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes)
+            .map_err(|error| format(format!("not a valid safetensors file, or cut short: {error}")))?;
+        // The crate has checked that 8 + header + data is the length of the file.
+        let data = size_of::<u64>() + header;
+        let shard = self.shards.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let (dtype, shape) = (info.dtype, info.shape.clone());
+            let entry = Entry { shard, dtype, shape, range: data + start..data + end };
+            if let Some(earlier) = self.tensors.get(&name) {
+                let other = self.shards[earlier.shard].path.display();
+                return Err(format(format!("tensor {name:?} is in {other} too")));
+            }
+            self.tensors.insert(name, entry);
+        }
+        self.shards.push(Shard { path, bytes });
+        Ok(())
+    }
+
+    /// Checks that every tensor of the specification is there with its shape and a type that we can read.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], for the first that fails.
+    pub fn verify(&self, spec: &ModelSpec) -> Result<(), LoadError> {
+        spec.tensors().iter().try_for_each(|TensorSpec { name, shape }| self.find(name, shape).map(|_| ()))
+    }
+
+    /// A tensor without copying its bytes.
+    ///
+    /// # Errors
+    /// [`LoadError::MissingTensor`], [`LoadError::TensorShape`], or [`LoadError::Unsupported`] for a type other than bf16,
+    /// f16 and f32.
+    pub fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError> {
+        let (entry, dtype) = self.find(name, expected_shape)?;
+        let data = self.shards[entry.shard].bytes.slice(entry.range.clone());
+        Ok(HostTensor { name: name.to_owned(), dtype, shape: entry.shape.clone(), data })
+    }
+
+    fn find(&self, name: &str, expected: &[usize]) -> Result<(&Entry, DType), LoadError> {
+        let Some(entry) = self.tensors.get(name) else {
+            let (path, tensor) = (self.path.clone(), name.to_owned());
+            return Err(LoadError::MissingTensor { path, tensor, expected: expected.to_vec() });
+        };
+        let path = || self.shards[entry.shard].path.clone();
+        if entry.shape != expected {
+            let (tensor, got) = (name.to_owned(), entry.shape.clone());
+            return Err(LoadError::TensorShape { path: path(), tensor, got, expected: expected.to_vec() });
+        }
+        let dtype = match entry.dtype {
+            Dtype::BF16 => DType::Bf16,
+            Dtype::F16 => DType::F16,
+            Dtype::F32 => DType::F32,
+            other => {
+                let detail = format!("tensor {name:?} has type {other:?}; supported: BF16, F16, F32");
+                return Err(LoadError::Unsupported { path: path(), detail });
+            }
+        };
+        Ok((entry, dtype))
+    }
+
+    /// Whether there is such a tensor.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Bytes of all tensors together.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|entry| entry.range.len() as u64).sum()
+    }
+
+    /// Elements of all tensors together.
+    pub fn num_parameters(&self) -> u64 {
+        // Shapes were checked against the file's size, so products do not overflow.
+        self.tensors.values().map(|entry| entry.shape.iter().product::<usize>() as u64).sum()
+    }
+}

@@ -1,0 +1,310 @@
+//! Chat templates: Jinja as Hugging Face transformers runs it (`utils/chat_template_utils.py` of 5.23), fenced.
+//!
+//! The template comes with the model, the conversation from a client. Both are bounded: fuel for instructions, depth of
+//! recursion, number of messages, size of the output.
+
+use std::{io, path::PathBuf};
+
+use minijinja::{
+    Environment, Error, ErrorKind, Output, State, UndefinedBehavior, context,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Serde, Value},
+};
+use serde::Serialize;
+use serde_json::Map;
+
+use crate::{
+    error::{LoadError, RequestError},
+    model::files::{self, CHAT_TEMPLATE, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
+    text::{
+        guard::caught,
+        pyjson::{Style, dumps},
+    },
+};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ChatMessage {
+    /// "system", "user", "assistant", "tool", or what the template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+    /// Tool calls of an assistant's turn in the OpenAI form: a JSON array.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<serde_json::Value>,
+}
+
+/// A conversation to render.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatPrompt {
+    /// The turns, oldest first.
+    pub messages: Vec<ChatMessage>,
+    /// Tool definitions in the OpenAI form: a JSON array.
+    pub tools: Option<serde_json::Value>,
+    /// Ends the text with the start of an assistant's turn.
+    pub add_generation_prompt: bool,
+}
+
+/// Most messages of a conversation. Some templates look through all of them for each.
+pub const MAX_MESSAGES: usize = 4096;
+/// Largest rendered conversation in bytes.
+pub const MAX_RENDERED_BYTES: usize = 16 << 20;
+/// Instructions of one rendering: well under a second, and some hundred times what a long conversation needs.
+const FUEL: u64 = 20_000_000;
+/// Nested macro calls. Known templates need under ten.
+const MAX_RECURSION: usize = 100;
+
+/// A model's compiled templates.
+#[derive(Debug)]
+pub(super) struct ChatTemplates {
+    environment: Environment<'static>,
+    /// `bos_token` and the like.
+    special_tokens: Value,
+    has_tool_template: bool,
+}
+
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
+
+impl ChatTemplates {
+    /// Finds and compiles the model's templates: the override, `chat_template.jinja`, or `tokenizer_config.json`'s.
+    pub(super) fn load(model: &ModelFiles) -> Result<Option<Self>, LoadError> {
+        let config = tokenizer_config(model)?;
+        let (path, sources) = sources(model, &config)?;
+        if sources.is_empty() {
+            return Ok(None);
+        }
+        let mut environment = environment();
+        for (name, source) in &sources {
+            let source = neutral_generation_tags(source);
+            caught(|| environment.add_template_owned(name.clone(), source))
+                .unwrap_or_else(|panic| Err(Error::new(ErrorKind::SyntaxError, panic)))
+                .map_err(|error| LoadError::Format {
+                    path: path.clone(),
+                    detail: format!("the chat template does not compile: {error}"),
+                })?;
+        }
+        let has_tool_template = sources.iter().any(|(name, _)| name == TOOL_USE);
+        Ok(Some(Self { environment, special_tokens: special_tokens(&config), has_tool_template }))
+    }
+
+    /// The conversation as text.
+    pub(super) fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        let invalid = |message: String| RequestError::invalid("prompt.chat", message);
+        if prompt.messages.len() > MAX_MESSAGES {
+            let count = prompt.messages.len();
+            return Err(invalid(format!("has {count} messages; at most {MAX_MESSAGES} are accepted")));
+        }
+        let name = if prompt.tools.is_some() && self.has_tool_template { TOOL_USE } else { DEFAULT };
+        let mut output = Bounded(Vec::new());
+        let rendered = caught(|| {
+            let context = context! {
+                messages => Value::from(Serde(&prompt.messages)),
+                tools => Value::from(Serde(&prompt.tools)),
+                documents => (),
+                add_generation_prompt => prompt.add_generation_prompt,
+                ..self.special_tokens.clone()
+            };
+            self.environment.get_template(name)?.render_captured_to(context, &mut output).map(|_| ())
+        });
+        match rendered {
+            Err(panic) => Err(RequestError::Internal(format!("the chat template failed: {panic}"))),
+            Ok(Err(error)) => Err(invalid(explain(&error))),
+            Ok(Ok(())) => {
+                String::from_utf8(output.0).map_err(|error| RequestError::Internal(error.to_string()))
+            }
+        }
+    }
+}
+
+/// The message of `raise_exception`, or what went wrong in the template.
+fn explain(error: &Error) -> String {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(current) = cause {
+        if let Some(Raised(message)) = current.downcast_ref() {
+            return message.clone();
+        }
+        if current.downcast_ref::<io::Error>().is_some() {
+            return format!("renders to more than {MAX_RENDERED_BYTES} bytes");
+        }
+        cause = current.source();
+    }
+    match error.kind() {
+        ErrorKind::OutOfFuel => "takes the chat template too long to render".to_owned(),
+        _ => format!("the chat template cannot render it: {error}"),
+    }
+}
+
+/// The message of a template's `raise_exception`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Raised(String);
+
+/// Output that refuses to grow past [`MAX_RENDERED_BYTES`].
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_RENDERED_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.expect("the default delimiters do not clash"));
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_recursion_limit(MAX_RECURSION);
+    environment.set_fuel(Some(FUEL));
+    environment.set_debug(false);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_formatter(format_like_python);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment
+}
+
+/// Jinja prints Python's words for the three constants.
+fn format_like_python(
+    output: &mut Output<'_>,
+    state: &mut State<'_, '_>,
+    value: &Value,
+) -> Result<(), Error> {
+    let word = match value.kind() {
+        minijinja::value::ValueKind::None => "None",
+        minijinja::value::ValueKind::Bool if value.is_true() => "True",
+        minijinja::value::ValueKind::Bool => "False",
+        _ => return minijinja::escape_formatter(output, state, value),
+    };
+    output.write_str(word).map_err(Error::from)
+}
+
+/// The filter of transformers: `json.dumps` without HTML escapes.
+fn tojson(value: &Value, arguments: Kwargs) -> Result<Value, Error> {
+    let indent = match arguments.get::<Option<Value>>("indent")? {
+        None => None,
+        Some(value) if value.is_none() => None,
+        Some(value) => match value.as_str() {
+            Some(text) => Some(text.to_owned()),
+            None => Some(" ".repeat(usize::try_from(value)?.min(32))),
+        },
+    };
+    let (item, key) = match arguments.get::<Option<Value>>("separators")? {
+        Some(pair) if !pair.is_none() => {
+            (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string())
+        }
+        _ => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+    };
+    let style = Style {
+        ensure_ascii: arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        sort_keys: arguments.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        indent,
+        item_separator: item,
+        key_separator: key,
+    };
+    arguments.assert_all_used()?;
+    dumps(value, &style).map(Value::from)
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
+}
+
+/// `datetime.now().strftime(format)`: the wall clock in the local time zone.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
+}
+
+fn tokenizer_config(model: &ModelFiles) -> Result<Map<String, serde_json::Value>, LoadError> {
+    let Some(bytes) = model.read(TOKENIZER_CONFIG)? else { return Ok(Map::new()) };
+    serde_json::from_slice(&bytes).map_err(|error| LoadError::Format {
+        path: model.path(TOKENIZER_CONFIG),
+        detail: format!("not a JSON object: {error}"),
+    })
+}
+
+type Sources = Vec<(String, String)>;
+
+/// The templates by name and the file they are in. Empty where the model has none.
+fn sources(
+    model: &ModelFiles,
+    config: &Map<String, serde_json::Value>,
+) -> Result<(PathBuf, Sources), LoadError> {
+    let one = |source: String| vec![(DEFAULT.to_owned(), source)];
+    if let Some(path) = model.chat_template_override() {
+        return Ok((path.to_path_buf(), one(files::read_text(path, MAX_TEMPLATE_BYTES)?)));
+    }
+    if let Some(bytes) = model.read(CHAT_TEMPLATE)? {
+        let path = model.path(CHAT_TEMPLATE);
+        let source = files::utf8(&path, &bytes)?.to_owned();
+        return Ok((path, one(source)));
+    }
+    let path = model.path(TOKENIZER_CONFIG);
+    let bad = || LoadError::Format {
+        path: path.clone(),
+        detail:
+            "field `chat_template` must be a string or a list of {name, template} with one named \"default\""
+                .to_owned(),
+    };
+    let sources = match config.get("chat_template") {
+        None | Some(serde_json::Value::Null) => Vec::new(),
+        Some(serde_json::Value::String(source)) => one(source.clone()),
+        Some(serde_json::Value::Array(list)) => {
+            let text = |entry: &serde_json::Value, field: &str| Some(entry.get(field)?.as_str()?.to_owned());
+            let entry = |entry| Some((text(entry, "name")?, text(entry, "template")?));
+            let mut all: Sources = list.iter().map(entry).collect::<Option<_>>().ok_or_else(bad)?;
+            all.retain(|(name, _)| name == DEFAULT || name == TOOL_USE);
+            if !all.iter().any(|(name, _)| name == DEFAULT) {
+                return Err(bad());
+            }
+            all
+        }
+        Some(_) => return Err(bad()),
+    };
+    Ok((path, sources))
+}
+
+/// The special tokens that templates may name: a string, or an object with its `content`.
+fn special_tokens(config: &Map<String, serde_json::Value>) -> Value {
+    let names = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"].map(|name| format!("{name}_token"));
+    let text = |name: &String| {
+        let token = config.get(name)?;
+        token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
+    };
+    names.into_iter().filter_map(|name| text(&name).map(|token| (name, token))).collect()
+}
+
+/// `{% generation %}` marks what an assistant wrote, for training. In a prompt it means nothing: it becomes an `if true`.
+fn neutral_generation_tags(source: &str) -> String {
+    let mut output = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        output.push_str(before);
+        let Some(end) = tag.find("%}") else {
+            rest = tag;
+            break;
+        };
+        let inner = &tag[2..end];
+        let replacement = match inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
+            "generation" => inner.replacen("generation", "if true", 1),
+            "endgeneration" => inner.replacen("endgeneration", "endif", 1),
+            _ => inner.to_owned(),
+        };
+        output.push_str(&format!("{{%{replacement}%}}"));
+        rest = &tag[end + 2..];
+    }
+    output.push_str(rest);
+    output
+}

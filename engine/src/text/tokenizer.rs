@@ -1,0 +1,237 @@
+//! A model's text side: tokenizer, decoder and chat template, loaded once and shared.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use crate::{
+    error::{LoadError, RequestError},
+    ids::TokenId,
+    model::{
+        files::{ModelFiles, TOKENIZER},
+        spec::ModelSpec,
+    },
+    text::{
+        bound::max_bytes_per_token,
+        chat::{ChatPrompt, ChatTemplates},
+        detokenize::Detokenizer,
+        guard::caught,
+        vocab::{Pipeline, TokenTable},
+    },
+};
+
+/// Text to token ids and back. Cloning is cheap: clones share everything.
+#[derive(Debug, Clone)]
+pub struct TextModel {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tokenizer: Tokenizer,
+    table: Arc<TokenTable>,
+    chat: Option<ChatTemplates>,
+    max_bytes_per_token: Option<usize>,
+}
+
+/// The parts of a `tokenizer.json` that we read ourselves; the rest is the tokenizers crate's.
+#[derive(Debug, Deserialize)]
+pub(super) struct TokenizerFile {
+    pub(super) normalizer: Option<Value>,
+    pub(super) pre_tokenizer: Option<Value>,
+    decoder: Option<Value>,
+    #[serde(default)]
+    pub(super) added_tokens: Vec<AddedTokenEntry>,
+    pub(super) model: ModelHead,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct AddedTokenEntry {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    pub(super) lstrip: bool,
+    #[serde(default)]
+    pub(super) rstrip: bool,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ModelHead {
+    #[serde(rename = "type")]
+    pub(super) kind: Option<String>,
+    #[serde(default)]
+    pub(super) byte_fallback: bool,
+    pub(super) continuing_subword_prefix: Option<String>,
+    pub(super) end_of_word_suffix: Option<String>,
+}
+
+impl TextModel {
+    /// Loads `tokenizer.json` and the chat template.
+    ///
+    /// # Errors
+    /// [`LoadError`] for a file that is missing or broken, a tokenizer with ids that the model does not have, a decoder
+    /// that cannot be streamed exactly, a template that does not compile.
+    pub fn load(files: &ModelFiles, spec: &ModelSpec) -> Result<Self, LoadError> {
+        let path = files.path(TOKENIZER);
+        let bytes = files.require(TOKENIZER)?;
+        let format = |detail: String| LoadError::Format { path: path.clone(), detail };
+        let file: TokenizerFile =
+            serde_json::from_slice(&bytes).map_err(|error| format(format!("not a tokenizer: {error}")))?;
+        let tokenizer = build_tokenizer(&bytes).map_err(&format)?;
+        check_ids(&file, &tokenizer, spec.vocab_size).map_err(&format)?;
+        let pipeline = Pipeline::new(file.decoder.as_ref())
+            .map_err(|detail| LoadError::Unsupported { path: path.clone(), detail })?;
+        let table = TokenTable::new(&tokenizer, &pipeline, spec.vocab_size).map_err(&format)?;
+        let max_bytes_per_token = max_bytes_per_token(&file, &tokenizer);
+        let chat = ChatTemplates::load(files)?;
+        let model =
+            Self { inner: Arc::new(Inner { tokenizer, table: Arc::new(table), chat, max_bytes_per_token }) };
+        // The post-processor has ids of its own; nothing else shows whether they are the model's.
+        model.encode("", true).map_err(|error| format(error.to_string()))?;
+        Ok(model)
+    }
+
+    /// Text to ids. Special tokens that stand in the text are recognised, as Hugging Face tokenizers do; `add_special` lets
+    /// the tokenizer add its own around it (a start-of-sequence token, usually).
+    ///
+    /// # Errors
+    /// [`RequestError::Invalid`] on `prompt.text` where the tokenizer has no tokens for the text;
+    /// [`RequestError::Internal`] where the tokenizer panics, which ends this request alone.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, RequestError> {
+        let encoding = caught(|| self.inner.tokenizer.encode_fast(text, add_special))
+            .map_err(|panic| RequestError::Internal(format!("the tokenizer failed: {panic}")))?
+            .map_err(|error| RequestError::invalid("prompt.text", format!("cannot be encoded: {error}")))?;
+        let ids = encoding.get_ids();
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
+            return Err(RequestError::Internal(format!("the tokenizer gave id {id}, which the model lacks")));
+        }
+        Ok(ids.iter().copied().map(TokenId).collect())
+    }
+
+    /// Ids to text, with or without special tokens. Equal to what [`TextModel::detokenizer`] streams.
+    ///
+    /// The `clean_up_tokenization_spaces` of some older tokenizers is not applied: no stream could undo a space.
+    ///
+    /// # Errors
+    /// [`RequestError::Invalid`] on `token_ids` for an id outside of the vocabulary.
+    pub fn decode(&self, ids: &[TokenId], include_special: bool) -> Result<String, RequestError> {
+        let vocab_size = self.vocab_size();
+        if let Some(id) = ids.iter().find(|id| id.0 as usize >= vocab_size) {
+            let message = format!("{id} is not a token of this model; ids are below {vocab_size}");
+            return Err(RequestError::invalid("token_ids", message));
+        }
+        let mut detokenizer = self.detokenizer(include_special);
+        let mut text = String::new();
+        for &id in ids {
+            detokenizer.push_into(id, &mut text);
+        }
+        text.push_str(&detokenizer.finish());
+        Ok(text)
+    }
+
+    /// A decoder for one sequence that grows token by token.
+    pub fn detokenizer(&self, include_special: bool) -> Detokenizer {
+        Detokenizer::new(Arc::clone(&self.inner.table), include_special)
+    }
+
+    /// The bytes that a token contributes within a text; they need not be UTF-8 on their own. Empty for an unknown id.
+    pub fn token_bytes(&self, id: TokenId) -> &[u8] {
+        self.inner.table.bytes(id.0)
+    }
+
+    /// A token as text, for display: bytes that are not UTF-8 become U+FFFD.
+    pub fn token_text(&self, id: TokenId) -> String {
+        String::from_utf8_lossy(self.token_bytes(id)).into_owned()
+    }
+
+    /// Whether a token is special: left out of the text unless asked for.
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.inner.table.is_special(id.0)
+    }
+
+    /// The id of a token by its name in the vocabulary.
+    pub fn token_id(&self, name: &str) -> Option<TokenId> {
+        self.inner.tokenizer.token_to_id(name).map(TokenId)
+    }
+
+    /// Ids that the model has; the tokenizer's are all below.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.table.len()
+    }
+
+    /// The most bytes of text that one token can stand for; `None` where this tokenizer has no such limit.
+    pub fn max_token_bytes(&self) -> Option<usize> {
+        self.inner.max_bytes_per_token
+    }
+
+    /// A number of tokens that no text of so many bytes is below. For refusing a gigantic prompt without encoding it. 0
+    /// where the tokenizer may delete text.
+    pub fn min_tokens_for_bytes(&self, bytes: usize) -> usize {
+        self.max_token_bytes().map_or(0, |max| bytes.div_ceil(max))
+    }
+
+    /// Whether conversations can be rendered.
+    pub fn has_chat_template(&self) -> bool {
+        self.inner.chat.is_some()
+    }
+
+    /// A conversation as the text that the model was trained on. Encode it with `add_special: false`: the template writes
+    /// special tokens itself.
+    ///
+    /// # Errors
+    /// [`RequestError::Unsupported`] where the model has no chat template; [`RequestError::Invalid`] on `prompt.chat` where
+    /// the template refuses the conversation or exceeds its limits.
+    pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        match &self.inner.chat {
+            Some(chat) => chat.render(prompt),
+            None => Err(RequestError::Unsupported(
+                "this model has no chat template; send text or token_ids, or start the server with --chat-template"
+                    .to_owned(),
+            )),
+        }
+    }
+
+    /// Renders a conversation and encodes it.
+    ///
+    /// # Errors
+    /// As [`TextModel::render_chat`] and [`TextModel::encode`].
+    pub fn encode_chat(&self, prompt: &ChatPrompt) -> Result<(String, Vec<TokenId>), RequestError> {
+        let text = self.render_chat(prompt)?;
+        let ids = self.encode(&text, false)?;
+        Ok((text, ids))
+    }
+}
+
+fn build_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
+    let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes))
+        .map_err(|panic| format!("not a tokenizer: {panic}"))?
+        .map_err(|error| format!("not a tokenizer: {error}"))?;
+    // Left over from training; a prompt is neither cut nor padded.
+    tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// Every id must be the model's, and added tokens must have the ids that the file gives them.
+fn check_ids(file: &TokenizerFile, tokenizer: &Tokenizer, vocab_size: usize) -> Result<(), String> {
+    for (token, id) in tokenizer.get_vocab(true) {
+        if id as usize >= vocab_size {
+            return Err(format!(
+                "token {token:?} has id {id}, but the model's vocab_size is {vocab_size}; the tokenizer is of another model"
+            ));
+        }
+    }
+    for token in &file.added_tokens {
+        let id = tokenizer.token_to_id(&token.content);
+        if id != Some(token.id) {
+            let detail = id.map_or("no id".to_owned(), |id| format!("id {id}"));
+            return Err(format!(
+                "added token {:?} is declared with id {} but the vocabulary gives it {detail}",
+                token.content, token.id
+            ));
+        }
+    }
+    Ok(())
+}
