@@ -3,7 +3,10 @@
 //! One loop over two sources: commands from handles, and results from the runner. While a step runs, commands are handled
 //! as they come, so an abort frees its blocks at once and not at the end of the step. Without work the thread sleeps.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crossbeam_channel::{Receiver, never, select_biased};
 
@@ -19,7 +22,7 @@ use crate::{
     scheduler::{Effect, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
     stats::{Counters, Published, SharedStats},
 };
-use std::sync::Arc;
+
 
 /// A request on its way into the engine.
 #[derive(Debug)]

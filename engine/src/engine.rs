@@ -12,7 +12,7 @@ use std::{
 
 use crossbeam_channel::unbounded;
 use tidemill_kernels::{
-    DType, Ops,
+    DType,
     cpu::{Compute, CpuConfig, CpuOps},
     ops::KvShape,
 };
@@ -31,7 +31,7 @@ use crate::{
         spec::ModelSpec,
     },
     request::Validator,
-    runner::{DecoderRunner, Runner, RunnerThread, panic_message},
+    runner::{DecoderRunner, RunnerThread, panic_message},
     scheduler::{Limits, Scheduler},
     stats::SharedStats,
     text::TextModel,
@@ -126,22 +126,25 @@ impl Engine {
     /// # Errors
     /// Whatever is wrong with the model or the options.
     pub fn start(config: EngineConfig, mut progress: impl FnMut(Progress) + Send + 'static) -> Result<Self, LoadError> {
-        let files = ModelFiles::open(&config.source)?;
+        let mut files = ModelFiles::open(&config.source)?;
+        if let Some(path) = &config.chat_template {
+            files = files.with_chat_template(path);
+        }
         let spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
-        let text = Arc::new(TextModel::load(&files, &spec, config.chat_template.as_deref())?);
+        let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
-        let compute = match config.dtype {
-            ComputeDtype::F32 => Compute::F32,
-            ComputeDtype::Bf16 => Compute::Bf16,
-            ComputeDtype::Auto if spec.dtype == DType::Bf16 => Compute::Bf16,
-            ComputeDtype::Auto => Compute::F32,
+        checkpoint.verify(&spec)?;
+        let embedding = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
+        let compute = match (config.dtype, embedding.dtype) {
+            (ComputeDtype::Bf16, _) | (ComputeDtype::Auto, DType::Bf16) => Compute::Bf16,
+            (ComputeDtype::F32, _) | (ComputeDtype::Auto, _) => Compute::F32,
         };
         let sizes = Sizes::choose(&config, &spec, compute)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let looked_up = if spec.tie_word_embeddings { 0 } else { spec.vocab_size * spec.hidden_size * spec.dtype.size() };
-        let weight_bytes_per_step = checkpoint.total_bytes().saturating_sub(looked_up as u64);
+        let looked_up = if spec.tie_word_embeddings { 0 } else { embedding.data.len() as u64 };
+        let weight_bytes_per_step = checkpoint.total_bytes().saturating_sub(looked_up);
         let (threads, runner_spec) = (config.threads, spec.clone());
         let (runner, device) = RunnerThread::start(move || {
             let ops = CpuOps::new(CpuConfig { compute, isa: None, threads })?;
@@ -158,8 +161,8 @@ impl Engine {
             Ok((DecoderRunner::new(decoder, sizes.kv.block_size), device))
         })?;
         let info = ModelInfo {
-            served_model_name: config.served_model_name.unwrap_or_else(|| files.name().to_owned()),
-            architecture: spec.architecture.clone(),
+            served_model_name: config.served_model_name.unwrap_or_else(|| model_name(&config.source)),
+            architecture: spec.architecture.name().to_owned(),
             num_parameters,
             weight_bytes_per_step,
             vocab_size: spec.vocab_size,
@@ -171,7 +174,7 @@ impl Engine {
             num_kv_blocks: sizes.kv.num_blocks,
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
-            eos_token_ids: defaults.eos_token_ids.clone(),
+            eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
         };
@@ -245,6 +248,17 @@ impl Drop for Engine {
         drop(self.handle.commands.send(Command::Shutdown));
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
+        }
+    }
+}
+
+/// A model's name when none is given: its folder's.
+fn model_name(source: &ModelSource) -> String {
+    match source {
+        ModelSource::Builtin => "tidemill-demo".into(),
+        ModelSource::Dir(path) => {
+            let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+            path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
         }
     }
 }

@@ -413,7 +413,7 @@ impl Validator {
                 });
                 max
             }
-            None => self.defaults.max_new_tokens.unwrap_or(limits::DEFAULT_MAX_TOKENS).min(room),
+            None => self.defaults.max_new_tokens.map_or(limits::DEFAULT_MAX_TOKENS, |max| max as usize).min(room),
         };
         let min_tokens = asked.min_tokens.unwrap_or(0) as usize;
         found.check(min_tokens <= max_tokens, "sampling.min_tokens", || {

@@ -75,7 +75,7 @@ impl Bench {
             RunnerThread::start(move || Ok((GatedRunner { gate: gate_rx, started: started_tx }, ()))).unwrap();
         let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
         let spec = ModelSpec::load(&files).unwrap();
-        let text = Arc::new(TextModel::load(&files, &spec, None).unwrap());
+        let text = Arc::new(TextModel::load(&files, &spec).unwrap());
         let info = ModelInfo {
             served_model_name: "sim".into(),
             architecture: "none".into(),

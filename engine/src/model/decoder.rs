@@ -159,7 +159,7 @@ impl<O: Ops> Decoder<O> {
     ) -> Result<(), KernelError> {
         let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch } = self;
         let heads = head_shape(spec);
-        let (tokens, eps) = (meta.num_tokens(), spec.rms_norm_eps);
+        let (tokens, eps) = (meta.num_tokens(), spec.rms_norm_eps as f32);
         let groups: Vec<Arc<BatchMeta>> = logits_groups(&meta);
         let batch = ops.upload(meta)?;
         ops.enter(|| {
