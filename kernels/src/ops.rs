@@ -218,7 +218,13 @@ pub trait Ops: Send {
     ) -> Result<()>;
 
     /// `out[r, :] = x[logits_indices[r], :]`; `x` is `[T, H]`, `out` `[R, H]`.
-    fn gather_rows(&self, out: &mut Self::Buffer, x: &Self::Buffer, batch: &Self::Batch, width: usize) -> Result<()>;
+    fn gather_rows(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        batch: &Self::Batch,
+        width: usize,
+    ) -> Result<()>;
 
     /// Turns `logits` `[R, V]` into one result per task, in order: penalties, bias, sampling and log-probabilities as
     /// [`crate::sampling`] defines them. Reads and overwrites `logits`.

@@ -68,3 +68,32 @@ pub struct Sampled {
     /// False when the row held a NaN or nothing but `-inf`: the model is broken for this row, and `token` means nothing.
     pub finite: bool,
 }
+
+/// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3).
+#[inline(always)]
+pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let [mut c, mut k] = [counter, [key[0], key[1], 0, 0]];
+    for _ in 0..10 {
+        let a = u64::from(c[0]) * 0xD251_1F53;
+        let b = u64::from(c[2]) * 0xCD9E_8D57;
+        c = [(b >> 32) as u32 ^ c[1] ^ k[0], b as u32, (a >> 32) as u32 ^ c[3] ^ k[1], a as u32];
+        k[0] = k[0].wrapping_add(0x9E37_79B9);
+        k[1] = k[1].wrapping_add(0xBB67_AE85);
+    }
+    c
+}
+
+/// The 24 random bits that decide about `token` at `position`: the upper bits of the first Philox word, with the seed as key (low
+/// half first) and `[token, position, 0, 0]` as counter.
+#[inline(always)]
+pub fn noise_bits(seed: u64, position: u32, token: u32) -> u32 {
+    philox4x32_10([token, position, 0, 0], [seed as u32, (seed >> 32) as u32])[0] >> 8
+}
+
+/// Gumbel noise `-ln(-ln(u))` of 24 bits, with `u = (bits + 1/2) / 2^24`, which is never 0 nor 1.
+///
+/// It lies between -2.86 and 17.33, in steps of at most 1.1. Callers must add it in f64: `u` next to 1 has no f32.
+pub fn gumbel(bits: u32) -> f64 {
+    let u = (f64::from(bits) + 0.5) / f64::from(1_u32 << 24);
+    -(-u.ln()).ln()
+}

@@ -1,1 +1,206 @@
-//! The CPU backend.
+//! The CPU backend: every op over a pool of threads and the widest vectors that the CPU has.
+//!
+//! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
+//! - `buffer`, `weight`, `kv_cache`: memory.
+//! - One file per op: `embedding`, `rmsnorm`, `linear`, `rope`, `attention`, `silu_mul`, `gather`, `sample`.
+//!
+//! For one [`Isa`] and one [`Compute`], results do not depend on the number of threads or on what shares a batch.
+
+// In the inner loops an index names a lane or a register, in several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
+mod attention;
+mod buffer;
+mod embedding;
+mod gather;
+mod isa;
+mod kv_cache;
+mod linear;
+mod pool;
+mod rmsnorm;
+mod rope;
+mod sample;
+mod silu_mul;
+mod simd;
+mod weight;
+
+use std::sync::Arc;
+
+pub use self::{buffer::CpuBuffer, isa::Isa, kv_cache::CpuKvCache, linear::Compute, weight::CpuWeight};
+use self::{isa::Host, linear::Linear, pool::Pool};
+use crate::{
+    error::KernelError,
+    ops::{BatchMeta, Epilogue, HeadShape, KvShape, Ops, Result},
+    sampling::{RowTask, Sampled},
+    tensor::HostTensor,
+};
+
+/// How a CPU device is to work. The default is the fastest way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuConfig {
+    /// Precision of activations in products with bf16 weights.
+    pub compute: Compute,
+    /// Instruction set; the best one by default.
+    pub isa: Option<Isa>,
+    /// Threads; as many as this process may run at once by default.
+    pub threads: Option<usize>,
+}
+
+/// The CPU as a device.
+pub struct CpuOps {
+    host: Host,
+    pool: Pool,
+    linear: Linear,
+}
+
+impl CpuOps {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// [`KernelError::Unsupported`] when this CPU lacks the instruction set asked for, or the system refuses the threads.
+    pub fn new(config: CpuConfig) -> Result<CpuOps> {
+        let isa = config.isa.unwrap_or_else(Isa::detect);
+        let unsupported = |detail| KernelError::Unsupported { op: "cpu", detail };
+        let host = Host::new(isa)
+            .ok_or_else(|| unsupported(format!("this CPU has no {isa}; leave the choice open")))?;
+        let pool = Pool::new(config.threads).map_err(|e| unsupported(format!("no threads: {e}")))?;
+        Ok(CpuOps { host, pool, linear: Linear::new(host, config.compute)? })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.host.isa()
+    }
+
+    /// The number of threads.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
+
+impl Ops for CpuOps {
+    type Buffer = CpuBuffer;
+    type Weight = CpuWeight;
+    type Vector = Vec<f32>;
+    type KvCache = CpuKvCache;
+    type Batch = Arc<BatchMeta>;
+
+    fn buffer(&self, elems: usize) -> Result<CpuBuffer> {
+        CpuBuffer::new(elems)
+    }
+
+    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CpuWeight> {
+        CpuWeight::new(parts, bias)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
+        Ok(values.to_vec())
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<CpuKvCache> {
+        CpuKvCache::new(shape)
+    }
+
+    fn upload(&self, meta: Arc<BatchMeta>) -> Result<Arc<BatchMeta>> {
+        Ok(meta)
+    }
+
+    fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        self.pool.enter(f)
+    }
+
+    fn embedding(&self, out: &mut CpuBuffer, table: &CpuWeight, batch: &Arc<BatchMeta>) -> Result<()> {
+        embedding::run(&self.pool, out, table, &batch.token_ids);
+        Ok(())
+    }
+
+    fn rmsnorm(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &Vec<f32>,
+        eps: f32,
+        rows: usize,
+    ) -> Result<()> {
+        rmsnorm::run(self.host, &self.pool, out, x, weight, eps, rows);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        rows: usize,
+        epilogue: Epilogue,
+    ) -> Result<()> {
+        self.linear.run(&self.pool, linear::Call { out, x, weight, rows, epilogue })
+    }
+
+    fn rope_kv_write(
+        &self,
+        qkv: &mut CpuBuffer,
+        kv: &mut CpuKvCache,
+        rope: &Vec<f32>,
+        batch: &Arc<BatchMeta>,
+        heads: HeadShape,
+        layer: usize,
+    ) -> Result<()> {
+        rope::run(self.host, &self.pool, rope::Call { qkv, kv, rope, meta: batch, heads, layer });
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        out: &mut CpuBuffer,
+        qkv: &CpuBuffer,
+        kv: &CpuKvCache,
+        batch: &Arc<BatchMeta>,
+        heads: HeadShape,
+        scale: f32,
+        layer: usize,
+    ) -> Result<()> {
+        attention::run(
+            self.host,
+            &self.pool,
+            attention::Call { out, qkv, kv, meta: batch, heads, scale, layer },
+        );
+        Ok(())
+    }
+
+    fn silu_mul(
+        &self,
+        out: &mut CpuBuffer,
+        gate_up: &CpuBuffer,
+        intermediate: usize,
+        rows: usize,
+    ) -> Result<()> {
+        silu_mul::run(self.host, &self.pool, out, gate_up, intermediate, rows);
+        Ok(())
+    }
+
+    fn gather_rows(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        batch: &Arc<BatchMeta>,
+        width: usize,
+    ) -> Result<()> {
+        gather::run(out, x, &batch.logits_indices, width);
+        Ok(())
+    }
+
+    fn sample(&self, logits: &mut CpuBuffer, vocab: usize, tasks: &[RowTask]) -> Result<Vec<Sampled>> {
+        Ok(sample::run(
+            self.host,
+            &self.pool,
+            &mut logits.as_mut_slice()[..tasks.len() * vocab],
+            vocab,
+            tasks,
+        ))
+    }
+
+    fn download(&self, buffer: &CpuBuffer, elems: usize) -> Result<Vec<f32>> {
+        Ok(buffer.as_slice()[..elems].to_vec())
+    }
+}

@@ -1,0 +1,71 @@
+//! Keys and values of all layers.
+//!
+//! Per layer, block and key/value head: keys `[D, block_size]`, values `[block_size, D]`. With the tokens of a block innermost, a vector of
+//! keys is a vector of scores, and no sum over D crosses lanes.
+
+use super::buffer::Arena;
+use crate::{
+    error::KernelError,
+    ops::{KvShape, Result},
+    tensor::DType,
+};
+
+/// The KV cache of a CPU device.
+pub struct CpuKvCache {
+    keys: Arena,
+    values: Arena,
+    pub(crate) shape: KvShape,
+}
+
+impl CpuKvCache {
+    pub(crate) fn new(shape: KvShape) -> Result<CpuKvCache> {
+        let unsupported = |detail: String| Err(KernelError::Unsupported { op: "kv_cache", detail });
+        if !matches!(shape.dtype, DType::F32 | DType::Bf16) {
+            return unsupported(format!("no {:?} cache; choose F32 or Bf16", shape.dtype));
+        }
+        if shape.head_dim == 0 || shape.head_dim % 2 != 0 || shape.head_dim > 1024 {
+            return unsupported(format!(
+                "head size {} is not an even number of at most 1024",
+                shape.head_dim
+            ));
+        }
+        if shape.block_size == 0 || shape.num_kv_heads == 0 {
+            return unsupported("a block without slots or heads".to_owned());
+        }
+        let bytes = shape.num_layers * shape.num_blocks * (shape.block_bytes() / 2 / shape.num_layers.max(1));
+        Ok(CpuKvCache {
+            keys: Arena::new("key cache", bytes)?,
+            values: Arena::new("value cache", bytes)?,
+            shape,
+        })
+    }
+
+    /// Extents of the cache.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// The storage of keys and of values, in a layout of this device's choice: to poison or to compare it.
+    pub fn storage_mut(&mut self) -> [&mut [u8]; 2] {
+        [self.keys.as_mut_bytes(), self.values.as_mut_bytes()]
+    }
+
+    /// First byte of the keys and of the values of `layer`.
+    pub(crate) fn layer(&self, layer: usize) -> [*const u8; 2] {
+        let at = self.layer_offset(layer);
+        // SAFETY: `layer_offset` lies inside both arenas.
+        unsafe { [self.keys.as_ptr().add(at), self.values.as_ptr().add(at)] }
+    }
+
+    /// First byte of the keys and of the values of `layer`, and the bytes of each.
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> [&mut [u8]; 2] {
+        let at = self.layer_offset(layer);
+        let len = self.keys.bytes() / self.shape.num_layers;
+        [&mut self.keys.as_mut_bytes()[at..at + len], &mut self.values.as_mut_bytes()[at..at + len]]
+    }
+
+    fn layer_offset(&self, layer: usize) -> usize {
+        assert!(layer < self.shape.num_layers, "layer {layer} of {}", self.shape.num_layers);
+        self.keys.bytes() / self.shape.num_layers * layer
+    }
+}

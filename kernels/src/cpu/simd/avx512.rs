@@ -1,0 +1,166 @@
+//! Sixteen lanes of AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+/// The proof that this CPU has AVX-512 F, BW, DQ and VL, with AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The CPU has these features.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Avx512(())
+    }
+}
+
+/// An intrinsic of this set.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: `self` exists, so the CPU has the instruction; a pointer is the caller's, valid for what this intrinsic touches.
+        unsafe { $e }
+    };
+}
+
+/// First `n` of sixteen lanes.
+#[inline(always)]
+fn mask(n: usize) -> __mmask16 {
+    ((1_u32 << n) - 1) as __mmask16
+}
+
+impl Simd for Avx512 {
+    type F = __m512;
+    const LANES: usize = 16;
+    const QUERIES: usize = 6;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> __m512 {
+        op!(_mm512_set1_ps(v))
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT }>(a))
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m512, n: __m512) -> __m512 {
+        op!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
+    fn round_bf16(self, a: __m512) -> __m512 {
+        op!({
+            let bits = _mm512_castps_si512(a);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let cut = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), cut, _mm512_set1_ps(f32::NAN))
+        })
+    }
+    #[inline(always)]
+    fn keep_first(self, a: __m512, n: usize, fill: f32) -> __m512 {
+        op!(_mm512_mask_blend_ps(mask(n), _mm512_set1_ps(fill), a))
+    }
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        op!({
+            // The tree of `sum4`: lanes i and i + 2 of each quarter, then i and i + 1, then quarters i and i + 2, then the two left.
+            let v = _mm512_add_ps(a, _mm512_shuffle_ps::<0b01_00_11_10>(a, a));
+            let v = _mm512_add_ps(v, _mm512_shuffle_ps::<0b10_11_00_01>(v, v));
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)))
+        })
+    }
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        let v = op!({
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let lo = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let hi = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            let v = _mm512_add_ps(lo, hi);
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v))
+        });
+        let mut out = [0.0; 4];
+        op!(_mm_storeu_ps(out.as_mut_ptr(), v));
+        out
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        op!(_mm512_reduce_max_ps(a))
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m512 {
+        op!(_mm512_loadu_ps(p))
+    }
+    #[inline(always)]
+    unsafe fn load_first(self, p: *const f32, n: usize) -> __m512 {
+        op!(_mm512_maskz_loadu_ps(mask(n), p))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: __m512) {
+        op!(_mm512_storeu_ps(p, v));
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, v: __m512, n: usize) {
+        op!(_mm512_mask_storeu_ps(p, mask(n), v));
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u8) -> __m512 {
+        op!({
+            let raw = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_first(self, p: *const u8, n: usize) -> __m512 {
+        op!({
+            let raw = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u8) -> __m512 {
+        op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pair(self, p: *const u8) -> [__m512; 2] {
+        op!({
+            let raw = _mm512_loadu_si512(p.cast());
+            let odd = _mm512_and_si512(raw, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw)), _mm512_castsi512_ps(odd)]
+        })
+    }
+}
