@@ -19,9 +19,17 @@ use crate::{
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Event {
     PromptLogprobs(Vec<TokenLogprobs>),
-    Token { index: u32, token: TokenId, logprobs: Option<TokenLogprobs>, finish: Option<Finish> },
+    Token {
+        index: u32,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        finish: Option<Finish>,
+    },
     /// The completion ended without a new token.
-    Finished { index: u32, finish: Finish },
+    Finished {
+        index: u32,
+        finish: Finish,
+    },
     /// The request is over; nothing follows.
     Failed(RequestError),
 }

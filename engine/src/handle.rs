@@ -104,7 +104,9 @@ impl EngineHandle {
         }
         let slot = match QueueSlot::take(&self.shared.queued, self.shared.max_num_queued_reqs) {
             Ok(slot) => slot,
-            Err(waiting) => return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) }),
+            Err(waiting) => {
+                return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) });
+            }
         };
         let ticket = Ticket(self.shared.next_ticket.fetch_add(1, Relaxed));
         // At most one event per token and completion, so the bound of max_tokens bounds the channel too.
@@ -171,7 +173,7 @@ impl EngineHandle {
     /// Resolves when the engine thread has ended, with the reason.
     pub async fn stopped(&self) -> String {
         // Nothing is ever sent: the channel closes.
-        drop(self.shared.alive.recv().await);
+        let _ = self.shared.alive.recv().await;
         self.stop_reason()
     }
 

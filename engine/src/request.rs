@@ -230,7 +230,8 @@ impl Validator {
     /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
     /// [`RequestError::Unsupported`] for a chat prompt without a template.
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
-        if let Some(asked) = request.model.as_ref().filter(|m| !m.is_empty() && **m != self.served_model_name) {
+        if let Some(asked) = request.model.as_ref().filter(|m| !m.is_empty() && **m != self.served_model_name)
+        {
             return Err(RequestError::ModelNotFound {
                 asked: asked.clone(),
                 served: self.served_model_name.clone(),
@@ -362,7 +363,10 @@ impl Validator {
             }
             Prompt::TokenIds(ids) => {
                 if let Some(bad) = ids.iter().find(|id| id.0 as usize >= self.vocab_size) {
-                    return Err(RequestError::invalid("prompt.token_ids", self.outside_vocabulary(Some(*bad))));
+                    return Err(RequestError::invalid(
+                        "prompt.token_ids",
+                        self.outside_vocabulary(Some(*bad)),
+                    ));
                 }
                 (ids, "prompt.token_ids")
             }
@@ -413,7 +417,9 @@ impl Validator {
                 });
                 max
             }
-            None => self.defaults.max_new_tokens.map_or(limits::DEFAULT_MAX_TOKENS, |max| max as usize).min(room),
+            None => {
+                self.defaults.max_new_tokens.map_or(limits::DEFAULT_MAX_TOKENS, |max| max as usize).min(room)
+            }
         };
         let min_tokens = asked.min_tokens.unwrap_or(0) as usize;
         found.check(min_tokens <= max_tokens, "sampling.min_tokens", || {
