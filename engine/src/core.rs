@@ -12,13 +12,15 @@ use crossbeam_channel::{Receiver, never, select_biased};
 
 use crate::{
     error::RequestError,
-    generation::Event,
-    handle::{Drained, QueueSlot, Ticket},
-    ids::{RequestId, SeqId},
+    event::Event,
+    handle::Drained,
+    ids::{RequestId, SeqId, Ticket},
     ledger::{Delivery, Ledger, Opening},
     output::{AbortReceipt, AbortStage, FinishReason},
+    queue::QueueSlot,
     request::ValidatedRequest,
     runner::RunnerThread,
+    sampling::Sampling,
     scheduler::{Effect, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
     stats::{Counters, Published, SharedStats},
 };
@@ -232,8 +234,7 @@ impl Core {
         for (index, &id) in (0..).zip(&seqs) {
             if index == 1 && sampling.prompt_logprobs.is_some() {
                 // The prompt is the same for all completions: the first one reports it.
-                sampling =
-                    Arc::new(crate::request::Sampling { prompt_logprobs: None, ..(*sampling).clone() });
+                sampling = Arc::new(Sampling { prompt_logprobs: None, ..(*sampling).clone() });
             }
             self.scheduler.add(NewSequence {
                 id,

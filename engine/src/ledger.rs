@@ -13,10 +13,10 @@ use async_channel::Sender;
 
 use crate::{
     error::RequestError,
-    generation::Event,
-    handle::{QueueSlot, Ticket},
-    ids::{RequestId, SeqId},
+    event::Event,
+    ids::{RequestId, SeqId, Ticket, TokenId},
     output::{Finish, FinishReason, MatchedStop, TokenLogprobs, Usage},
+    queue::QueueSlot,
 };
 
 /// Ended requests that are remembered, so that a late abort can be answered with "finished".
@@ -275,7 +275,7 @@ impl Ledger {
 /// A token to be delivered.
 pub(crate) struct Delivery {
     pub seq: SeqId,
-    pub token: crate::ids::TokenId,
+    pub token: TokenId,
     pub logprobs: Option<TokenLogprobs>,
     pub finish: Option<(FinishReason, Option<MatchedStop>)>,
     pub num_preemptions: usize,

@@ -6,7 +6,8 @@ use tidemill_engine::{
     Engine, EngineConfig, EngineHandle, Generation,
     ids::TokenId,
     model::files::ModelSource,
-    request::{GenerateRequest, Prompt, SamplingParams},
+    request::{GenerateRequest, Prompt},
+    sampling::SamplingParams,
 };
 
 /// What is compared: tokens, bits of their log-probabilities, text.

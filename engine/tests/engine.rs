@@ -16,8 +16,9 @@ use tidemill_engine::{
         spec::ModelSpec,
     },
     output::{AbortStage, FinishReason, MatchedStop, Output},
-    request::{GenerateRequest, Prompt, SamplingParams},
+    request::{GenerateRequest, Prompt},
     runner::{Runner, RunnerThread},
+    sampling::SamplingParams,
     scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan},
     text::TextModel,
 };

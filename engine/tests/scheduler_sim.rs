@@ -16,7 +16,7 @@ use tidemill_engine::{
     ids::{SeqId, TokenId},
     kv::BlockPool,
     output::FinishReason,
-    request::Sampling,
+    sampling::Sampling,
     scheduler::{Effect, Limits, NewSequence, RowOutput, RowResult, Scheduler, StepOutput, StepPlan},
 };
 
