@@ -301,21 +301,19 @@ fn special_tokens(config: &Map<String, serde_json::Value>) -> Value {
 fn neutral_generation_tags(source: &str) -> String {
     let mut output = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
+    while let Some((before, tag)) = rest.split_once("{%") {
         output.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
+        output.push_str("{%");
+        rest = tag;
+        let Some((inner, after)) = tag.split_once("%}") else { break };
+        let (word, neutral) = match inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
+            "generation" => ("generation", "if true"),
+            "endgeneration" => ("endgeneration", "endif"),
+            _ => continue,
         };
-        let inner = &tag[2..end];
-        let replacement = match inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
-            "generation" => inner.replacen("generation", "if true", 1),
-            "endgeneration" => inner.replacen("endgeneration", "endif", 1),
-            _ => inner.to_owned(),
-        };
-        output.push_str(&format!("{{%{replacement}%}}"));
-        rest = &tag[end + 2..];
+        output.push_str(&inner.replacen(word, neutral, 1));
+        output.push_str("%}");
+        rest = after;
     }
     output.push_str(rest);
     output

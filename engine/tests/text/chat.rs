@@ -107,10 +107,14 @@ fn a_model_without_template_says_what_to_do() {
 
 #[test]
 fn a_template_that_does_not_compile_fails_at_load_time() {
-    let dir = dir(&[("chat_template.jinja", b"{% for m in messages %}{{ m.content }")]);
-    let error = load(dir.path()).unwrap_err();
-    assert!(matches!(error, LoadError::Format { .. }));
-    assert!(error.to_string().contains("chat_template.jinja"), "{error}");
+    for template in
+        ["{% for m in messages %}{{ m.content }", "{%}", "{%", "{% generation %}", "{% endgeneration %}"]
+    {
+        let dir = dir(&[("chat_template.jinja", template.as_bytes())]);
+        let error = load(dir.path()).unwrap_err();
+        assert!(matches!(error, LoadError::Format { .. }));
+        assert!(error.to_string().contains("chat_template.jinja"), "{template}: {error}");
+    }
 }
 
 #[test]
