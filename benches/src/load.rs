@@ -58,7 +58,9 @@ impl WaveTiming {
 
     /// Tokens per second of all streams together while all of them decode: from the last first token to the first end.
     pub fn decode_rate(&self) -> f64 {
-        let rate = |s: &StreamTiming| (s.tokens.saturating_sub(1)) as f64 / s.gaps.iter().sum::<Duration>().as_secs_f64();
+        let rate = |s: &StreamTiming| {
+            (s.tokens.saturating_sub(1)) as f64 / s.gaps.iter().sum::<Duration>().as_secs_f64()
+        };
         self.streams.iter().map(rate).sum()
     }
 }

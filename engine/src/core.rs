@@ -12,17 +12,18 @@ use crossbeam_channel::{Receiver, never, select_biased};
 
 use crate::{
     error::RequestError,
-    generation::Event,
-    handle::{Drained, QueueSlot, Ticket},
-    ids::{RequestId, SeqId},
+    event::Event,
+    handle::Drained,
+    ids::{RequestId, SeqId, Ticket},
     ledger::{Delivery, Ledger, Opening},
     output::{AbortReceipt, AbortStage, FinishReason},
+    queue::QueueSlot,
     request::ValidatedRequest,
     runner::RunnerThread,
+    sampling::Sampling,
     scheduler::{Effect, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
     stats::{Counters, Published, SharedStats},
 };
-
 
 /// A request on its way into the engine.
 #[derive(Debug)]
@@ -39,12 +40,24 @@ pub(crate) struct Submission {
 pub(crate) enum Command {
     Submit(Box<Submission>),
     /// By the client's id; answered with a receipt.
-    Abort { id: RequestId, received: Instant, reply: async_channel::Sender<AbortReceipt> },
+    Abort {
+        id: RequestId,
+        received: Instant,
+        reply: async_channel::Sender<AbortReceipt>,
+    },
     /// The stream of this submission was dropped.
-    Drop { ticket: Ticket },
+    Drop {
+        ticket: Ticket,
+    },
     /// A stop string ended this completion.
-    Stop { ticket: Ticket, index: u32 },
-    Drain { deadline: Option<Instant>, reply: async_channel::Sender<Drained> },
+    Stop {
+        ticket: Ticket,
+        index: u32,
+    },
+    Drain {
+        deadline: Option<Instant>,
+        reply: async_channel::Sender<Drained>,
+    },
     Shutdown,
 }
 
@@ -123,7 +136,8 @@ impl Core {
 
     /// Sleeps until there is something to do, and does it.
     fn wait(&mut self) -> Flow {
-        let deadline = self.draining.iter().filter_map(|d| d.deadline).chain(self.ledger.next_deadline()).min();
+        let deadline =
+            self.draining.iter().filter_map(|d| d.deadline).chain(self.ledger.next_deadline()).min();
         let timer = deadline.map_or_else(never, crossbeam_channel::at);
         let (commands, results) = (self.commands.clone(), self.runner.results().clone());
         // Commands first: an abort must not wait behind a result whose tokens nobody wants any more.
@@ -220,7 +234,7 @@ impl Core {
         for (index, &id) in (0..).zip(&seqs) {
             if index == 1 && sampling.prompt_logprobs.is_some() {
                 // The prompt is the same for all completions: the first one reports it.
-                sampling = Arc::new(crate::request::Sampling { prompt_logprobs: None, ..(*sampling).clone() });
+                sampling = Arc::new(Sampling { prompt_logprobs: None, ..(*sampling).clone() });
             }
             self.scheduler.add(NewSequence {
                 id,
@@ -305,7 +319,8 @@ impl Core {
         if self.ledger.is_empty() {
             for drain in self.draining.drain(..) {
                 let finished = drain.open_at_start.saturating_sub(cut_off);
-                drop(drain.reply.try_send(Drained { finished, cut_off }));
+                // Whoever asked may have gone.
+                let _ = drain.reply.try_send(Drained { finished, cut_off });
             }
         }
     }
@@ -339,7 +354,9 @@ impl Core {
                             None => RequestError::NotFinite { position },
                             Some(detail) => {
                                 tracing::error!(detail, position, "a request failed in the runner");
-                                RequestError::Internal("the model failed on this request; see the server's log".into())
+                                RequestError::Internal(
+                                    "the model failed on this request; see the server's log".into(),
+                                )
                             }
                         },
                     );

@@ -125,7 +125,10 @@ impl Engine {
     ///
     /// # Errors
     /// Whatever is wrong with the model or the options.
-    pub fn start(config: EngineConfig, mut progress: impl FnMut(Progress) + Send + 'static) -> Result<Self, LoadError> {
+    pub fn start(
+        config: EngineConfig,
+        mut progress: impl FnMut(Progress) + Send + 'static,
+    ) -> Result<Self, LoadError> {
         let mut files = ModelFiles::open(&config.source)?;
         if let Some(path) = &config.chat_template {
             files = files.with_chat_template(path);
@@ -135,7 +138,8 @@ impl Engine {
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
         checkpoint.verify(&spec)?;
-        let embedding = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
+        let embedding =
+            checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
         let compute = match (config.dtype, embedding.dtype) {
             (ComputeDtype::Bf16, _) | (ComputeDtype::Auto, DType::Bf16) => Compute::Bf16,
             (ComputeDtype::F32, _) | (ComputeDtype::Auto, _) => Compute::F32,
@@ -148,7 +152,7 @@ impl Engine {
         let (threads, runner_spec) = (config.threads, spec.clone());
         let (runner, device) = RunnerThread::start(move || {
             let ops = CpuOps::new(CpuConfig { compute, isa: None, threads })?;
-            let device = ops.describe();
+            let device = format!("cpu ({}, {} threads)", ops.isa(), ops.threads());
             let limits = DecoderLimits {
                 max_num_batched_tokens: sizes.max_num_batched_tokens,
                 max_model_len: sizes.max_model_len,
@@ -193,10 +197,8 @@ impl Engine {
     ) -> Result<Self, LoadError> {
         let pool = BlockPool::new(info.num_kv_blocks, info.block_size);
         let stats = Arc::new(SharedStats::new(pool.clone()));
-        let limits = Limits {
-            max_num_seqs: info.max_num_seqs,
-            max_num_batched_tokens: info.max_num_batched_tokens,
-        };
+        let limits =
+            Limits { max_num_seqs: info.max_num_seqs, max_num_batched_tokens: info.max_num_batched_tokens };
         let (commands_tx, commands) = unbounded();
         let (alive_guard, alive) = async_channel::bounded(1);
         let shared = Arc::new(Shared {
@@ -221,8 +223,9 @@ impl Engine {
         let core = Core::new(Scheduler::new(limits, pool), runner, commands, stats);
         let thread_shared = shared.clone();
         let body = move || {
-            let reason = panic::catch_unwind(AssertUnwindSafe(|| core.run()))
-                .unwrap_or_else(|payload| format!("the engine thread panicked: {}", panic_message(payload.as_ref())));
+            let reason = panic::catch_unwind(AssertUnwindSafe(|| core.run())).unwrap_or_else(|payload| {
+                format!("the engine thread panicked: {}", panic_message(payload.as_ref()))
+            });
             tracing::debug!(reason, "the engine thread ends");
             // Set before the channel closes, so that whoever waits on it finds the reason.
             thread_shared.stopped.get_or_init(|| reason);
@@ -287,7 +290,10 @@ impl Sizes {
         let longest = spec.max_position_embeddings;
         let asked = config.max_model_len.unwrap_or(longest);
         if !(2..=longest).contains(&asked) {
-            return option("--max-model-len", format!("{asked} is not in [2, {longest}], what the model was made for"));
+            return option(
+                "--max-model-len",
+                format!("{asked} is not in [2, {longest}], what the model was made for"),
+            );
         }
         let default_dtype = if compute == Compute::Bf16 { DType::Bf16 } else { DType::F32 };
         let mut kv = KvShape {
@@ -304,7 +310,10 @@ impl Sizes {
         let budget = config.kv_cache_memory.unwrap_or(DEFAULT_KV_BYTES);
         kv.num_blocks = (budget / block_bytes).min(full);
         if kv.num_blocks == 0 {
-            return option("--kv-cache-memory", format!("{budget} bytes hold no block of {block_bytes} bytes"));
+            return option(
+                "--kv-cache-memory",
+                format!("{budget} bytes hold no block of {block_bytes} bytes"),
+            );
         }
         let capacity = kv.num_blocks * config.block_size;
         if config.max_model_len.is_some() && asked > capacity {
@@ -315,7 +324,11 @@ impl Sizes {
             return option("--max-model-len", detail);
         }
         if asked > capacity {
-            tracing::warn!(capacity, model = longest, "the KV cache holds less than the model's context; max_model_len is lowered");
+            tracing::warn!(
+                capacity,
+                model = longest,
+                "the KV cache holds less than the model's context; max_model_len is lowered"
+            );
         }
         Ok(Self {
             kv,

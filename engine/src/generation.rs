@@ -8,23 +8,13 @@ use async_channel::Receiver;
 use crate::{
     core::Command,
     error::RequestError,
-    handle::{EngineHandle, Ticket},
-    ids::{RequestId, TokenId},
+    event::Event,
+    handle::EngineHandle,
+    ids::{RequestId, Ticket, TokenId},
     output::{Finish, FinishReason, MatchedStop, Output, TokenLogprobs},
     request::ValidatedRequest,
     text::{detokenize::Detokenizer, stop::StopMatcher},
 };
-
-/// What the engine thread sends for a request. `index` is the completion.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Event {
-    PromptLogprobs(Vec<TokenLogprobs>),
-    Token { index: u32, token: TokenId, logprobs: Option<TokenLogprobs>, finish: Option<Finish> },
-    /// The completion ended without a new token.
-    Finished { index: u32, finish: Finish },
-    /// The request is over; nothing follows.
-    Failed(RequestError),
-}
 
 /// One completion's text.
 #[derive(Debug)]

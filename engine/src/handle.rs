@@ -14,17 +14,14 @@ use crate::{
     core::{Command, Submission},
     error::RequestError,
     generation::Generation,
-    ids::RequestId,
+    ids::{RequestId, Ticket},
     info::ModelInfo,
     output::AbortReceipt,
+    queue::QueueSlot,
     request::{GenerateRequest, ValidatedRequest, Validator},
     stats::{EngineStats, SharedStats},
     text::TextModel,
 };
-
-/// A submission's own number: aborts by a dropped stream use it, so that they can never hit another request that carries the same id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Ticket(pub u64);
 
 /// What handles and the engine thread share.
 #[derive(Debug)]
@@ -41,23 +38,6 @@ pub(crate) struct Shared {
     pub stopped: std::sync::OnceLock<String>,
     /// Closed when the engine thread ends.
     pub alive: async_channel::Receiver<()>,
-}
-
-/// A request's place in the queue; gives it back when dropped.
-#[derive(Debug)]
-pub(crate) struct QueueSlot(Arc<AtomicUsize>);
-
-impl QueueSlot {
-    fn take(queued: &Arc<AtomicUsize>, max: usize) -> Result<Self, usize> {
-        queued.fetch_update(Relaxed, Relaxed, |n| (n < max).then_some(n + 1))?;
-        Ok(Self(queued.clone()))
-    }
-}
-
-impl Drop for QueueSlot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
 }
 
 /// A handle to a running engine. Cheap to clone; usable from any thread and any async runtime.
@@ -104,7 +84,9 @@ impl EngineHandle {
         }
         let slot = match QueueSlot::take(&self.shared.queued, self.shared.max_num_queued_reqs) {
             Ok(slot) => slot,
-            Err(waiting) => return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) }),
+            Err(waiting) => {
+                return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) });
+            }
         };
         let ticket = Ticket(self.shared.next_ticket.fetch_add(1, Relaxed));
         // At most one event per token and completion, so the bound of max_tokens bounds the channel too.
@@ -171,7 +153,7 @@ impl EngineHandle {
     /// Resolves when the engine thread has ended, with the reason.
     pub async fn stopped(&self) -> String {
         // Nothing is ever sent: the channel closes.
-        drop(self.shared.alive.recv().await);
+        let _ = self.shared.alive.recv().await;
         self.stop_reason()
     }
 

@@ -53,3 +53,7 @@ impl fmt::Display for TokenId {
         write!(f, "{}", self.0)
     }
 }
+
+/// A submission's own number: aborts by a dropped stream use it, so that they can never hit another request that carries the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Ticket(pub u64);

@@ -40,7 +40,10 @@ pub struct BlockPool {
 
 impl fmt::Debug for BlockPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BlockPool").field("block_size", &self.block_size).field("counts", &self.counts()).finish()
+        f.debug_struct("BlockPool")
+            .field("block_size", &self.block_size)
+            .field("counts", &self.counts())
+            .finish()
     }
 }
 

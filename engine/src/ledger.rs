@@ -13,10 +13,10 @@ use async_channel::Sender;
 
 use crate::{
     error::RequestError,
-    generation::Event,
-    handle::{QueueSlot, Ticket},
-    ids::{RequestId, SeqId},
+    event::Event,
+    ids::{RequestId, SeqId, Ticket, TokenId},
     output::{Finish, FinishReason, MatchedStop, TokenLogprobs, Usage},
+    queue::QueueSlot,
 };
 
 /// Ended requests that are remembered, so that a late abort can be answered with "finished".
@@ -134,7 +134,8 @@ impl Ledger {
         if let Some(deadline) = deadline {
             self.deadlines.insert((deadline, ticket));
         }
-        let completion = |seq| Completion { seq: Some(seq), tokens: 0, first_token: None, num_preemptions: 0 };
+        let completion =
+            |seq| Completion { seq: Some(seq), tokens: 0, first_token: None, num_preemptions: 0 };
         let completions = seqs.into_iter().map(completion).collect();
         let entry = Entry {
             id,
@@ -192,7 +193,12 @@ impl Ledger {
             usage: entry.usage(index),
         });
         let ended = finish.is_some();
-        entry.send(Event::Token { index: index as u32, token: token.token, logprobs: token.logprobs, finish });
+        entry.send(Event::Token {
+            index: index as u32,
+            token: token.token,
+            logprobs: token.logprobs,
+            finish,
+        });
         ended && self.end_completion(ticket, index)
     }
 
@@ -252,7 +258,9 @@ impl Ledger {
     fn close(&mut self, ticket: Ticket) {
         let Some(mut entry) = self.open.remove(&ticket) else { return };
         entry.closed = true;
-        entry.completions.iter().filter_map(|c| c.seq).for_each(|seq| drop(self.by_seq.remove(&seq)));
+        for seq in entry.completions.iter().filter_map(|c| c.seq) {
+            self.by_seq.remove(&seq);
+        }
         self.by_id.remove(&entry.id);
         if let Some(deadline) = entry.deadline {
             self.deadlines.remove(&(deadline, ticket));
@@ -267,7 +275,7 @@ impl Ledger {
 /// A token to be delivered.
 pub(crate) struct Delivery {
     pub seq: SeqId,
-    pub token: crate::ids::TokenId,
+    pub token: TokenId,
     pub logprobs: Option<TokenLogprobs>,
     pub finish: Option<(FinishReason, Option<MatchedStop>)>,
     pub num_preemptions: usize,

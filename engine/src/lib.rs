@@ -3,6 +3,7 @@
 mod core;
 mod engine;
 pub mod error;
+mod event;
 mod generation;
 mod handle;
 pub mod ids;
@@ -11,8 +12,10 @@ pub mod kv;
 mod ledger;
 pub mod model;
 pub mod output;
+mod queue;
 pub mod request;
 pub mod runner;
+pub mod sampling;
 pub mod scheduler;
 mod stats;
 pub mod text;

@@ -6,7 +6,8 @@ use tidemill_engine::{
     Engine, EngineConfig, EngineHandle, Generation,
     ids::TokenId,
     model::files::ModelSource,
-    request::{GenerateRequest, Prompt, SamplingParams},
+    request::{GenerateRequest, Prompt},
+    sampling::SamplingParams,
 };
 
 /// What is compared: tokens, bits of their log-probabilities, text.
@@ -26,7 +27,17 @@ fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>) -> Engine {
 
 /// Requests of many lengths and all kinds of sampling.
 fn request(index: u32) -> GenerateRequest {
-    let words = ["The lighthouse", " keeper", " found a", " small", " boat,", " and then", " it", " rained.", " Why?"];
+    let words = [
+        "The lighthouse",
+        " keeper",
+        " found a",
+        " small",
+        " boat,",
+        " and then",
+        " it",
+        " rained.",
+        " Why?",
+    ];
     let length = [1, 3, 9, 17, 40, 90][index as usize % 6];
     let text: String = (0..length).map(|i| words[(i * 5 + index as usize) % words.len()]).collect();
     let mut sampling = SamplingParams {
@@ -79,10 +90,17 @@ fn alone_or_among_32_with_small_or_large_chunks_or_preempted_the_bits_are_the_sa
         let engine = engine(budget, kv_blocks);
         let outcomes = together(&engine, COUNT);
         for (index, (got, expected)) in outcomes.iter().zip(&reference).enumerate() {
-            assert!(got == expected, "request {index} differs with budget {budget}, blocks {kv_blocks:?}: {got:?} {expected:?}");
+            assert!(
+                got == expected,
+                "request {index} differs with budget {budget}, blocks {kv_blocks:?}: {got:?} {expected:?}"
+            );
         }
         let stats = engine.handle().stats();
         assert_eq!(stats.kv_blocks.free, stats.kv_blocks.total);
-        assert_eq!(kv_blocks.is_some(), stats.counters.preemptions > 0, "a small cache preempts, a large one does not");
+        assert_eq!(
+            kv_blocks.is_some(),
+            stats.counters.preemptions > 0,
+            "a small cache preempts, a large one does not"
+        );
     }
 }

@@ -16,8 +16,9 @@ use tidemill_engine::{
         spec::ModelSpec,
     },
     output::{AbortStage, FinishReason, MatchedStop, Output},
-    request::{GenerateRequest, Prompt, SamplingParams},
+    request::{GenerateRequest, Prompt},
     runner::{Runner, RunnerThread},
+    sampling::SamplingParams,
     scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan},
     text::TextModel,
 };
@@ -72,7 +73,8 @@ impl Bench {
         let (gate, gate_rx) = unbounded();
         let (started_tx, started) = unbounded();
         let (runner, ()) =
-            RunnerThread::start(move || Ok((GatedRunner { gate: gate_rx, started: started_tx }, ()))).unwrap();
+            RunnerThread::start(move || Ok((GatedRunner { gate: gate_rx, started: started_tx }, ())))
+                .unwrap();
         let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
         let spec = ModelSpec::load(&files).unwrap();
         let text = Arc::new(TextModel::load(&files, &spec).unwrap());
@@ -188,7 +190,10 @@ fn abort_is_idempotent_and_unknown_ids_are_answered() {
     let (tokens, _) = collect(generation).unwrap();
     assert_eq!(tokens, [303, 304]);
     let receipt = handle.abort_blocking(RequestId::new("a")).unwrap();
-    assert_eq!((receipt.stage, receipt.completion_tokens, receipt.blocks_freed), (AbortStage::Finished, 2, 0));
+    assert_eq!(
+        (receipt.stage, receipt.completion_tokens, receipt.blocks_freed),
+        (AbortStage::Finished, 2, 0)
+    );
     assert_eq!(stage("a"), AbortStage::Finished);
 }
 

@@ -78,7 +78,10 @@ impl Model {
             kv,
         };
         let ops = CpuOps::new(CpuConfig { compute, isa: Some(isa), threads: Some(2) }).unwrap();
-        Self { decoder: Decoder::load(ops, &spec, &checkpoint, limits, |_| ()).unwrap(), vocab: spec.vocab_size }
+        Self {
+            decoder: Decoder::load(ops, &spec, &checkpoint, limits, |_| ()).unwrap(),
+            vocab: spec.vocab_size,
+        }
     }
 
     /// Computes `tokens` at positions from `start` on, in blocks that do not lie in order, and gives the logits of all of them.
@@ -126,8 +129,12 @@ fn check(name: &str, source: impl Fn() -> ModelSource, compute: Compute, isa: Is
         let compared = expected.len() / model.vocab;
         let got: Vec<f32> = logits[logits.len() - compared..].concat();
         let difference = max_difference(&got, expected);
-        let tolerance = if compute == Compute::F32 { F32_TOLERANCE } else { BF16_TOLERANCE * range(expected) };
-        assert!(difference <= tolerance, "{name}, prompt {i}, {isa:?}: logits differ by {difference}, over {tolerance}");
+        let tolerance =
+            if compute == Compute::F32 { F32_TOLERANCE } else { BF16_TOLERANCE * range(expected) };
+        assert!(
+            difference <= tolerance,
+            "{name}, prompt {i}, {isa:?}: logits differ by {difference}, over {tolerance}"
+        );
         if compute == Compute::F32 {
             let greedy = &golden.ids[&format!("greedy_ids.{i}")];
             let mut token = argmax(logits.last().unwrap());

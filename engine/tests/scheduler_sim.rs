@@ -16,7 +16,7 @@ use tidemill_engine::{
     ids::{SeqId, TokenId},
     kv::BlockPool,
     output::FinishReason,
-    request::Sampling,
+    sampling::Sampling,
     scheduler::{Effect, Limits, NewSequence, RowOutput, RowResult, Scheduler, StepOutput, StepPlan},
 };
 
@@ -46,7 +46,8 @@ impl SimRunner {
         }
         let row = |row: &tidemill_engine::scheduler::PlanRow| {
             let sampled = row.sample.as_ref().map(|sample| {
-                let read = |position| self.slots[self.slot(&row.blocks, position)].expect("reads an empty slot");
+                let read =
+                    |position| self.slots[self.slot(&row.blocks, position)].expect("reads an empty slot");
                 next_token(sample.seed, &(0..sample.position).map(read).collect::<Vec<_>>())
             });
             RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
@@ -158,7 +159,8 @@ impl Sim {
                 prompt_of: (id != first).then_some(first),
             };
             self.scheduler.add(new);
-            let live = Live { prompt: prompt.clone(), sampling: sampling.clone(), seed: id.0, output: Vec::new() };
+            let live =
+                Live { prompt: prompt.clone(), sampling: sampling.clone(), seed: id.0, output: Vec::new() };
             self.live.insert(id, live);
         }
     }
@@ -192,7 +194,10 @@ impl Sim {
             if let Some((reason, _)) = finish {
                 let live = self.live.remove(&seq).expect("read above");
                 assert_eq!(live.output, live.alone(), "{seq:?} differs from the same request alone");
-                assert_eq!(reason == FinishReason::Stop, live.output.last() == Some(&EOS) && live.output.len() >= live.sampling.min_tokens);
+                assert_eq!(
+                    reason == FinishReason::Stop,
+                    live.output.last() == Some(&EOS) && live.output.len() >= live.sampling.min_tokens
+                );
                 self.finished += 1;
             }
         }
@@ -228,7 +233,8 @@ fn every_request_gives_what_it_gives_alone_and_no_block_is_lost() {
     let (mut finished, mut preemptions) = (0, 0);
     for seed in 0..400 {
         let result = panic::catch_unwind(|| Sim::new(seed).run(250));
-        let (f, p) = result.unwrap_or_else(|_| panic!("seed {seed} fails; replay it with Sim::new({seed}).run(250)"));
+        let (f, p) =
+            result.unwrap_or_else(|_| panic!("seed {seed} fails; replay it with Sim::new({seed}).run(250)"));
         finished += f;
         preemptions += p;
     }
@@ -246,7 +252,11 @@ fn sequence(id: u64, prompt_len: usize, max_tokens: usize) -> NewSequence {
     }
 }
 
-fn scheduler(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize) -> (Scheduler, SimRunner, BlockPool) {
+fn scheduler(
+    max_num_seqs: usize,
+    max_num_batched_tokens: usize,
+    blocks: usize,
+) -> (Scheduler, SimRunner, BlockPool) {
     let pool = BlockPool::new(blocks, 4);
     let runner = SimRunner { block_size: 4, slots: vec![None; blocks * 4] };
     (Scheduler::new(Limits { max_num_seqs, max_num_batched_tokens }, pool.clone()), runner, pool)
@@ -261,8 +271,13 @@ fn a_step_mixes_decode_rows_and_prompt_chunks_and_serves_decode_first() {
     scheduler.resolve(&plan, output);
     scheduler.add(sequence(1, 20, 9));
     let plan = scheduler.plan();
-    let shape: Vec<_> = plan.rows.iter().map(|row| (row.seq.0, row.tokens.len(), row.sample.is_some())).collect();
-    assert_eq!(shape, [(0, 1, true), (1, 7, false)], "one decode row, then as much prompt as the budget leaves");
+    let shape: Vec<_> =
+        plan.rows.iter().map(|row| (row.seq.0, row.tokens.len(), row.sample.is_some())).collect();
+    assert_eq!(
+        shape,
+        [(0, 1, true), (1, 7, false)],
+        "one decode row, then as much prompt as the budget leaves"
+    );
 }
 
 #[test]

@@ -109,7 +109,7 @@ pub enum Epilogue {
 /// Buffers are allocated once for the largest step; every op takes the extents that are in use from the batch or as an
 /// argument. An op panics only on a bug of its caller inside this workspace (a buffer smaller than the contract says),
 /// never on data.
-pub trait Ops: Send {
+pub trait Ops: Send + Sync {
     /// Activation memory of a fixed number of elements.
     type Buffer: Send;
     /// A resident matrix `[N, K]` with an optional bias `[N]`.
@@ -119,7 +119,7 @@ pub trait Ops: Send {
     /// Keys and values of all layers.
     type KvCache: Send;
     /// A step's metadata, resident on the device.
-    type Batch: Send;
+    type Batch: Send + Sync;
 
     /// Allocates an activation buffer of `elems` elements, contents unspecified.
     fn buffer(&self, elems: usize) -> Result<Self::Buffer>;

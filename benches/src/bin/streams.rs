@@ -55,8 +55,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
         model.weight_bytes_per_step as f64 / 1e6,
         bandwidth / 1e9
     );
-    println!("prompts of {} tokens, {} generated, medians of {}\n", args.prompt_tokens, args.max_tokens, args.repeat);
-    println!("streams   TTFT p50   TTFT max   ITL p50   ITL p99   decode tok/s   of bound   with prompts tok/s");
+    println!(
+        "prompts of {} tokens, {} generated, medians of {}\n",
+        args.prompt_tokens, args.max_tokens, args.repeat
+    );
+    println!(
+        "streams   TTFT p50   TTFT max   ITL p50   ITL p99   decode tok/s   of bound   with prompts tok/s"
+    );
     let mut figures = Vec::new();
     let mut salt = 0;
     let mut wave = |streams, prompt_tokens, max_tokens| {

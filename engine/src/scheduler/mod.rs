@@ -69,13 +69,19 @@ pub struct Scheduler {
 impl Scheduler {
     /// A scheduler without sequences. Both limits are at least 1.
     pub fn new(limits: Limits, pool: BlockPool) -> Self {
-        assert!(limits.max_num_seqs >= 1 && limits.max_num_batched_tokens >= 1, "limits of 0 would never schedule anything");
+        assert!(
+            limits.max_num_seqs >= 1 && limits.max_num_batched_tokens >= 1,
+            "limits of 0 would never schedule anything"
+        );
         Self { limits, pool, seqs: BTreeMap::new(), running: Vec::new(), preemptions: 0 }
     }
 
     /// Puts a sequence into the queue. The caller made sure that the pool can hold it alone (`fits`).
     pub fn add(&mut self, new: NewSequence) {
-        debug_assert!(self.seqs.last_key_value().is_none_or(|(&last, _)| last < new.id), "ids rise with arrival");
+        debug_assert!(
+            self.seqs.last_key_value().is_none_or(|(&last, _)| last < new.id),
+            "ids rise with arrival"
+        );
         self.seqs.insert(new.id, Sequence::new(new, self.pool.table()));
     }
 

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use super::{Scheduler, sequence::Place};
 use crate::{
     ids::{BlockId, SeqId, TokenId},
-    request::Sampling,
+    sampling::Sampling,
 };
 
 /// How to choose a row's next token.

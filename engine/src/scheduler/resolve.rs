@@ -82,7 +82,8 @@ impl Scheduler {
                     seq.num_computed = computed;
                     if !output.prompt_logprobs.is_empty() {
                         seq.num_scored = row.score_at.end;
-                        effects.push(Effect::PromptLogprobs { seq: row.seq, logprobs: output.prompt_logprobs });
+                        effects
+                            .push(Effect::PromptLogprobs { seq: row.seq, logprobs: output.prompt_logprobs });
                     }
                     if let Some(token) = output.sampled {
                         effects.push(self.advance(row.seq, token, output.logprobs));
@@ -100,7 +101,9 @@ impl Scheduler {
         seq.push(token);
         let num_preemptions = seq.num_preemptions;
         let sampling = &seq.sampling;
-        let finish = if seq.completion_tokens() >= sampling.min_tokens && sampling.stop_token_ids.contains(&token) {
+        let finish = if seq.completion_tokens() >= sampling.min_tokens
+            && sampling.stop_token_ids.contains(&token)
+        {
             Some((FinishReason::Stop, Some(MatchedStop::Token(token))))
         } else if seq.completion_tokens() >= sampling.min_tokens && sampling.eos_token_ids.contains(&token) {
             Some((FinishReason::Stop, None))

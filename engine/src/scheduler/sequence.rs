@@ -6,7 +6,7 @@ use super::Stage;
 use crate::{
     ids::{SeqId, TokenId},
     kv::BlockTable,
-    request::Sampling,
+    sampling::Sampling,
 };
 
 /// What the scheduler needs to know of a new sequence.
