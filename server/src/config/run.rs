@@ -1,6 +1,6 @@
 //! What `tidemill run` needs.
 
-use tidemill_engine::{EngineConfig, request::SamplingParams};
+use tidemill_engine::{EngineConfig, sampling::SamplingParams};
 
 use super::engine_config;
 use crate::{args::RunArgs, exit::Failure};
