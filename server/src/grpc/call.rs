@@ -102,7 +102,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         let status = self.outcome.map_or("gone", code_name);
         let id: String = self.id.as_str().chars().take(RequestId::MAX_BYTES).collect();
-        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let ms = |duration: Duration| duration.as_micros() as f64 / 1e3;
         let duration_ms = ms(self.started.elapsed());
         let tokens = &self.tokens;
         if tokens.prompt == 0 {
