@@ -166,7 +166,7 @@ const AHEAD: usize = 4096;
 
 /// Asks for the line at `p`, which may be any address, to come into the second-level cache.
 #[inline(always)]
-fn prefetch(p: *const u8) {
+pub(super) fn prefetch(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults.
     unsafe {
