@@ -108,8 +108,16 @@ impl Core {
         }
     }
 
-    /// Runs until shutdown or failure; returns why it ended. Whatever is open then fails with it.
+    /// Runs until shutdown or failure; returns why it ended, after everything that was open was told so.
     pub(crate) fn run(mut self) -> String {
+        let reason = self.run_until_stopped();
+        for ticket in self.ledger.tickets() {
+            self.fail(ticket, RequestError::EngineStopped(reason.clone()));
+        }
+        reason
+    }
+
+    fn run_until_stopped(&mut self) -> String {
         loop {
             self.expire(Instant::now());
             if !self.step_in_flight && !self.launch() {
@@ -160,19 +168,14 @@ impl Core {
 
     /// Handles a command and those that queue behind it: requests that arrive together start in one step.
     fn handle_all(&mut self, first: Command) -> Flow {
-        let waiting = self.commands.len();
-        let mut next = Some(first);
-        for _ in 0..=waiting {
-            let Some(command) = next else { break };
-            if let Flow::Stop(reason) = self.handle(command) {
-                return Flow::Stop(reason);
+        let mut flow = self.handle(first);
+        for _ in 0..self.commands.len() {
+            match (&flow, self.commands.try_recv()) {
+                (Flow::Continue, Ok(command)) => flow = self.handle(command),
+                _ => break,
             }
-            next = self.commands.try_recv().ok();
         }
-        match next {
-            Some(command) => self.handle(command),
-            None => Flow::Continue,
-        }
+        flow
     }
 
     fn handle(&mut self, command: Command) -> Flow {
@@ -184,8 +187,8 @@ impl Core {
                 drop(reply.try_send(receipt));
             }
             Command::Drop { ticket } => {
-                self.counters.aborted += u64::from(!self.ledger.live_seqs(ticket).is_empty());
-                self.end_request(ticket);
+                self.remove_seqs(ticket);
+                self.counters.aborted += u64::from(self.ledger.discard(ticket));
             }
             Command::Stop { ticket, index } => {
                 if let Some(seq) = self.ledger.seq(ticket, index) {
@@ -270,12 +273,7 @@ impl Core {
             Some(Stage::Queued) | None => AbortStage::Queued,
         };
         let time_to_free = received.elapsed();
-        for index in 0..=u32::MAX {
-            if self.ledger.live_seqs(ticket).is_empty() {
-                break;
-            }
-            self.ledger.finish(ticket, index, FinishReason::Abort);
-        }
+        self.ledger.finish_all(ticket, FinishReason::Abort);
         self.counters.aborted += 1;
         AbortReceipt {
             blocks_freed: removed.iter().map(|r| r.blocks_freed).sum(),
@@ -288,11 +286,6 @@ impl Core {
     /// Takes a request's sequences out of the scheduler: everything it held is free afterwards.
     fn remove_seqs(&mut self, ticket: Ticket) -> Vec<Removed> {
         self.ledger.live_seqs(ticket).into_iter().filter_map(|seq| self.scheduler.remove(seq)).collect()
-    }
-
-    /// Ends a request whose client is gone.
-    fn end_request(&mut self, ticket: Ticket) {
-        self.fail(ticket, RequestError::Internal("its client is gone".into()));
     }
 
     fn fail(&mut self, ticket: Ticket, error: RequestError) {

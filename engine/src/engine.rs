@@ -159,9 +159,10 @@ impl Engine {
                 kv: sizes.kv,
             };
             let total = runner_spec.num_layers;
-            let decoder = Decoder::load(ops, &runner_spec, &checkpoint, limits, |done| {
+            let mut decoder = Decoder::load(ops, &runner_spec, &checkpoint, limits, |done| {
                 progress(Progress::Layers { done, total });
             })?;
+            decoder.warm_up()?;
             Ok((DecoderRunner::new(decoder, sizes.kv.block_size), device))
         })?;
         let info = ModelInfo {

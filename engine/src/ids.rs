@@ -17,6 +17,11 @@ impl RequestId {
         Self(name.into())
     }
 
+    /// A fresh name for a request whose client gave none.
+    pub fn random() -> Self {
+        Self::new(format!("req-{:016x}", rand::random::<u64>()))
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0

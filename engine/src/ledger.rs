@@ -214,6 +214,21 @@ impl Ledger {
         self.end_completion(ticket, index)
     }
 
+    /// Ends every completion that is left, and so the request.
+    pub(crate) fn finish_all(&mut self, ticket: Ticket, reason: FinishReason) {
+        let completions = self.open.get(&ticket).map_or(0, |entry| entry.completions.len());
+        for index in 0..completions as u32 {
+            self.finish(ticket, index, reason);
+        }
+    }
+
+    /// Closes a request that nobody listens to any more. False when it was closed before.
+    pub(crate) fn discard(&mut self, ticket: Ticket) -> bool {
+        let open = self.open.contains_key(&ticket);
+        self.close(ticket);
+        open
+    }
+
     /// Ends a request in an error.
     pub(crate) fn fail(&mut self, ticket: Ticket, error: RequestError) {
         if let Some(entry) = self.open.get(&ticket) {

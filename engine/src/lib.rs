@@ -26,3 +26,4 @@ pub use generation::Generation;
 pub use handle::{Drained, EngineHandle};
 pub use info::ModelInfo;
 pub use stats::{Counters, EngineStats};
+pub use tidemill_kernels::DType;

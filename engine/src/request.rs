@@ -167,7 +167,7 @@ impl Validator {
         let sampling = self.with_lengths(sampling, &request.sampling, prompt.len())?;
         let id = request.id.filter(|id| !id.as_str().is_empty());
         Ok(ValidatedRequest {
-            id: id.unwrap_or_else(|| RequestId::new(format!("req-{:016x}", rand::random::<u64>()))),
+            id: id.unwrap_or_else(RequestId::random),
             prompt: prompt.into(),
             sampling: Arc::new(sampling),
             stop: request.sampling.stop,

@@ -1,6 +1,8 @@
 //! The text side against Hugging Face transformers: `fixtures/demo/chat.json` is made by `scripts/make_goldens.py` with the
 //! built-in model's own tokenizer and template.
 
+#![allow(clippy::unwrap_used)]
+
 use serde::Deserialize;
 use serde_json::Value;
 use tidemill_engine::{

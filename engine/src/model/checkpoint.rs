@@ -49,6 +49,9 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// How a file starts that Git LFS has not replaced by its content.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
 impl Checkpoint {
     /// Maps the weight files and reads their headers.
     ///
@@ -69,6 +72,11 @@ impl Checkpoint {
         for (tensor, shard) in &index.weight_map {
             checkpoint.check_shard_name(tensor, shard)?;
             if !shard_numbers.contains_key(shard.as_str()) {
+                if !files.contains(shard) {
+                    let detail =
+                        format!("the file is missing, but the index says that it holds tensor {tensor:?}");
+                    return Err(LoadError::Format { path: files.path(shard), detail });
+                }
                 shard_numbers.insert(shard.as_str(), checkpoint.shards.len());
                 checkpoint.add_shard(files, shard)?;
             }
@@ -108,6 +116,11 @@ impl Checkpoint {
         let path = files.path(name);
         let format = |detail: String| LoadError::Format { path: path.clone(), detail };
         let bytes = files.map(name)?;
+        if bytes.starts_with(LFS_POINTER) {
+            return Err(format(
+                "this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`".to_owned(),
+            ));
+        }
         let (header, metadata) = SafeTensors::read_metadata(&bytes)
             .map_err(|error| format(format!("not a valid safetensors file, or cut short: {error}")))?;
         // The crate has checked that 8 + header + data is the length of the file.

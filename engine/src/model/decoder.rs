@@ -122,6 +122,25 @@ impl<O: Ops> Decoder<O> {
         })
     }
 
+    /// Computes one token whose result nobody wants, so that the first request finds weights, threads and buffers in place.
+    /// What it writes to slot 0 is overwritten before it is ever read.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn warm_up(&mut self) -> Result<(), KernelError> {
+        let meta = BatchMeta {
+            token_ids: vec![0],
+            positions: vec![0],
+            slot_mapping: vec![0],
+            cu_seqlens_q: vec![0, 1],
+            context_lens: vec![1],
+            block_tables: vec![0],
+            max_blocks: 1,
+            logits_indices: vec![0],
+        };
+        self.logits(Arc::new(meta)).map(drop)
+    }
+
     /// Computes one step and does one task per entry of `meta.logits_indices`, in order.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use memmap2::{Advice, Mmap};
+use memmap2::Mmap;
 
 use crate::error::LoadError;
 
@@ -150,8 +150,8 @@ pub(crate) fn utf8<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str, LoadErro
     })
 }
 
-/// Largest accepted size of a chat template in bytes.
-pub(crate) const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+/// Largest accepted size of a chat template in bytes; the largest in use have 25 KB. It bounds how deep a template can nest.
+pub(crate) const MAX_TEMPLATE_BYTES: u64 = 128 << 10;
 
 /// Largest accepted size in bytes. The largest tokenizers in use have 35 MB, the largest indices 10 MB.
 fn size_limit(name: &str) -> u64 {
@@ -173,6 +173,10 @@ fn read_capped(path: &Path, limit: u64) -> Result<Bytes, LoadError> {
         path: path.to_path_buf(),
         detail: format!("the file is larger than {limit} bytes, the limit for its kind"),
     };
+    // Opening a pipe would block, so the kind is asked for first.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
+    }
     let file = File::open(path).map_err(io)?;
     if file.metadata().map_err(io)?.len() > limit {
         return Err(too_large());
@@ -184,6 +188,10 @@ fn read_capped(path: &Path, limit: u64) -> Result<Bytes, LoadError> {
 }
 
 fn map_file(path: &Path) -> std::io::Result<Bytes> {
+    // Opening a pipe would block, so the kind is asked for first.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
     let file = File::open(path)?;
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::new());
@@ -192,11 +200,18 @@ fn map_file(path: &Path) -> std::io::Result<Bytes> {
     // another process that rewrites the file can at worst change numbers; truncating a file while it is served ends the
     // process with SIGBUS, as with every program that maps its weights, and the documentation says not to.
     let map = unsafe { Mmap::map(&file)? };
-    // Hints only: the kernel may start reading ahead and use large pages; a refusal changes nothing but speed.
-    let _ = map.advise(Advice::WillNeed);
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(Advice::HugePage);
+    advise(&map);
     Ok(Bytes::from_owner(map))
+}
+
+/// Hints only: the kernel may start reading ahead and use large pages; a refusal changes nothing but speed.
+fn advise(map: &Mmap) {
+    #[cfg(unix)]
+    let _ = map.advise(memmap2::Advice::WillNeed);
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    #[cfg(not(unix))]
+    let _ = map;
 }
 
 fn check_folder(dir: &Path) -> Result<(), LoadError> {

@@ -17,7 +17,7 @@ use crate::{
     error::{LoadError, RequestError},
     model::files::{self, CHAT_TEMPLATE, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
     text::{
-        guard::caught,
+        guard::on_large_stack,
         pyjson::{Style, dumps},
     },
 };
@@ -49,8 +49,8 @@ pub struct ChatPrompt {
 pub const MAX_MESSAGES: usize = 4096;
 /// Largest rendered conversation in bytes.
 pub const MAX_RENDERED_BYTES: usize = 16 << 20;
-/// Instructions of one rendering: well under a second, and some hundred times what a long conversation needs.
-const FUEL: u64 = 20_000_000;
+/// Instructions of one rendering: well under a second. A turn of a conversation needs 20 to 200.
+const FUEL: u64 = 4_000_000;
 /// Nested macro calls. Known templates need under ten.
 const MAX_RECURSION: usize = 100;
 
@@ -77,7 +77,7 @@ impl ChatTemplates {
         let mut environment = environment();
         for (name, source) in &sources {
             let source = neutral_generation_tags(source);
-            caught(|| environment.add_template_owned(name.clone(), source))
+            on_large_stack(|| environment.add_template_owned(name.clone(), source))
                 .unwrap_or_else(|panic| Err(Error::new(ErrorKind::SyntaxError, panic)))
                 .map_err(|error| LoadError::Format {
                     path: path.clone(),
@@ -97,7 +97,7 @@ impl ChatTemplates {
         }
         let name = if prompt.tools.is_some() && self.has_tool_template { TOOL_USE } else { DEFAULT };
         let mut output = Bounded(Vec::new());
-        let rendered = caught(|| {
+        let rendered = on_large_stack(|| {
             let context = context! {
                 messages => Value::from(Serde(&prompt.messages)),
                 tools => Value::from(Serde(&prompt.tools)),
@@ -169,6 +169,8 @@ fn environment() -> Environment<'static> {
     environment.set_formatter(format_like_python);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", tojson);
+    environment.add_filter("escape", escape);
+    environment.add_filter("e", escape);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment
@@ -187,6 +189,12 @@ fn format_like_python(
         _ => return minijinja::escape_formatter(output, state, value),
     };
     output.write_str(word).map_err(Error::from)
+}
+
+/// `markupsafe.escape`, which writes quotes as numbers.
+fn escape(value: &Value) -> String {
+    let text = value.to_string().replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    text.replace('\'', "&#39;").replace('"', "&#34;")
 }
 
 /// The filter of transformers: `json.dumps` without HTML escapes.
@@ -272,6 +280,10 @@ fn sources(
         }
         Some(_) => return Err(bad()),
     };
+    if let Some((name, _)) = sources.iter().find(|(_, source)| source.len() as u64 > MAX_TEMPLATE_BYTES) {
+        let detail = format!("chat template {name:?} is larger than {MAX_TEMPLATE_BYTES} bytes");
+        return Err(LoadError::Format { path, detail });
+    }
     Ok((path, sources))
 }
 
@@ -282,28 +294,26 @@ fn special_tokens(config: &Map<String, serde_json::Value>) -> Value {
         let token = config.get(name)?;
         token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
     };
-    names.into_iter().filter_map(|name| text(&name).map(|token| (name, token))).collect()
+    Value::from_pairs(names.into_iter().filter_map(|name| text(&name).map(|token| (name, token))))
 }
 
 /// `{% generation %}` marks what an assistant wrote, for training. In a prompt it means nothing: it becomes an `if true`.
 fn neutral_generation_tags(source: &str) -> String {
     let mut output = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
+    while let Some((before, tag)) = rest.split_once("{%") {
         output.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
+        output.push_str("{%");
+        rest = tag;
+        let Some((inner, after)) = tag.split_once("%}") else { break };
+        let (word, neutral) = match inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
+            "generation" => ("generation", "if true"),
+            "endgeneration" => ("endgeneration", "endif"),
+            _ => continue,
         };
-        let inner = &tag[2..end];
-        let replacement = match inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
-            "generation" => inner.replacen("generation", "if true", 1),
-            "endgeneration" => inner.replacen("endgeneration", "endif", 1),
-            _ => inner.to_owned(),
-        };
-        output.push_str(&format!("{{%{replacement}%}}"));
-        rest = &tag[end + 2..];
+        output.push_str(&inner.replacen(word, neutral, 1));
+        output.push_str("%}");
+        rest = after;
     }
     output.push_str(rest);
     output

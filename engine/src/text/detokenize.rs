@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     ids::TokenId,
-    text::vocab::{Invalid, TokenTable},
+    text::vocab::{Invalid, TokenKind, TokenTable},
 };
 
 /// Decodes a growing sequence: the deltas put together are exactly what [`TextModel::decode`](super::TextModel::decode)
@@ -42,8 +42,10 @@ impl Detokenizer {
 
     /// As [`Detokenizer::push`], appending to `text`.
     pub fn push_into(&mut self, id: TokenId, text: &mut String) {
-        if !self.include_special && self.table.is_special(id.0) {
-            return;
+        match self.table.kind(id.0) {
+            TokenKind::Absent => return,
+            TokenKind::Special if !self.include_special => return,
+            TokenKind::Text | TokenKind::Special => {}
         }
         let bytes = if self.at_start { self.table.first_bytes(id.0) } else { self.table.bytes(id.0) };
         self.at_start = false;
@@ -60,13 +62,17 @@ impl Detokenizer {
 
     fn drain(&mut self, at_end: bool, text: &mut String) {
         let start = text.len();
-        let mut kept = 0;
+        let (mut read, mut kept) = (0, 0);
         for chunk in self.pending.utf8_chunks() {
             text.push_str(chunk.valid());
             let invalid = chunk.invalid();
-            // `error_len` is `None` for a sequence that more bytes could complete; it can only be the last one.
-            let incomplete = std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
-            if incomplete && !at_end {
+            read += chunk.valid().len() + invalid.len();
+            // At the end of what there is, a sequence without `error_len` is one that more bytes could complete.
+            let is_last = read == self.pending.len();
+            if is_last
+                && !at_end
+                && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none())
+            {
                 kept = invalid.len();
             } else if !invalid.is_empty() {
                 let count = if self.table.invalid == Invalid::PerByte { invalid.len() } else { 1 };

@@ -1,12 +1,34 @@
-//! A fence around foreign code that may panic on hostile input.
+//! Fences around foreign code that may panic or recurse deeply on hostile input.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    thread,
+};
 
 /// Runs `f`; a panic inside becomes `Err` with its message.
 pub(super) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     // What `f` touches is either owned by it or only read, so a panic leaves nothing half-changed behind.
-    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| {
-        let text = panic.downcast_ref::<&str>().copied();
-        text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic").to_owned()
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| message(&*panic))
+}
+
+/// Bytes of stack for [`on_large_stack`]; they are taken from the system only as far as they are used.
+///
+/// A template of the largest accepted size that does nothing but nest operators needs 64 MiB to compile in a debug build, and
+/// one that spends all of its fuel on nesting lists needs as much to drop them: measured by the tests in `tests/text`.
+const LARGE_STACK: usize = 192 << 20;
+
+/// Runs `f` on a thread of its own with so large a stack that recursion which grows with its (limited) input cannot overflow
+/// it: an overflow would end the process. A panic inside becomes `Err` with its message.
+pub(super) fn on_large_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, String> {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().name("chat-template".to_owned()).stack_size(LARGE_STACK);
+        let thread = builder.spawn_scoped(scope, f).map_err(|error| format!("no thread: {error}"))?;
+        thread.join().map_err(|panic| message(&*panic))
     })
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic").to_owned()
 }

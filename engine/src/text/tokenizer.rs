@@ -18,7 +18,7 @@ use crate::{
         chat::{ChatPrompt, ChatTemplates},
         detokenize::Detokenizer,
         guard::caught,
-        vocab::{Pipeline, TokenTable},
+        vocab::{Pipeline, TokenKind, TokenTable},
     },
 };
 
@@ -148,7 +148,7 @@ impl TextModel {
 
     /// Whether a token is special: left out of the text unless asked for.
     pub fn is_special(&self, id: TokenId) -> bool {
-        self.inner.table.is_special(id.0)
+        self.inner.table.kind(id.0) == TokenKind::Special
     }
 
     /// The id of a token by its name in the vocabulary.

@@ -4,7 +4,7 @@
 //! special. So decoding is a table look-up, and streaming it is exact by construction. A decoder for which this does not
 //! hold is refused when the model is loaded.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -182,6 +182,17 @@ pub(super) fn byte_level_alphabet() -> impl Iterator<Item = char> {
     (0..=0x143).filter_map(char::from_u32).filter(|c| char_byte(*c).is_some())
 }
 
+/// What an id of the model's vocabulary is to the tokenizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TokenKind {
+    /// Nothing: the embedding table is larger than the vocabulary. Such an id leaves no trace in a text.
+    Absent,
+    /// Part of the text.
+    Text,
+    /// Part of the text only where special tokens are asked for.
+    Special,
+}
+
 /// Bytes of every token, in one allocation.
 #[derive(Debug)]
 pub(super) struct TokenTable {
@@ -189,7 +200,7 @@ pub(super) struct TokenTable {
     bytes: Vec<u8>,
     /// Tokens that read differently at the start of the text.
     first: HashMap<u32, Box<[u8]>>,
-    special: HashSet<u32>,
+    kinds: Vec<TokenKind>,
     pub(super) invalid: Invalid,
     pub(super) strip_start: Option<(char, usize)>,
 }
@@ -201,7 +212,7 @@ impl TokenTable {
             ends: Vec::with_capacity(vocab_size),
             bytes: Vec::new(),
             first: HashMap::new(),
-            special: HashSet::new(),
+            kinds: vec![TokenKind::Absent; vocab_size],
             invalid: pipeline.invalid(),
             strip_start: pipeline.strip_start,
         };
@@ -212,9 +223,8 @@ impl TokenTable {
                 if let Some(first) = pipeline.first_bytes(&token) {
                     table.first.insert(id, first.into());
                 }
-                if added.is_special_token(&token) {
-                    table.special.insert(id);
-                }
+                let special = added.is_special_token(&token);
+                table.kinds[id as usize] = if special { TokenKind::Special } else { TokenKind::Text };
             }
             table.ends.push(u32::try_from(table.bytes.len()).map_err(|_| "the vocabulary has over 4 GiB")?);
         }
@@ -242,7 +252,8 @@ impl TokenTable {
         }
     }
 
-    pub(super) fn is_special(&self, id: u32) -> bool {
-        self.special.contains(&id)
+    /// What an id is; absent for one outside of the vocabulary.
+    pub(super) fn kind(&self, id: u32) -> TokenKind {
+        self.kinds.get(id as usize).copied().unwrap_or(TokenKind::Absent)
     }
 }

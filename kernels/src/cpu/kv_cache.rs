@@ -23,7 +23,7 @@ impl CpuKvCache {
         if !matches!(shape.dtype, DType::F32 | DType::Bf16) {
             return unsupported(format!("no {:?} cache; choose F32 or Bf16", shape.dtype));
         }
-        if shape.head_dim == 0 || shape.head_dim % 2 != 0 || shape.head_dim > 1024 {
+        if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(2) || shape.head_dim > 1024 {
             return unsupported(format!(
                 "head size {} is not an even number of at most 1024",
                 shape.head_dim

@@ -3,6 +3,7 @@
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
 //! - `buffer`, `weight`, `kv_cache`: memory.
 //! - One file per op: `embedding`, `rmsnorm`, `linear`, `rope`, `attention`, `silu_mul`, `gather`, `sample`.
+//! - [`probe`]: what the machine could do at best.
 //!
 //! For one [`Isa`] and one [`Compute`], results do not depend on the number of threads or on what shares a batch.
 
@@ -17,6 +18,7 @@ mod isa;
 mod kv_cache;
 mod linear;
 mod pool;
+pub mod probe;
 mod rmsnorm;
 mod rope;
 mod sample;

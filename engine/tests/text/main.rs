@@ -1,0 +1,10 @@
+//! Tokenizer, detokeniser, stop strings and chat templates, driven through their public interface.
+
+#![allow(clippy::unwrap_used)]
+
+mod chat;
+mod detokenize;
+mod folder;
+mod hostile;
+mod stop;
+mod tokenizer;

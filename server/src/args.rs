@@ -1,0 +1,315 @@
+//! The command line as typed. The only place that reads environment variables.
+//!
+//! Every option of `serve` can also stand in a TOML file ([`crate::config::file`]) and in the environment. The command line wins
+//! over the environment, the environment over the file, the file over the default. What is read here is checked once, in
+//! [`crate::config`], and nothing else of the program sees it.
+
+use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
+use tidemill_engine::{EngineConfig, model::files::ModelSource};
+
+use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure};
+
+/// An LLM inference engine: continuous batching, streaming over gRPC, immediate aborts.
+///
+/// Without a command it gives a demonstration: it starts the server with the built-in model, streams several prompts at once over
+/// gRPC, aborts one of them, and reports latencies and throughput.
+#[derive(Debug, Parser)]
+#[command(name = "tidemill", version, after_help = EXIT_CODES, after_long_help = examples(MAIN_EXAMPLES), max_term_width = 110)]
+pub struct Cli {
+    /// What to do; none gives the demonstration.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model over gRPC until SIGTERM or SIGINT.
+    #[command(after_help = EXIT_CODES, after_long_help = examples(SERVE_EXAMPLES))]
+    Serve(Box<ServeArgs>),
+    /// Complete one prompt and stream the answer to stdout.
+    #[command(after_help = EXIT_CODES, after_long_help = examples(RUN_EXAMPLES))]
+    Run(Box<RunArgs>),
+}
+
+const MAIN_EXAMPLES: &str = "\
+  tidemill                                   the demonstration
+  tidemill run \"Tell me a short story.\"      one prompt, streamed to stdout
+  tidemill serve --model ./Llama-3.2-1B      a server on 127.0.0.1:50051";
+
+const SERVE_EXAMPLES: &str = "\
+  tidemill serve                                       the built-in model on 127.0.0.1:50051
+  tidemill serve --model ./Llama-3.2-1B --grpc-port 0  a model folder, on a free port (printed)
+  tidemill serve --config tidemill.toml                options from a file, e.g.
+                                                           model = \"./Llama-3.2-1B\"
+                                                           max-num-seqs = 32
+                                                           kv-cache-memory = \"4GiB\"
+  TIDEMILL_API_KEY=secret tidemill serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+  grpcurl -plaintext -d '{\"text\": \"Once\"}' 127.0.0.1:50051 tidemill.v1.Inference/Generate
+
+Every option can be given on the command line, as an environment variable (shown beside it) or in the TOML file, where
+its key is the option's name without dashes in front. The command line wins over the environment, the environment over
+the file.";
+
+const RUN_EXAMPLES: &str = "\
+  tidemill run \"What is a KV cache?\"
+  tidemill run --model ./Llama-3.2-1B --temperature 0 --max-tokens 64 \"The capital of France is\" --raw
+  cat question.txt | tidemill run - --verbose";
+
+fn examples(examples: &str) -> String {
+    format!("Examples:\n{examples}\n\n{EXIT_CODES}")
+}
+
+/// Arithmetic types that can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    /// bfloat16 for models stored in bfloat16, float32 for all others.
+    Auto,
+    /// bfloat16.
+    Bfloat16,
+    /// float32.
+    Float32,
+}
+
+/// Devices that can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    /// The best that this build supports here.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU; not in this build yet.
+    #[value(hide = true)]
+    Cuda,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Options of the model and how it is computed.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// A model folder as it comes from the hub (config.json, tokenizer.json, *.safetensors), or `builtin`.
+    #[arg(long, value_name = "DIR|builtin", default_value = "builtin", env = "TIDEMILL_MODEL", value_parser = model_source)]
+    pub model: ModelSource,
+    /// A Jinja file that replaces the model's own chat template.
+    #[arg(long, value_name = "FILE", env = "TIDEMILL_CHAT_TEMPLATE")]
+    pub chat_template: Option<PathBuf>,
+    /// Arithmetic of the matrix products.
+    #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DTYPE")]
+    pub dtype: DtypeArg,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DEVICE")]
+    pub device: DeviceArg,
+    /// Threads of the CPU backend. Default: one per core.
+    #[arg(long, value_name = "N", env = "TIDEMILL_THREADS")]
+    pub threads: Option<NonZeroUsize>,
+    /// Tokens of prompt and completion together. Default: what the model was made for, or what the KV cache holds.
+    #[arg(long, value_name = "N", env = "TIDEMILL_MAX_MODEL_LEN")]
+    pub max_model_len: Option<NonZeroUsize>,
+    /// Tokens that a step of the engine computes at most; long prompts are read in chunks of this.
+    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_batched_tokens), env = "TIDEMILL_MAX_NUM_BATCHED_TOKENS")]
+    pub max_num_batched_tokens: NonZeroUsize,
+    /// Tokens per block of the KV cache.
+    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().block_size), env = "TIDEMILL_BLOCK_SIZE")]
+    pub block_size: NonZeroUsize,
+    /// Storage of keys and values; `auto` follows --dtype.
+    #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_KV_CACHE_DTYPE")]
+    pub kv_cache_dtype: DtypeArg,
+    /// Memory for keys and values: bytes, or with KiB, MiB, GiB, KB, MB, GB. Default: what a full batch needs, at most 2GiB.
+    #[arg(long, value_name = "SIZE", env = "TIDEMILL_KV_CACHE_MEMORY")]
+    pub kv_cache_memory: Option<ByteSize>,
+}
+
+/// Options of `tidemill serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// A TOML file with options, its keys named as the options here.
+    #[arg(long, value_name = "FILE", env = "TIDEMILL_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The model and how it is computed.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Requests and limits.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Address, credentials.
+    #[command(flatten)]
+    pub network: NetworkArgs,
+    /// Log lines.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// Who is served, and how much at once.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Serving")]
+pub struct LimitArgs {
+    /// The name clients use for the model. Default: the folder's name.
+    #[arg(long, value_name = "NAME", env = "TIDEMILL_SERVED_MODEL_NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub served_model_name: Option<String>,
+    /// Sequences in the batch at once.
+    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_seqs), env = "TIDEMILL_MAX_NUM_SEQS")]
+    pub max_num_seqs: NonZeroUsize,
+    /// Requests that may wait for a place in the batch; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
+    pub max_num_queued_reqs: NonZeroUsize,
+    /// Seconds that running requests get to finish after SIGTERM or SIGINT.
+    #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds)]
+    pub shutdown_timeout: Duration,
+}
+
+/// Address and credentials.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkArgs {
+    /// Name or address to listen on. Others than loopback need --api-key, --tls-client-ca or --insecure-bind.
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1", env = "TIDEMILL_HOST", value_parser = NonEmptyStringValueParser::new())]
+    pub host: String,
+    /// Port of the gRPC server; 0 takes a free one, which is printed.
+    #[arg(long, value_name = "PORT", default_value_t = 50051, env = "TIDEMILL_GRPC_PORT")]
+    pub grpc_port: u16,
+    /// A key that clients must present (`authorization: Bearer KEY`). May be given several times; the variable takes a
+    /// comma-separated list. Prefer the variable or the file: a command line is visible to other users of the machine.
+    #[arg(long, value_name = "KEY", env = "TIDEMILL_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub api_key: Vec<String>,
+    /// Listen on a non-loopback address without any credentials.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
+          env = "TIDEMILL_INSECURE_BIND")]
+    pub insecure_bind: bool,
+    /// Certificate chain of the server, PEM; turns TLS on.
+    #[arg(long, value_name = "FILE", env = "TIDEMILL_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, PEM.
+    #[arg(long, value_name = "FILE", env = "TIDEMILL_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// Authority whose certificates clients must present, PEM; turns mutual TLS on.
+    #[arg(long, value_name = "FILE", env = "TIDEMILL_TLS_CLIENT_CA")]
+    pub tls_client_ca: Option<PathBuf>,
+}
+
+/// Log lines, on stderr.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logging")]
+pub struct LogArgs {
+    /// How log lines look.
+    #[arg(long, value_enum, default_value = "text", env = "TIDEMILL_LOG_FORMAT")]
+    pub log_format: LogFormat,
+    /// error, warn, info, debug, trace, or directives such as `info,h2=debug`.
+    #[arg(long, value_name = "LEVEL", default_value = "info", env = "TIDEMILL_LOG_LEVEL")]
+    pub log_level: String,
+}
+
+/// Options of `tidemill run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The prompt; `-` reads it from stdin.
+    #[arg(value_name = "PROMPT")]
+    pub prompt: String,
+    /// Complete the prompt as it is, without the chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// Report tokens and times on stderr.
+    #[arg(long, short)]
+    pub verbose: bool,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// The model and how it is computed.
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// How tokens are chosen. What is absent comes from the model's generation_config.json.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// 0 is greedy.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep the most likely tokens with this probability together.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Keep so many of the most likely tokens; 0 keeps all.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Tokens to generate at most.
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u32>,
+    /// Same seed, same answer.
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+    /// A string that ends the answer; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// Reads the command line, the environment and, for `serve`, the configuration file.
+///
+/// # Errors
+/// [`ParseError::Clap`] for what clap reports (help and version among them); [`ParseError::File`] for the file.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, ParseError> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let mut command = Cli::command();
+    let matches = command.try_get_matches_from_mut(&arguments)?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    let path = match &cli.command {
+        Some(Command::Serve(args)) => args.config.as_deref(),
+        _ => None,
+    };
+    let Some(path) = path else { return Ok(cli) };
+    let command = file::with_defaults(Cli::command(), "serve", path).map_err(ParseError::File)?;
+    let matches = command.try_get_matches_from(&arguments)?;
+    Ok(Cli::from_arg_matches(&matches)?)
+}
+
+/// Why the arguments were not accepted.
+#[derive(Debug)]
+pub enum ParseError {
+    /// In clap's words.
+    Clap(clap::Error),
+    /// The configuration file.
+    File(Failure),
+}
+
+impl From<clap::Error> for ParseError {
+    fn from(error: clap::Error) -> Self {
+        Self::Clap(error)
+    }
+}
+
+/// Whether people asked for no colours; see <https://no-color.org>.
+pub fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+fn model_source(value: &str) -> Result<ModelSource, String> {
+    match value {
+        "" => Err("name a model folder, or `builtin`".into()),
+        "builtin" => Ok(ModelSource::Builtin),
+        dir => Ok(ModelSource::Dir(dir.into())),
+    }
+}
+
+fn seconds(value: &str) -> Result<Duration, String> {
+    let seconds: f64 = value.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+fn engine_defaults() -> EngineConfig {
+    EngineConfig::new(ModelSource::Builtin)
+}
+
+fn size(value: usize) -> NonZeroUsize {
+    NonZeroUsize::new(value).unwrap_or(NonZeroUsize::MIN)
+}

@@ -1,0 +1,66 @@
+//! What the program was asked to do, checked: the rest of it trusts these structs.
+
+pub mod file;
+mod run;
+mod serve;
+pub mod size;
+
+pub use run::{PromptSource, RunConfig};
+pub use serve::{GrpcConfig, ServeConfig, TlsConfig};
+
+use tidemill_engine::{ComputeDtype, DType, EngineConfig};
+
+use crate::{
+    args::{Cli, Command, DeviceArg, DtypeArg, ModelArgs},
+    exit::Failure,
+};
+
+/// One thing to do.
+#[derive(Debug)]
+pub enum Invocation {
+    /// The demonstration.
+    Demo,
+    /// The server.
+    Serve(Box<ServeConfig>),
+    /// One prompt.
+    Run(Box<RunConfig>),
+}
+
+impl Invocation {
+    /// Checks arguments.
+    ///
+    /// # Errors
+    /// What is wrong and what to do, as wrong usage.
+    pub fn from_args(cli: Cli) -> Result<Self, Failure> {
+        Ok(match cli.command {
+            None => Self::Demo,
+            Some(Command::Serve(args)) => Self::Serve(Box::new(ServeConfig::from_args(*args)?)),
+            Some(Command::Run(args)) => Self::Run(Box::new(RunConfig::from_args(*args)?)),
+        })
+    }
+}
+
+/// The engine's configuration as far as the model's options determine it.
+fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
+    if args.device == DeviceArg::Cuda {
+        return Err(Failure::usage("--device: cuda is not in this build yet; use --device cpu, or leave it out"));
+    }
+    let mut config = EngineConfig::new(args.model);
+    config.chat_template = args.chat_template;
+    config.dtype = match args.dtype {
+        DtypeArg::Auto => ComputeDtype::Auto,
+        DtypeArg::Bfloat16 => ComputeDtype::Bf16,
+        DtypeArg::Float32 => ComputeDtype::F32,
+    };
+    config.kv_cache_dtype = match args.kv_cache_dtype {
+        DtypeArg::Auto => None,
+        DtypeArg::Bfloat16 => Some(DType::Bf16),
+        DtypeArg::Float32 => Some(DType::F32),
+    };
+    config.threads = args.threads.map(Into::into);
+    config.max_model_len = args.max_model_len.map(Into::into);
+    config.max_num_batched_tokens = args.max_num_batched_tokens.into();
+    config.block_size = args.block_size.into();
+    config.kv_cache_memory = args.kv_cache_memory.map(|size| size.0);
+    Ok(config)
+}

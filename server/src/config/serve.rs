@@ -1,0 +1,120 @@
+//! What `tidemill serve` needs.
+
+use std::{
+    fs,
+    net::{SocketAddr, ToSocketAddrs},
+    path::Path,
+    time::Duration,
+};
+
+use tidemill_engine::EngineConfig;
+
+use super::engine_config;
+use crate::{
+    args::{NetworkArgs, ServeArgs},
+    exit::Failure,
+    grpc::auth::ApiKeys,
+    logging::LogConfig,
+};
+
+/// A server to start.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// The engine behind it.
+    pub engine: EngineConfig,
+    /// The gRPC server.
+    pub grpc: GrpcConfig,
+    /// Log lines.
+    pub log: LogConfig,
+}
+
+/// Where and for whom to listen.
+#[derive(Debug, Clone)]
+pub struct GrpcConfig {
+    /// Candidates; the first that can be bound is used.
+    pub addresses: Vec<SocketAddr>,
+    /// Keys that clients must present; none lets everyone in.
+    pub keys: ApiKeys,
+    /// TLS, if wanted.
+    pub tls: Option<TlsConfig>,
+    /// What running requests get to finish when the server shuts down.
+    pub shutdown_timeout: Duration,
+}
+
+impl GrpcConfig {
+    /// An open server on a free port of the loopback interface.
+    pub fn loopback() -> Self {
+        Self {
+            addresses: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
+            keys: ApiKeys::default(),
+            tls: None,
+            shutdown_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Certificates, PEM.
+#[derive(Clone)]
+pub struct TlsConfig {
+    /// The server's chain.
+    pub certificate: Vec<u8>,
+    /// Its private key.
+    pub key: Vec<u8>,
+    /// The authority of the clients' certificates.
+    pub client_ca: Option<Vec<u8>>,
+}
+
+impl std::fmt::Debug for TlsConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsConfig").field("client_ca", &self.client_ca.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl ServeConfig {
+    /// Checks the arguments.
+    ///
+    /// # Errors
+    /// What is wrong and what to do, as wrong usage.
+    pub fn from_args(args: ServeArgs) -> Result<Self, Failure> {
+        let mut engine = engine_config(args.model)?;
+        engine.served_model_name = args.limits.served_model_name;
+        engine.max_num_seqs = args.limits.max_num_seqs.into();
+        engine.max_num_queued_reqs = args.limits.max_num_queued_reqs.into();
+        let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
+        Ok(Self { engine, grpc: grpc_config(args.network, args.limits.shutdown_timeout)?, log })
+    }
+}
+
+fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConfig, Failure> {
+    let keys = ApiKeys::new(args.api_key)?;
+    let tls = tls_config(args.tls_cert.as_deref(), args.tls_key.as_deref(), args.tls_client_ca.as_deref())?;
+    let addresses: Vec<SocketAddr> = (args.host.as_str(), args.grpc_port)
+        .to_socket_addrs()
+        .map_err(|error| Failure::usage(format_args!("--host {:?} cannot be resolved: {error}", args.host)))?
+        .collect();
+    let loopback = addresses.iter().all(|address| address.ip().is_loopback());
+    let closed = !keys.is_empty() || tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+    if !loopback && !closed && !args.insecure_bind {
+        return Err(Failure::usage(format_args!(
+            "--host {:?} can be reached from other machines, and nothing keeps strangers out; set --api-key (or \
+             TIDEMILL_API_KEY) or --tls-client-ca, or say --insecure-bind if the network is trusted",
+            args.host
+        )));
+    }
+    Ok(GrpcConfig { addresses, keys, tls, shutdown_timeout })
+}
+
+fn tls_config(cert: Option<&Path>, key: Option<&Path>, ca: Option<&Path>) -> Result<Option<TlsConfig>, Failure> {
+    let read = |option: &str, path: &Path| {
+        fs::read(path).map_err(|error| Failure::usage(format_args!("{option} {}: {error}", path.display())))
+    };
+    match (cert, key, ca) {
+        (None, None, None) => Ok(None),
+        (Some(cert), Some(key), ca) => Ok(Some(TlsConfig {
+            certificate: read("--tls-cert", cert)?,
+            key: read("--tls-key", key)?,
+            client_ca: ca.map(|ca| read("--tls-client-ca", ca)).transpose()?,
+        })),
+        _ => Err(Failure::usage("TLS needs both --tls-cert and --tls-key; --tls-client-ca needs them too")),
+    }
+}

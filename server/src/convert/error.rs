@@ -1,0 +1,101 @@
+//! Errors of the engine as gRPC statuses with details. Nothing internal leaks, nothing outgrows a client's header limit.
+
+use tidemill_engine::{ErrorCode, RequestError, Violation, ids::RequestId};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::grpc::panics::INTERNAL;
+
+/// Most field violations that one status carries.
+const MAX_VIOLATIONS: usize = 8;
+/// Longest message in bytes. Clients accept some 8 KiB of headers, and percent-encoding can triple a message.
+const MAX_MESSAGE_BYTES: usize = 512;
+
+/// The status of an error, for the request with this id.
+pub fn status(error: &RequestError, id: &RequestId) -> Status {
+    let code = match error.code() {
+        ErrorCode::InvalidArgument => Code::InvalidArgument,
+        ErrorCode::FailedPrecondition => Code::FailedPrecondition,
+        ErrorCode::NotFound => Code::NotFound,
+        ErrorCode::AlreadyExists => Code::AlreadyExists,
+        ErrorCode::ResourceExhausted => Code::ResourceExhausted,
+        ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorCode::Internal => Code::Internal,
+    };
+    let mut details = ErrorDetails::new();
+    if id.as_str().len() <= RequestId::MAX_BYTES {
+        details.set_request_info(id.as_str(), "");
+    }
+    let message = match error {
+        RequestError::Invalid(violations) => {
+            return invalid(violations, details);
+        }
+        RequestError::QueueFull { retry_after, .. } => {
+            details.set_retry_info(Some(*retry_after));
+            error.to_string()
+        }
+        // Reasons and panics are for the log.
+        RequestError::EngineStopped(reason) => {
+            tracing::error!(request_id = ?id.as_str(), reason, "the engine has stopped");
+            "the engine has stopped; send the request to another replica".into()
+        }
+        RequestError::Internal(reason) => {
+            tracing::error!(request_id = ?id.as_str(), reason, "internal error");
+            INTERNAL.into()
+        }
+        other => other.to_string(),
+    };
+    Status::with_error_details(code, shortened(&message), details)
+}
+
+fn invalid(violations: &[Violation], mut details: ErrorDetails) -> Status {
+    let shown = &violations[..violations.len().min(MAX_VIOLATIONS)];
+    for violation in shown {
+        details.add_bad_request_violation(violation.field, shortened(&violation.message));
+    }
+    let lines: Vec<String> = shown.iter().map(Violation::to_string).collect();
+    let message = shortened(&lines.join("; "));
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// At most [`MAX_MESSAGE_BYTES`] of a text, cut at a character.
+fn shortened(text: &str) -> String {
+    if text.len() <= MAX_MESSAGE_BYTES {
+        return text.to_owned();
+    }
+    let mut end = MAX_MESSAGE_BYTES;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}…", &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_fits_into_a_clients_header_list_whatever_the_error_holds() {
+        let id = RequestId::new("r");
+        let asked = "é".repeat(1 << 20);
+        let violations = vec![Violation { field: "sampling.logit_bias", message: "é".repeat(4000) }; 1024];
+        for error in [
+            RequestError::ModelNotFound { asked, served: "m".into() },
+            RequestError::Invalid(violations),
+        ] {
+            let status = status(&error, &id);
+            assert!(status.message().len() <= MAX_MESSAGE_BYTES + 3);
+            assert!(status.details().len() < 5 << 10, "{}", status.details().len());
+        }
+    }
+
+    #[test]
+    fn reasons_and_panics_do_not_leave_the_server() {
+        let id = RequestId::new("r");
+        for error in [RequestError::Internal("secret".into()), RequestError::EngineStopped("secret".into())] {
+            let status = status(&error, &id);
+            assert!(!status.message().contains("secret"), "{status:?}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! What is loaded, for the wire.
+
+use tidemill_engine::ModelInfo;
+use tidemill_proto::v1;
+
+/// A loaded model and its limits.
+pub fn model_response(info: &ModelInfo) -> v1::GetModelResponse {
+    let defaults = &info.defaults;
+    v1::GetModelResponse {
+        served_model_name: info.served_model_name.clone(),
+        architecture: info.architecture.clone(),
+        num_parameters: info.num_parameters,
+        vocab_size: info.vocab_size as u32,
+        max_model_len: info.max_model_len as u32,
+        device: info.device.clone(),
+        dtype: info.dtype.to_owned(),
+        kv_cache_dtype: info.kv_cache_dtype.to_owned(),
+        block_size: info.block_size as u32,
+        num_kv_blocks: info.num_kv_blocks as u32,
+        max_num_seqs: info.max_num_seqs as u32,
+        max_num_batched_tokens: info.max_num_batched_tokens as u32,
+        eos_token_ids: info.eos_token_ids.iter().map(|id| id.0).collect(),
+        has_chat_template: info.has_chat_template,
+        default_sampling: Some(v1::SamplingParams {
+            temperature: defaults.temperature,
+            top_k: defaults.top_k,
+            top_p: defaults.top_p,
+            min_p: defaults.min_p,
+            repetition_penalty: defaults.repetition_penalty,
+            max_tokens: defaults.max_new_tokens,
+            ..v1::SamplingParams::default()
+        }),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        weight_bytes_per_step: info.weight_bytes_per_step,
+    }
+}

@@ -1,0 +1,133 @@
+//! `tidemill.v1.Control`.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::stream;
+use tidemill_engine::{EngineHandle, RequestError, ids::RequestId};
+use tidemill_proto::v1::{self, control_server::Control};
+use tokio::time::{MissedTickBehavior, interval};
+use tonic::{Request, Response, Status};
+
+use super::{
+    call::Call,
+    lifecycle::{Lifecycle, Phase},
+    stream::ResponseStream,
+};
+use crate::convert;
+
+/// Operates the engine.
+#[derive(Debug)]
+pub struct ControlService {
+    lifecycle: Arc<Lifecycle>,
+    grace: Duration,
+}
+
+impl ControlService {
+    /// A service over the server's engine; `grace` is what `Drain` waits when its caller does not say.
+    pub fn new(lifecycle: Arc<Lifecycle>, grace: Duration) -> Self {
+        Self { lifecycle, grace }
+    }
+
+    async fn drain_for(&self, grace: Result<Duration, RequestError>, id: &RequestId) -> Result<v1::DrainResponse, Status> {
+        let to_status = |error: RequestError| convert::status(&error, id);
+        let (engine, grace) = (self.lifecycle.engine()?, grace.map_err(to_status)?);
+        // The engine drains even if the caller does not wait for it.
+        self.lifecycle.enter(Phase::Draining).await;
+        engine.drain(grace).await.map(convert::drain_response).map_err(to_status)
+    }
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        let id = RequestId::new(request.into_inner().request_id);
+        let call = Call::start("Abort", id.clone());
+        let result = match self.lifecycle.engine() {
+            Ok(_) if id.as_str().is_empty() || id.as_str().len() > RequestId::MAX_BYTES => {
+                let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
+                Err(convert::status(&RequestError::invalid("request_id", message), &id))
+            }
+            Ok(engine) => match engine.abort(id.clone()).await {
+                Ok(receipt) => {
+                    tracing::debug!(request_id = ?id.as_str(), ?receipt, "abort");
+                    Ok(convert::abort_response(&receipt))
+                }
+                Err(error) => Err(convert::status(&error, &id)),
+            },
+            Err(status) => Err(status),
+        };
+        call.end(result)
+    }
+
+    async fn get_stats(
+        &self,
+        _: Request<v1::GetStatsRequest>,
+    ) -> Result<Response<v1::GetStatsResponse>, Status> {
+        let call = Call::start("GetStats", RequestId::random());
+        let stats = |engine: &EngineHandle| v1::GetStatsResponse { stats: Some(convert::stats(&engine.stats())) };
+        call.end(self.lifecycle.engine().map(stats))
+    }
+
+    type WatchStatsStream = ResponseStream<v1::WatchStatsResponse>;
+
+    async fn watch_stats(
+        &self,
+        request: Request<v1::WatchStatsRequest>,
+    ) -> Result<Response<Self::WatchStatsStream>, Status> {
+        let mut call = Call::start("WatchStats", RequestId::random());
+        let every = request.into_inner().interval_ms.unwrap_or(1000);
+        if !(10..=60_000).contains(&every) {
+            let error = RequestError::invalid("interval_ms", format!("{every} is not in [10, 60000]"));
+            let status = convert::status(&error, call.id());
+            return Err(call.fail(status));
+        }
+        let engine = match self.lifecycle.engine() {
+            Ok(engine) => engine.clone(),
+            Err(status) => return Err(call.fail(status)),
+        };
+        let response = call.respond(());
+        let readings = Readings { engine, every: Duration::from_millis(every.into()), lifecycle: self.lifecycle.clone(), call };
+        Ok(response.map(|()| readings.into_stream()))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let call = Call::start("Drain", RequestId::random());
+        let grace = match request.into_inner().timeout_seconds {
+            None => Ok(self.grace),
+            Some(seconds) => Duration::try_from_secs_f64(seconds).map_err(|_| {
+                RequestError::invalid("timeout_seconds", format!("{seconds} is not a time to wait; use 0 or more"))
+            }),
+        };
+        let result = self.drain_for(grace, call.id()).await;
+        call.end(result)
+    }
+}
+
+/// Statistics at an interval, until the client goes or the server stops.
+struct Readings {
+    engine: EngineHandle,
+    every: Duration,
+    lifecycle: Arc<Lifecycle>,
+    call: Call,
+}
+
+impl Readings {
+    fn into_stream(self) -> ResponseStream<v1::WatchStatsResponse> {
+        let mut ticks = interval(self.every);
+        // A reader that was slow gets the present, not the past.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        Box::pin(stream::unfold((self, ticks), |(mut readings, mut ticks)| async {
+            tokio::select! {
+                biased;
+                () = readings.lifecycle.stopped() => {
+                    readings.call.succeed();
+                    None
+                }
+                _ = ticks.tick() => {
+                    let stats = Some(convert::stats(&readings.engine.stats()));
+                    Some((Ok(v1::WatchStatsResponse { stats }), (readings, ticks)))
+                }
+            }
+        }))
+    }
+}

@@ -1,0 +1,180 @@
+//! `tidemill.v1.Inference`.
+
+use std::{sync::Arc, time::Instant};
+
+use tidemill_engine::{
+    EngineHandle, Generation, RequestError,
+    ids::RequestId,
+    request::ValidatedRequest,
+    text::TextModel,
+};
+use tidemill_proto::v1::{self, inference_server::Inference};
+use tonic::{Request, Response, Status};
+
+use super::{
+    call::Call,
+    deadline::Deadline,
+    lifecycle::{Lifecycle, Phase},
+    stream::{Answer, ResponseStream},
+    texts::TextWorkers,
+};
+use crate::convert::{self, ResponseWriter};
+
+/// Turns prompts into tokens.
+#[derive(Debug)]
+pub struct InferenceService {
+    lifecycle: Arc<Lifecycle>,
+    texts: TextWorkers,
+}
+
+impl InferenceService {
+    /// A service over the server's engine.
+    pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
+        Self { lifecycle, texts: TextWorkers::new() }
+    }
+
+    /// Checks a request and hands it to the engine.
+    async fn admit(
+        &self,
+        id: RequestId,
+        request: v1::GenerateRequest,
+        deadline: Option<Instant>,
+    ) -> Result<(Generation, Admitted), Refused> {
+        let engine = self.lifecycle.engine().map_err(Refused::Status)?.clone();
+        // Asked again by the engine; here it saves the time to encode the prompt.
+        if self.lifecycle.phase() > Phase::Ready {
+            return Err(Refused::Error(RequestError::Draining));
+        }
+        let validated = self.texts.run(move || validate(&engine, id, request, deadline).map(|v| (engine, v))).await;
+        let (engine, validated) = validated.map_err(Refused::Error)?;
+        let admitted = Admitted {
+            prompt_tokens: validated.prompt().len(),
+            prompt_logprobs: validated.sampling().prompt_logprobs.is_some(),
+        };
+        let generation = engine.submit(validated).map_err(Refused::Error)?;
+        Ok((generation, admitted))
+    }
+
+    /// Text work of a unary call.
+    async fn with_text<T: Send + 'static>(
+        &self,
+        call: &Call,
+        work: impl FnOnce(&TextModel, &EngineHandle) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let engine = self.lifecycle.engine()?.clone();
+        let result = self.texts.run(move || work(engine.text(), &engine)).await;
+        result.map_err(|error| convert::status(&error, call.id()))
+    }
+}
+
+/// What the stream of an admitted request needs to know of it.
+struct Admitted {
+    prompt_tokens: usize,
+    prompt_logprobs: bool,
+}
+
+/// Why a request did not come to the engine.
+enum Refused {
+    Error(RequestError),
+    Status(Status),
+}
+
+fn validate(
+    engine: &EngineHandle,
+    id: RequestId,
+    request: v1::GenerateRequest,
+    deadline: Option<Instant>,
+) -> Result<ValidatedRequest, RequestError> {
+    let mut request = convert::generate_request(id, request)?;
+    request.deadline = deadline;
+    engine.validate(request)
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = ResponseStream<v1::GenerateResponse>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
+        let request = request.into_inner();
+        let id = match request.request_id.as_str() {
+            "" => RequestId::random(),
+            id => RequestId::new(id),
+        };
+        let mut call = Call::start("Generate", id.clone());
+        match self.admit(id.clone(), request, deadline).await {
+            Ok((generation, admitted)) => {
+                call.prompt_tokens(admitted.prompt_tokens);
+                let response = call.respond(());
+                let writer = ResponseWriter::new(id, admitted.prompt_logprobs);
+                let answer = Answer { generation, writer, call };
+                Ok(response.map(|()| answer.into_stream()))
+            }
+            Err(Refused::Error(error)) => Err(call.fail(convert::status(&error, &id))),
+            Err(Refused::Status(status)) => Err(call.fail(status)),
+        }
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let call = Call::start("Tokenize", RequestId::random());
+        let request = request.into_inner();
+        let result = self.with_text(&call, |text, engine| tokenize(text, engine, request)).await;
+        call.end(result)
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let call = Call::start("Detokenize", RequestId::random());
+        let request = request.into_inner();
+        let work = move |text: &TextModel, _: &EngineHandle| {
+            let ids = convert::token_ids(request.token_ids);
+            Ok(v1::DetokenizeResponse { text: text.decode(&ids, request.include_special_tokens)? })
+        };
+        let result = self.with_text(&call, work).await;
+        call.end(result)
+    }
+
+    async fn get_model(
+        &self,
+        _: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
+        let call = Call::start("GetModel", RequestId::random());
+        let model = self.lifecycle.engine().map(|engine| convert::model_response(engine.info()));
+        call.end(model)
+    }
+}
+
+/// Longest text in bytes that `Tokenize` encodes: some seconds of work.
+const MAX_TOKENIZE_BYTES: usize = 4 << 20;
+
+fn tokenize(
+    text: &TextModel,
+    engine: &EngineHandle,
+    request: v1::TokenizeRequest,
+) -> Result<v1::TokenizeResponse, RequestError> {
+    use v1::tokenize_request::Input;
+    let (field, content, add_special) = match request.input {
+        Some(Input::Text(content)) => ("text", content, request.add_special_tokens.unwrap_or(true)),
+        // The template writes special tokens itself.
+        Some(Input::Chat(chat)) => ("chat", text.render_chat(&convert::chat_prompt(chat, "chat")?)?, false),
+        None => return Err(RequestError::invalid("input", "is absent; set text or chat")),
+    };
+    if content.len() > MAX_TOKENIZE_BYTES {
+        let message = format!("has {} bytes; at most {MAX_TOKENIZE_BYTES} are encoded", content.len());
+        return Err(RequestError::invalid(field, message));
+    }
+    let ids = text.encode(&content, add_special)?;
+    Ok(v1::TokenizeResponse {
+        token_ids: ids.into_iter().map(|id| id.0).collect(),
+        text: content,
+        max_model_len: engine.info().max_model_len as u32,
+    })
+}

@@ -1,0 +1,21 @@
+//! The gRPC front end: `tidemill.v1`, health checks and reflection on one port.
+
+pub mod auth;
+mod call;
+mod control;
+mod deadline;
+mod incoming;
+mod inference;
+mod lifecycle;
+pub mod panics;
+mod server;
+mod stream;
+mod texts;
+
+pub use lifecycle::Phase;
+pub use server::Server;
+
+/// A refusal as an HTTP response, for the layers in front of the services.
+fn refusal(status: tonic::Status) -> axum::response::Response {
+    status.into_http()
+}

@@ -1,0 +1,122 @@
+//! `tidemill serve`: from the bound port to the exit code.
+
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
+
+use tidemill_engine::{EngineConfig, EngineHandle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::{
+    config::GrpcConfig,
+    exit::{Exit, Failure},
+    grpc::Server,
+    loading,
+};
+
+/// What clients get to take the last messages when the server ends.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// Serves until a signal or the engine's death.
+///
+/// # Errors
+/// Each with its exit code.
+pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure> {
+    let mut signals = Signals::new()?;
+    let server = Server::bind(&grpc).await?;
+    tracing::info!(address = %server.address(), "bound; loading the model");
+    let engine = tokio::select! {
+        engine = loading::load(engine) => engine?,
+        name = signals.next() => {
+            tracing::info!(signal = name, "ended while loading");
+            server.stop(FLUSH).await;
+            return Ok(());
+        }
+    };
+    server.ready(engine.handle()).await;
+    announce(&server, &engine.handle());
+    let end = until_the_end(&server, &engine.handle(), &mut signals, grpc.shutdown_timeout).await;
+    match &end {
+        Err(failure) if failure.exit == Exit::Interrupted => std::mem::forget(engine),
+        _ => {
+            server.stop(FLUSH).await;
+            drop(engine);
+        }
+    }
+    end
+}
+
+/// Waits for a signal and drains; an engine that dies ends the server too.
+async fn until_the_end(
+    server: &Server,
+    engine: &EngineHandle,
+    signals: &mut Signals,
+    grace: Duration,
+) -> Result<(), Failure> {
+    let died = |reason: String| {
+        Failure::new(Exit::EngineDied, format_args!("the engine died: {reason}; restart the server, and report this"))
+    };
+    tokio::select! {
+        reason = engine.stopped() => return Err(died(reason)),
+        name = signals.next() => tracing::info!(signal = name, grace_seconds = grace.as_secs_f64(), "draining"),
+    }
+    server.refuse_new_requests().await;
+    tokio::select! {
+        drained = engine.drain(grace) => match drained {
+            Ok(drained) => {
+                tracing::info!(finished = drained.finished, cut_off = drained.cut_off, "drained");
+                Ok(())
+            }
+            Err(error) => Err(died(error.to_string())),
+        },
+        name = signals.next() => Err(Failure::new(
+            Exit::Interrupted,
+            format_args!("a second signal ({name}) ended the server before its requests were done"),
+        )),
+    }
+}
+
+/// Says on stdout where the server listens, for scripts, and in the log what it serves.
+fn announce(server: &Server, engine: &EngineHandle) {
+    let info = engine.info();
+    tracing::info!(
+        model = info.served_model_name,
+        device = info.device,
+        dtype = info.dtype,
+        max_model_len = info.max_model_len,
+        kv_blocks = info.num_kv_blocks,
+        block_size = info.block_size,
+        max_num_seqs = info.max_num_seqs,
+        "ready"
+    );
+    let mut stdout = io::stdout();
+    // A closed stdout is no reason not to serve.
+    drop(writeln!(stdout, "listening on {}", server.address()));
+    drop(stdout.flush());
+}
+
+/// SIGTERM and SIGINT.
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on the two no longer end the process by themselves.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn new() -> Result<Self, Failure> {
+        let listen = |kind| signal(kind).map_err(|error| Failure::runtime(format_args!("cannot listen to signals: {error}")));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    /// The name of the next signal.
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
