@@ -34,10 +34,10 @@ const ABORT_AFTER: usize = 64;
 const FLUSH: Duration = Duration::from_secs(1);
 
 const NEXT_STEPS: &str = "
-  tidemill run \"Tell me a story about an owl.\"     one prompt on the command line
-  tidemill serve                                   a gRPC server on 127.0.0.1:50051 with the built-in model
-  tidemill serve --model DIR                       the same with a model folder from the hub
-  tidemill serve --help                            every option, with examples";
+  tidemill run \"Tell me a story about an owl.\"   one prompt on the command line
+  tidemill serve                                 a gRPC server on 127.0.0.1:50051
+  tidemill serve --model DIR                     the same with a model from the hub
+  tidemill serve --help                          every option, with examples";
 
 /// Shows what Tidemill does, within seconds.
 ///
@@ -85,8 +85,8 @@ async fn describe(channel: &Channel, server: &Server, loaded: Duration) -> Resul
     let mut client = InferenceClient::new(channel.clone());
     let model = client.get_model(GetModelRequest {}).await.map_err(Failure::runtime)?.into_inner();
     say(&format!(
-        "\nThe built-in model: {}, {:.1} M parameters in {} on {}; loaded in {:.2} s.\nIt is tiny, and here to show the \
-         engine, not to be right. gRPC server on {}; {} chat prompts stream at once:\n",
+        "\nThe built-in model: {}, {:.1} M parameters in {} on\n{}; loaded in {:.2} s. It is tiny, and here to\nshow \
+         the engine, not to be right.\n\ngRPC server on {}; {} chat prompts stream at once:\n",
         model.served_model_name,
         model.num_parameters as f64 / 1e6,
         model.dtype,
@@ -150,13 +150,16 @@ impl Show {
                 }
                 Event::Aborted(abort) => {
                     if let Ok(abort) = &abort {
-                        screen.say(&format!("  {} {}", self.style.bold("abort    "), receipt(abort)));
+                        let [what, freed] = receipt(abort);
+                        screen.say(&format!("  {} {what}", self.style.bold("abort    ")));
+                        screen.say(&format!("            {freed}"));
                     }
                     self.abort = Some(abort);
                 }
             }
         }
         self.wall = started.elapsed();
+        screen.close();
     }
 
     /// The engine's statistics when it has come to rest.
@@ -181,7 +184,7 @@ impl Show {
             last,
             wall: self.wall,
         };
-        say(&format!("\n{}", findings.table(self.style)))?;
+        say(&findings.table(self.style))?;
         say(&format!(
             "  KV blocks at the end: {} of {} free; {} steps of the engine in all",
             last.kv_blocks_free, last.kv_blocks_total, last.steps_total

@@ -95,19 +95,21 @@ pub fn ending(finish: FinishReason) -> &'static str {
     }
 }
 
-/// The receipt of an abort, and the blocks around it.
-pub fn receipt(abort: &Abort) -> String {
+/// The receipt of an abort, and the blocks around it, in two lines.
+pub fn receipt(abort: &Abort) -> [String; 2] {
     let receipt = &abort.receipt;
-    format!(
-        "Control.Abort({:?}) in {}: {} tokens made, {} KV blocks and {} row free again in {:.0} µs; blocks in use {} → {} of {}",
-        receipt.request_id,
-        receipt.stage().as_str_name().trim_start_matches("ABORT_STAGE_").to_lowercase(),
-        receipt.completion_tokens,
-        receipt.blocks_freed,
-        receipt.rows_freed,
-        receipt.seconds_to_free * 1e6,
-        abort.before.kv_blocks_owned,
-        abort.after.kv_blocks_owned,
-        abort.before.kv_blocks_total,
-    )
+    let stage = receipt.stage().as_str_name().trim_start_matches("ABORT_STAGE_").to_lowercase();
+    let tokens = receipt.completion_tokens;
+    [
+        format!("Control.Abort({:?}) took effect in {stage}, after {tokens} tokens:", receipt.request_id),
+        format!(
+            "{} KV blocks and {} row free in {:.0} µs; blocks in use {} → {} of {}",
+            receipt.blocks_freed,
+            receipt.rows_freed,
+            receipt.seconds_to_free * 1e6,
+            abort.before.kv_blocks_owned,
+            abort.after.kv_blocks_owned,
+            abort.before.kv_blocks_total,
+        ),
+    ]
 }

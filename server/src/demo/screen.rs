@@ -96,6 +96,15 @@ impl Screen {
     }
 }
 
+impl Screen {
+    /// The live lines make way for what follows.
+    pub fn close(self) {
+        // Fails only when stdout does.
+        drop(self.live.clear());
+        drop(writeln!(io::stdout()));
+    }
+}
+
 impl Shown {
     /// Prints what fills lines and keeps the rest.
     fn print_full_lines(&mut self, width: usize) {

@@ -1,0 +1,190 @@
+//! `Control` over the wire: aborts at every stage, gone clients, statistics, drain.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Harness, endless, greedy, narrow, text};
+use tidemill_proto::v1::{
+    AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, WatchStatsRequest, inference_client::InferenceClient,
+};
+use tonic::Code;
+
+#[tokio::test]
+async fn an_abort_in_decode_frees_everything_ends_the_stream_and_gives_a_receipt() {
+    let mut harness = Harness::start().await;
+    let stream = harness.started(endless("victim")).await;
+    let owned = harness.until("decoding", |stats| stats.kv_blocks_owned >= 8).await.kv_blocks_owned;
+    let receipt = harness.abort("victim").await;
+    assert_eq!(receipt.stage(), AbortStage::Decode);
+    assert!(receipt.blocks_freed >= owned && receipt.rows_freed == 8, "{owned} {receipt:?}");
+    assert!(receipt.completion_tokens > 0 && receipt.seconds_to_free < 0.1, "{receipt:?}");
+    assert_eq!(harness.stats().await.kv_blocks_owned, 0, "free when the receipt is there");
+    let mut stream = stream;
+    let (mut ends, mut tokens) = (0, 0);
+    while let Some(message) = stream.message().await.unwrap() {
+        if message.finish_reason() != FinishReason::Unspecified {
+            assert_eq!(message.finish_reason(), FinishReason::Abort);
+            tokens += message.usage.unwrap().completion_tokens;
+            ends += 1;
+        }
+    }
+    assert_eq!(ends, 8, "each completion ends, and the stream with status OK");
+    assert_eq!(tokens, receipt.completion_tokens);
+    let again = harness.abort("victim").await;
+    assert_eq!((again.stage(), again.blocks_freed), (AbortStage::Finished, 0));
+    assert_eq!(again.completion_tokens, receipt.completion_tokens);
+    assert_eq!(harness.at_rest().await.requests_aborted_total, 1);
+}
+
+#[tokio::test]
+async fn an_abort_in_the_queue_needs_no_step() {
+    let mut harness = Harness::tuned(narrow).await;
+    let running = harness.started(endless("running")).await;
+    let request = GenerateRequest { request_id: "waiting".into(), ..text("Once", greedy(5)) };
+    let waiting = harness.inference.generate(request).await.unwrap().into_inner();
+    let receipt = harness.abort("waiting").await;
+    assert_eq!((receipt.stage(), receipt.blocks_freed, receipt.rows_freed), (AbortStage::Queued, 0, 0));
+    let completions = common::collect(waiting).await.unwrap();
+    assert_eq!((completions[0].finish, completions[0].ids.len()), (FinishReason::Abort, 0));
+    drop(running);
+    harness.at_rest().await;
+}
+
+#[tokio::test]
+async fn aborts_of_finished_and_unknown_ids_are_answers() {
+    let mut harness = Harness::start().await;
+    harness.complete(GenerateRequest { request_id: "done".into(), ..text("Once", greedy(3)) }).await;
+    let receipt = harness.abort("done").await;
+    assert_eq!((receipt.stage(), receipt.completion_tokens), (AbortStage::Finished, 3));
+    let receipt = harness.abort("never seen").await;
+    assert_eq!((receipt.stage(), receipt.request_id.as_str()), (AbortStage::Unspecified, "never seen"));
+    let status = harness.control.abort(AbortRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_dropped_stream_frees_its_blocks_soon() {
+    let mut harness = Harness::start().await;
+    let stream = harness.started(endless("dropped")).await;
+    drop(stream);
+    let started = Instant::now();
+    harness.at_rest().await;
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert_eq!(harness.stats().await.requests_aborted_total, 1);
+}
+
+#[tokio::test]
+async fn a_stream_dropped_in_the_queue_leaves_the_queue() {
+    let mut harness = Harness::tuned(narrow).await;
+    let running = harness.started(endless("running")).await;
+    let waiting = harness.inference.generate(text("Once", greedy(5))).await.unwrap().into_inner();
+    drop(waiting);
+    // The one place of the queue is free again.
+    let started = Instant::now();
+    let waiting = loop {
+        match harness.inference.generate(text("Once", greedy(5))).await {
+            Ok(stream) => break stream.into_inner(),
+            Err(status) => assert_eq!(status.code(), Code::ResourceExhausted),
+        }
+        assert!(started.elapsed() < Duration::from_secs(2), "the place is not free");
+    };
+    drop(running);
+    assert_eq!(common::collect(waiting).await.unwrap()[0].finish, FinishReason::Length);
+}
+
+/// One completion, as long as the context.
+fn alone(id: &str) -> GenerateRequest {
+    let mut request = endless(id);
+    request.sampling.as_mut().unwrap().n = None;
+    request
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_ends_all_its_streams() {
+    let mut harness = Harness::start().await;
+    let address = harness.server().address();
+    // A runtime of its own, so that dropping it tears the connection down without a word.
+    let client = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut client = InferenceClient::connect(format!("http://{address}")).await.unwrap();
+            for id in ["a", "b"] {
+                let mut stream = client.generate(alone(id)).await.unwrap().into_inner();
+                stream.message().await.unwrap();
+                std::mem::forget(stream);
+            }
+        });
+    };
+    tokio::task::spawn_blocking(client).await.unwrap();
+    let stats = harness.at_rest().await;
+    assert_eq!(stats.requests_aborted_total, 2);
+}
+
+#[tokio::test]
+async fn statistics_count_and_flow() {
+    let mut harness = Harness::start().await;
+    let mut readings =
+        harness.control.watch_stats(WatchStatsRequest { interval_ms: Some(10) }).await.unwrap().into_inner();
+    let first = readings.message().await.unwrap().unwrap().stats.unwrap();
+    assert_eq!((first.kv_blocks_free, first.kv_blocks_owned), (first.kv_blocks_total, 0));
+    let completion = harness.complete(text("Once upon a time", greedy(9))).await;
+    let prompt_tokens = u64::from(completion.last.usage.unwrap().prompt_tokens);
+    let stats = harness.at_rest().await;
+    assert_eq!((stats.prompt_tokens_total, stats.generation_tokens_total), (prompt_tokens, 9));
+    assert_eq!((stats.requests_finished_total, stats.steps_total), (1, 9));
+    let started = Instant::now();
+    loop {
+        let stats = readings.message().await.unwrap().unwrap().stats.unwrap();
+        if stats.requests_finished_total == 1 {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(2), "the stream lags");
+    }
+    harness.server.take().unwrap().stop(Duration::from_secs(1)).await;
+    while let Some(reading) = readings.message().await.unwrap() {
+        assert!(reading.stats.is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_drain_lets_the_running_finish_and_refuses_the_new() {
+    let mut harness = Harness::start().await;
+    let stream = harness.started(text("Once upon a time", tidemill_proto::v1::SamplingParams { ignore_eos: true, ..greedy(400) })).await;
+    let mut control = harness.control.clone();
+    let drain = tokio::spawn(async move { control.drain(DrainRequest { timeout_seconds: Some(20.0) }).await });
+    harness.until("draining", |stats| stats.draining).await;
+    let status = harness.generate(text("Once", greedy(1))).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    let drained = drain.await.unwrap().unwrap().into_inner();
+    assert_eq!((drained.finished, drained.cut_off), (1, 0));
+    let mut stream = stream;
+    let mut last = None;
+    while let Some(message) = stream.message().await.unwrap() {
+        last = Some(message);
+    }
+    assert_eq!(last.unwrap().finish_reason(), FinishReason::Length);
+    assert!(harness.at_rest().await.draining);
+}
+
+#[tokio::test]
+async fn a_drain_cuts_off_what_outlasts_its_grace() {
+    let mut harness = Harness::tuned(narrow).await;
+    let mut running = harness.started(endless("running")).await;
+    let waiting = harness.inference.generate(text("Once", greedy(1))).await.unwrap().into_inner();
+    // The other seven completions of the one that runs, and this one.
+    harness.until("waiting", |stats| stats.num_requests_waiting == 8).await;
+    let request = DrainRequest { timeout_seconds: Some(0.05) };
+    let drained = harness.control.drain(request).await.unwrap().into_inner();
+    assert_eq!((drained.finished, drained.cut_off), (0, 2));
+    let status = loop {
+        match running.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("ended well"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(common::collect(waiting).await.unwrap_err().code(), Code::Unavailable);
+    harness.at_rest().await;
+}
