@@ -72,6 +72,9 @@ impl Lifecycle {
         if advanced {
             let serving = if phase == Phase::Ready { ServingStatus::Serving } else { ServingStatus::NotServing };
             self.report(serving).await;
+            if phase == Phase::Stopped {
+                self.end_watches().await;
+            }
             tracing::info!(?phase, "server");
         }
     }
@@ -99,6 +102,15 @@ impl Lifecycle {
     async fn report(&self, status: ServingStatus) {
         for service in SERVICES {
             self.health.set_service_status(service, status).await;
+        }
+    }
+
+    /// Ends the streams of those who watch the health: they would hold up the end of their connections.
+    async fn end_watches(&self) {
+        let mut health = self.health.clone();
+        for service in SERVICES {
+            health.clear_service_status(service).await;
+            health.set_service_status(service, ServingStatus::NotServing).await;
         }
     }
 

@@ -55,6 +55,9 @@ impl Server {
         let mut builder = tonic::transport::Server::builder()
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .max_concurrent_streams(MAX_STREAMS)
+            // A client may cancel all its streams in one breath. The default of 20 would end the connection for that, and
+            // with it the streams that were not cancelled.
+            .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_connection_age(MAX_CONNECTION_AGE);
