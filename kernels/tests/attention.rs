@@ -1,5 +1,7 @@
 //! `Ops::rope_kv_write` and `Ops::paged_attention`: against f64, and bit by bit across ways to cut a prompt.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::sync::Arc;

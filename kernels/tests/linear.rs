@@ -1,5 +1,7 @@
 //! `Ops::linear` against f64, and its promise that a row's bits do not depend on the batch.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Rng, assert_close, assert_same, buffer, devices, poisoned, rounded, tensor};
@@ -66,7 +68,7 @@ fn product(ops: &CpuOps, m: &Matrix, x: &[f32], rows: usize) -> Vec<f32> {
 
 #[test]
 fn agrees_with_f64_on_awkward_shapes() {
-    let shapes: [(&[usize], usize); 9] = [
+    let shapes: [(&[usize], usize); 10] = [
         (&[1], 2),
         (&[3], 24),
         (&[5, 2], 33),
@@ -76,13 +78,15 @@ fn agrees_with_f64_on_awkward_shapes() {
         (&[40, 9], 160),
         (&[33], 257),
         (&[7], 1),
+        // Long enough to be taken in blocks of K.
+        (&[11], 1665),
     ];
     for compute in [Compute::F32, Compute::Bf16] {
         for ops in devices(compute, 2) {
             for dtype in DTYPES {
                 for (i, (parts, k)) in shapes.iter().enumerate() {
                     let m = matrix(&ops, dtype, parts, *k, i, i % 2 == 0, i as u64);
-                    for rows in [1, 2, 3, 7, 19] {
+                    for rows in [1, 2, 3, 7, 19, 70] {
                         let x = Rng::new(7).units(rows * k);
                         let want = reference(&m, &rounded(&x, compute, dtype), rows);
                         let what = format!("{} {compute:?} {dtype:?} {rows} x {parts:?} x {k}", ops.isa());
@@ -99,9 +103,14 @@ fn a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
     for compute in [Compute::F32, Compute::Bf16] {
         for threads in [1, 2] {
             for ops in devices(compute, threads) {
-                for (dtype, k) in [(DType::Bf16, 160), (DType::Bf16, 33), (DType::F16, 96), (DType::F32, 70)]
-                {
-                    let m = matrix(&ops, dtype, &[50, 13], k, 3, true, 5);
+                for (dtype, k) in [
+                    (DType::Bf16, 160),
+                    (DType::Bf16, 33),
+                    (DType::Bf16, 2100),
+                    (DType::F16, 96),
+                    (DType::F32, 830),
+                ] {
+                    let m = matrix(&ops, dtype, &[26, 13], k, 3, true, 5);
                     let x = Rng::new(3).units(513 * k);
                     let alone: Vec<f32> =
                         (0..513).flat_map(|t| product(&ops, &m, &x[t * k..(t + 1) * k], 1)).collect();

@@ -1,5 +1,7 @@
 //! `Ops::sample`: filters, penalties and log-probabilities against plain definitions, and the statistics of the draw.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Rng, buffer, devices};

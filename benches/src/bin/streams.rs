@@ -43,7 +43,7 @@ struct Args {
 async fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     // Before the server runs, so that nothing competes.
-    let bandwidth = probe::read_bandwidth();
+    let bandwidth = probe::read_bandwidth(std::thread::available_parallelism()?.get())?;
     let server = ServerProcess::start(&["--model", &args.model])?;
     let mut client = InferenceClient::connect(server.address.clone()).await?;
     let model = client.get_model(GetModelRequest {}).await?.into_inner();

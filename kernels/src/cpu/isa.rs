@@ -122,7 +122,7 @@ fn native_available(isa: Isa) -> bool {
         Isa::Avx2 => avx2,
         Isa::Avx512 => avx512,
         Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
-        Isa::Amx => false,
+        Isa::Amx => avx512 && super::linear::amx_works(),
     }
 }
 

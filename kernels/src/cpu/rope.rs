@@ -41,6 +41,12 @@ pub(super) fn run(host: Host, pool: &Pool, call: Call) {
 
     pool.for_each(heads.num_kv_heads, tokens * width / 4, |h| {
         for t in 0..tokens {
+            let slot = meta.slot_mapping[t] as usize;
+            let (block, offset) = (slot / shape.block_size, slot % shape.block_size);
+            assert!(block < shape.num_blocks, "slot {slot} of {}", shape.num_blocks * shape.block_size);
+            let at = (block * heads.num_kv_heads + h) * block_bytes;
+            // SAFETY: block `block` exists, and head `h` of it is this task's own.
+            let (keys, values) = unsafe { (keys.slice(at, block_bytes), values.slice(at, block_bytes)) };
             let position = meta.positions[t] as usize;
             let (cos, sin) = rope[position * d..(position + 1) * d].split_at(d / 2);
             for q in 0..group {
@@ -53,12 +59,6 @@ pub(super) fn run(host: Host, pool: &Pool, call: Call) {
                 .map(|i| unsafe { qkv.slice(t * width + i * d, d) });
             host.run(Rotate { x: key, cos, sin });
 
-            let slot = meta.slot_mapping[t] as usize;
-            let (block, offset) = (slot / shape.block_size, slot % shape.block_size);
-            assert!(block < shape.num_blocks, "slot {slot} of {}", shape.num_blocks * shape.block_size);
-            let at = (block * heads.num_kv_heads + h) * block_bytes;
-            // SAFETY: block `block` exists, and head `h` of it is this task's own.
-            let (keys, values) = unsafe { (keys.slice(at, block_bytes), values.slice(at, block_bytes)) };
             write(keys, key, shape.dtype, offset, shape.block_size);
             write(values, value, shape.dtype, offset * d, 1);
         }

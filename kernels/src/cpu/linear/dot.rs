@@ -1,5 +1,7 @@
 //! The inner loops: tiles of up to six tokens by four weight rows, every sum in a register of its own.
 
+use std::mem::MaybeUninit;
+
 use super::format::Format;
 
 /// A product of packed activations with consecutive weight rows.
@@ -29,6 +31,20 @@ pub(super) struct Panel<'a> {
 
 /// Bytes of packed activations that a pass over the weight rows uses: they stay in the second-level cache.
 const X_BLOCK: usize = 512 << 10;
+
+/// Up to this many tokens, long rows are taken block by block, with the sums set aside in between: all tokens meet a block of weights while
+/// it is in the first-level cache. More tokens hide the second-level cache by themselves.
+const SPLIT_TOKENS: usize = 64;
+
+/// Bytes of a weight row that are used at a time: with four rows, a quarter of the first-level cache, where they stay for all tokens.
+const K_BLOCK: usize = 2048;
+
+/// Elements of K per block. A sum that is set aside and taken up again has the same bits.
+#[inline(always)]
+fn k_block<F: Format>(p: &Panel) -> usize {
+    let split = p.tokens <= SPLIT_TOKENS && p.k * F::W_SIZE * 2 > K_BLOCK * 3;
+    if split { K_BLOCK / F::W_SIZE } else { p.k }
+}
 
 /// Computes a panel.
 ///
@@ -84,20 +100,27 @@ unsafe fn tokens<F: Format, const NR: usize>(f: F, p: Panel, n: usize) {
             4 if STREAM_TOKENS.min(F::MAX_TOKENS) >= 4 => return stream::<F, 4, NR>(f, p, n),
             _ => {}
         }
-        let tiles = p.tokens.div_ceil(F::MAX_TOKENS);
-        let mut t = 0;
-        for i in 0..tiles {
-            let m = (p.tokens - t).div_ceil(tiles - i);
-            match m {
-                1 => tile::<F, 1, NR>(f, p, t, n),
-                2 => tile::<F, 2, NR>(f, p, t, n),
-                3 if F::MAX_TOKENS >= 3 => tile::<F, 3, NR>(f, p, t, n),
-                4 if F::MAX_TOKENS >= 4 => tile::<F, 4, NR>(f, p, t, n),
-                5 if F::MAX_TOKENS >= 5 => tile::<F, 5, NR>(f, p, t, n),
-                6 if F::MAX_TOKENS >= 6 => tile::<F, 6, NR>(f, p, t, n),
-                _ => unreachable!("a tile of {m} tokens"),
+        let mut aside = [const { MaybeUninit::uninit() }; SPLIT_TOKENS * 4];
+        let (tiles, block) = (p.tokens.div_ceil(F::MAX_TOKENS), k_block::<F>(&p));
+        let mut from = 0;
+        while from < p.k {
+            let mut t = 0;
+            for i in 0..tiles {
+                let m = (p.tokens - t).div_ceil(tiles - i);
+                let to = (from + block).min(p.k);
+                let at = Place { i, t, n, from, to, aside: aside.as_mut_ptr() };
+                match m {
+                    1 => tile::<F, 1, NR>(f, p, at),
+                    2 => tile::<F, 2, NR>(f, p, at),
+                    3 if F::MAX_TOKENS >= 3 => tile::<F, 3, NR>(f, p, at),
+                    4 if F::MAX_TOKENS >= 4 => tile::<F, 4, NR>(f, p, at),
+                    5 if F::MAX_TOKENS >= 5 => tile::<F, 5, NR>(f, p, at),
+                    6 if F::MAX_TOKENS >= 6 => tile::<F, 6, NR>(f, p, at),
+                    _ => unreachable!("a tile of {m} tokens"),
+                }
+                t += m;
             }
-            t += m;
+            from += block;
         }
     }
 }
@@ -143,7 +166,7 @@ const AHEAD: usize = 4096;
 
 /// Asks for the line at `p`, which may be any address, to come into the second-level cache.
 #[inline(always)]
-fn prefetch(p: *const u8) {
+pub(super) fn prefetch(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults.
     unsafe {
@@ -153,42 +176,71 @@ fn prefetch(p: *const u8) {
     let _ = p;
 }
 
-/// `MR` tokens from `t` by `NR` rows from `n`, all sums in registers. The first tile of a row asks for the rows that come next.
+/// Where a tile lies: number `i` of these rows, from token `t` and row `n` on, over elements `from..to` of K.
+struct Place<Acc> {
+    i: usize,
+    t: usize,
+    n: usize,
+    from: usize,
+    to: usize,
+    /// Sums `[tokens, NR]` of the blocks of K before `from`.
+    aside: *mut MaybeUninit<Acc>,
+}
+
+/// `MR` tokens by `NR` rows, all sums in registers. The first tiles ask for the rows that come next.
 #[inline(always)]
-unsafe fn tile<F: Format, const MR: usize, const NR: usize>(f: F, p: Panel, t: usize, n: usize) {
+unsafe fn tile<F: Format, const MR: usize, const NR: usize>(f: F, p: Panel, at: Place<F::Acc>) {
+    let Place { i, t, n, from, to, aside } = at;
     let w_stride = p.k * F::W_SIZE;
-    let ahead = if t == 0 { NR * w_stride } else { 0 };
+    // Two lines a step: after two tiles, this block of all four rows is on its way.
+    let next = p.w.wrapping_add((n + NR) * w_stride + from * F::W_SIZE * NR);
+    let (mut ahead, stride) =
+        if i < 2 { (next.wrapping_add(i * 2 * (to - from) * F::W_SIZE), 64) } else { (next, 0) };
     let mut acc = [[f.zero(); NR]; MR];
-    // SAFETY: `k` elements of each row and, padded to whole steps, of each token are readable.
+    // SAFETY: `k` elements of each row and, padded to whole steps, of each token are readable; what lies aside was put there by the block before.
     unsafe {
+        if from > 0 {
+            for m in 0..MR {
+                for r in 0..NR {
+                    acc[m][r] = (*aside.add((t + m) * NR + r)).assume_init();
+                }
+            }
+        }
         let x = p.x.add(t * p.x_stride);
         let w = p.w.add(n * w_stride);
-        let mut k = 0;
-        while k + F::STEP <= p.k {
+        let mut k = from;
+        while k + F::STEP <= to {
             let mut xs = [f.load_x(x.add(k * F::X_SIZE)); MR];
             for m in 1..MR {
                 xs[m] = f.load_x(x.add(m * p.x_stride + k * F::X_SIZE));
             }
+            prefetch(ahead);
+            prefetch(ahead.wrapping_add(stride));
+            ahead = ahead.wrapping_add(2 * stride);
             for r in 0..NR {
-                let at = w.add(r * w_stride + k * F::W_SIZE);
-                prefetch(at.wrapping_add(ahead));
-                let row = f.load_w(at);
+                let row = f.load_w(w.add(r * w_stride + k * F::W_SIZE));
                 for m in 0..MR {
                     acc[m][r] = f.dot(acc[m][r], row, xs[m]);
                 }
             }
             k += F::STEP;
         }
-        if k < p.k {
+        if k < to {
             for r in 0..NR {
-                let row = f.load_w_tail(w.add(r * w_stride + k * F::W_SIZE), p.k - k);
+                let row = f.load_w_tail(w.add(r * w_stride + k * F::W_SIZE), to - k);
                 for m in 0..MR {
                     acc[m][r] = f.dot(acc[m][r], row, f.load_x(x.add(m * p.x_stride + k * F::X_SIZE)));
                 }
             }
         }
         for m in 0..MR {
-            store(f, p, acc[m], t + m, n);
+            if to == p.k {
+                store(f, p, acc[m], t + m, n);
+            } else {
+                for r in 0..NR {
+                    (*aside.add((t + m) * NR + r)).write(acc[m][r]);
+                }
+            }
         }
     }
 }

@@ -243,8 +243,7 @@ mod bf16_dot {
                 op!({
                     let lo = self.0.load_first(x.add(at), n.min(16));
                     let hi = self.0.load_first(x.add(at + n.min(16)), n - n.min(16));
-                    let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-                    _mm512_storeu_si512(out.add(2 * at).cast(), both);
+                    self.0.store(out.add(2 * at).cast(), self.0.pack_bf16([lo, hi]));
                 });
                 at += 32;
             }

@@ -4,6 +4,8 @@
 //! always the same sum: its products in steps along K, each lane of the step's vector in an accumulator of its own, then the lanes in one fixed
 //! tree. Tiles of tokens and rows only say how many of these sums run side by side, so they never show in the bits.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod dot;
 mod format;
 
@@ -24,6 +26,9 @@ use crate::{
     ops::{Epilogue, Result},
     tensor::DType,
 };
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use self::amx::works as amx_works;
 
 /// Precision in which activations meet bf16 weights. Sums are f32 always; f16 and f32 weights always meet f32 activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -78,7 +83,7 @@ impl Linear {
 
         let shared = Shared::new(out);
         let packed: &[u8] = packed.as_mut_bytes();
-        let chunk = chunk_rows(pool, weight, rows);
+        let chunk = chunk_rows(pool, kernel, weight, rows);
         let tasks = weight.parts.iter().map(|p| p.rows.div_ceil(chunk)).sum();
         // About 16 bytes of weights or 64 multiply-adds a nanosecond.
         let nanos = weight.n * weight.k / 8 * (1 + rows / 8);
@@ -116,21 +121,27 @@ impl Linear {
 }
 
 /// Weight rows per task: small enough that the threads end together, large enough that taking a task costs nothing.
-fn chunk_rows(pool: &Pool, weight: &CpuWeight, rows: usize) -> usize {
+fn chunk_rows(pool: &Pool, kernel: Kernel, weight: &CpuWeight, rows: usize) -> usize {
     let row_bytes = (weight.k * weight.dtype.size()).max(1);
     let least = (TASK_BYTES / row_bytes / rows.min(8)).max(8);
-    weight.n.div_ceil(pool.threads() * 8).clamp(least, (256 << 10) / row_bytes + 8).next_multiple_of(8)
+    weight
+        .n
+        .div_ceil(pool.threads() * 8)
+        .clamp(least, (256 << 10) / row_bytes + 8)
+        .next_multiple_of(kernel.row_step())
 }
 
 /// Packs `[tokens, k]` activations, in parallel when there are many.
 fn pack(pool: &Pool, kernel: Kernel, x: &[f32], k: usize, out: &mut [u8], stride: usize) {
     let tokens = x.len() / k.max(1);
-    let chunk = (16_384 / k.max(1)).max(1);
+    let chunk = (16_384 / k.max(1)).max(1).next_multiple_of(kernel.group());
     let shared = Shared::new(out);
     pool.for_each(tokens.div_ceil(chunk), x.len() / 8, |task| {
-        for t in task * chunk..tokens.min((task + 1) * chunk) {
-            // SAFETY: token `t` has `k` activations and `stride` bytes of room, which are this task's own.
-            unsafe { kernel.pack(x[t * k..].as_ptr(), k, shared.at(t * stride)) };
+        let end = tokens.min((task + 1) * chunk);
+        for t in (task * chunk..end).step_by(kernel.group()) {
+            let x = &x[t * k..(t + kernel.group()).min(end) * k];
+            // SAFETY: each of these tokens has `stride` bytes of room, which are this task's own.
+            unsafe { kernel.pack(x, k, shared.at(t * stride)) };
         }
     });
 }
@@ -140,38 +151,68 @@ fn pack(pool: &Pool, kernel: Kernel, x: &[f32], k: usize, out: &mut [u8], stride
 enum Kernel {
     /// Widened weights times f32; activations are rounded to bf16 first where `round` says so.
     Wide { host: Host, dtype: DType, round: bool },
-    /// bf16 pairs.
+    /// bf16 pairs in vectors.
     #[cfg(target_arch = "x86_64")]
     Bf16Dot(format::Bf16Dot),
+    /// bf16 pairs in tiles.
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
 }
 
 impl Kernel {
     fn choose(host: Host, compute: Compute, dtype: DType) -> Kernel {
         let bf16 = dtype == DType::Bf16 && compute == Compute::Bf16;
         #[cfg(target_arch = "x86_64")]
-        if bf16 && host.isa() >= Isa::Avx512Bf16 {
+        match host.isa() {
+            // SAFETY: the host was found to have working tiles.
+            Isa::Amx if bf16 => return Kernel::Amx(unsafe { amx::Amx::new() }),
             // SAFETY: the host was found to have AVX-512-BF16.
-            return Kernel::Bf16Dot(unsafe { format::Bf16Dot::new() });
+            Isa::Avx512Bf16 if bf16 => return Kernel::Bf16Dot(unsafe { format::Bf16Dot::new() }),
+            _ => {}
         }
         Kernel::Wide { host, dtype, round: bf16 }
     }
 
+    /// Bytes of a packed activation.
     fn x_size(self) -> usize {
         match self {
             Kernel::Wide { .. } => 4,
             #[cfg(target_arch = "x86_64")]
-            Kernel::Bf16Dot(_) => 2,
+            Kernel::Bf16Dot(_) | Kernel::Amx(_) => 2,
         }
     }
 
-    /// # Safety
-    /// See [`Format::pack`].
-    unsafe fn pack(self, x: *const f32, k: usize, out: *mut u8) {
+    /// Tokens that are packed together.
+    fn group(self) -> usize {
         match self {
-            Kernel::Wide { host, dtype, round } => host.run(PackRow { dtype, round, x, k, out }),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Amx(_) => amx::GROUP,
+            _ => 1,
+        }
+    }
+
+    /// Weight rows that tasks should be multiples of.
+    fn row_step(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Amx(_) => amx::ROWS,
+            _ => 8,
+        }
+    }
+
+    /// Packs up to `group` tokens.
+    ///
+    /// # Safety
+    /// `out` has room for `k`, rounded up to [`K_ALIGN`], times `x_size` bytes for each.
+    unsafe fn pack(self, x: &[f32], k: usize, out: *mut u8) {
+        match self {
+            Kernel::Wide { host, dtype, round } => host.run(PackRow { dtype, round, x: x.as_ptr(), k, out }),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: by the caller's word; the value proves the instructions.
-            Kernel::Bf16Dot(dot) => unsafe { pack_bf16_dot(dot, x, k, out) },
+            Kernel::Bf16Dot(dot) => unsafe { pack_bf16_dot(dot, x.as_ptr(), k, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kernel::Amx(amx) => unsafe { amx.pack(x, k, out) },
         }
     }
 
@@ -183,6 +224,9 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: by the caller's word; the value proves the instructions.
             Kernel::Bf16Dot(dot) => unsafe { panel_bf16_dot(dot, p) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kernel::Amx(amx) => unsafe { amx.panel(p) },
         }
     }
 }

@@ -155,3 +155,6 @@ impl<T> Shared<T> {
         unsafe { std::slice::from_raw_parts_mut(self.0.add(i), len) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,6 +25,49 @@ macro_rules! op {
     };
 }
 
+impl Avx512 {
+    /// Sixteen rows of sixteen lanes become sixteen columns.
+    #[inline(always)]
+    pub(crate) fn transpose(self, mut r: [__m512; 16]) -> [__m512; 16] {
+        // Four passes, each of which swaps off-diagonal halves of blocks: of 2, 4, 8 and 16 rows.
+        op!({
+            for i in (0..16).step_by(2) {
+                let (a, b) = (r[i], r[i + 1]);
+                (r[i], r[i + 1]) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            }
+            let mut q = r;
+            for i in (0..16).step_by(4) {
+                for j in 0..2 {
+                    let (a, b) = (_mm512_castps_pd(r[i + j]), _mm512_castps_pd(r[i + j + 2]));
+                    q[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    q[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            // Quarter l of q[4 i + j] now holds column 4 l + j of rows 4 i..4 i + 4.
+            for j in 0..4 {
+                let lo = _mm512_shuffle_f32x4::<0b10_00_10_00>(q[j], q[4 + j]);
+                let hi = _mm512_shuffle_f32x4::<0b11_01_11_01>(q[j], q[4 + j]);
+                let lo2 = _mm512_shuffle_f32x4::<0b10_00_10_00>(q[8 + j], q[12 + j]);
+                let hi2 = _mm512_shuffle_f32x4::<0b11_01_11_01>(q[8 + j], q[12 + j]);
+                r[j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(lo, lo2);
+                r[8 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(lo, lo2);
+                r[4 + j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(hi, hi2);
+                r[12 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(hi, hi2);
+            }
+        });
+        r
+    }
+
+    /// Rounds to 32 bf16, lower half first.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512-BF16.
+    #[inline(always)]
+    pub(crate) unsafe fn pack_bf16(self, [lo, hi]: [__m512; 2]) -> __m512 {
+        op!(std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(hi, lo)))
+    }
+}
+
 /// First `n` of sixteen lanes.
 #[inline(always)]
 fn mask(n: usize) -> __mmask16 {

@@ -1,0 +1,144 @@
+"""The real `tidemill serve` as a child process, and what must hold whenever nothing runs in it."""
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+from client import Client
+
+BOUND = re.compile(r"listening on (\S+:\d+)")
+# Generous: the machine may be slow and shared. What takes this long has failed, whatever the machine.
+START_SECONDS = 30
+SETTLE_SECONDS = 5
+
+# One greedy and one random request; both are short, so that they can follow every single test.
+CANARY = [
+    dict(prompt="The tide comes in", temperature=0, max_tokens=10, ignore_eos=True),
+    dict(prompt="The tide goes out", temperature=1.2, seed=20, max_tokens=10, ignore_eos=True),
+]
+
+
+class Server:
+    """One server process. `client` talks to it; `assert_as_new` says whether the last test left something behind."""
+
+    def __init__(self, *options, api_key=None, unheard=False):
+        """Starts it; `unheard` closes our ends of its stdout and stderr as soon as it listens."""
+        self.log = tempfile.TemporaryFile("w+", prefix="tidemill-wire-")
+        self.unheard = unheard
+        stderr, our_stderr = self.log, None
+        if unheard:
+            our_stderr, stderr = os.pipe()
+        # Options may also come from the environment; here only the command line counts.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEMILL_")}
+        command = [os.environ["TIDEMILL_BIN"], "serve", "--model", "builtin", "--host", "127.0.0.1", "--grpc-port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *options],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        if unheard:
+            os.close(our_stderr)
+            os.close(stderr)
+        self._bound = threading.Event()
+        self.address = None
+        threading.Thread(target=self._read_stdout, daemon=True).start()
+        if not self._bound.wait(START_SECONDS) or self.address is None:
+            self.kill()
+            raise AssertionError(f"the server did not start:\n{self.stderr()}")
+        self.client = Client(self.address, api_key)
+        try:
+            self.wait_until(self.client.is_serving, "the server is ready", START_SECONDS)
+            self.canary = self.sing()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _read_stdout(self):
+        """Reads to the end, so that the server can never block on a full pipe."""
+        for line in self.process.stdout:
+            found = BOUND.search(line)
+            if found and self.address is None:
+                self.address = found[1]
+                self._bound.set()
+                if self.unheard:
+                    break
+        self.process.stdout.close()
+        self._bound.set()
+
+    def stderr(self):
+        """What the server has logged, without the readings that these tests take all the time."""
+        self.log.seek(0)
+        return "".join(line for line in self.log if 'rpc="GetStats"' not in line)
+
+    def complaints(self):
+        """What the server has logged about bugs of its own."""
+        return [line for line in self.stderr().splitlines() if "panicked" in line or " ERROR " in line]
+
+    def sing(self):
+        """The canary's tokens now. Both requests share the batch."""
+        streams = [self.client.start(**request) for request in CANARY]
+        return [stream.result().ids for stream in streams]
+
+    def wait_until(self, condition, what, seconds=SETTLE_SECONDS):
+        """Polls until `condition()` is true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.stderr()}"
+            assert time.monotonic() < end, f"not within {seconds} s: {what}; {self.client.stats()}"
+            time.sleep(0.005)
+
+    def wait_for_stats(self, condition, what, seconds=SETTLE_SECONDS):
+        """Polls the statistics until `condition(stats)` is true."""
+        self.wait_until(lambda: condition(self.client.stats()), what, seconds)
+
+    def wait_until_idle(self):
+        """Waits until nothing runs, nothing waits and every block is back."""
+        self.wait_for_stats(is_idle, "idle, with every KV block free")
+
+    def assert_as_new(self):
+        """Nothing leaked, and the same requests still give the same tokens as at the start."""
+        self.wait_until_idle()
+        assert self.client.is_serving()
+        assert self.sing() == self.canary, "the canary's tokens changed"
+        self.wait_until_idle()
+
+    def send_signal(self, number):
+        """Sends the process a signal."""
+        self.process.send_signal(number)
+
+    def wait_for_exit(self, seconds=20):
+        """The exit code."""
+        return self.process.wait(seconds)
+
+    def stop(self):
+        """Ends the process the polite way; returns its exit code."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.send_signal(signal.SIGTERM)
+        try:
+            return self.wait_for_exit()
+        finally:
+            self.kill()
+
+    def kill(self):
+        """Ends the process for certain."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def is_idle(stats):
+    """Whether a server with these statistics holds nothing."""
+    return (
+        stats.kv_blocks_free == stats.kv_blocks_total
+        and stats.kv_blocks_owned == 0
+        and stats.num_requests_running == 0
+        and stats.num_requests_waiting == 0
+    )

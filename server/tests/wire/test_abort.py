@@ -1,0 +1,153 @@
+"""Abort by id: at every stage everything is free at once, the receipt says what it was, and the stream ends properly."""
+
+import concurrent.futures
+import math
+
+import pytest
+from client import ABORT, LENGTH, refusal, violations
+from prompts import request
+from stages import LONG, LONG_DECODE, LONG_PREFILL, in_stage, occupied
+from tidemill.v1 import tidemill_pb2 as pb
+
+
+def check_all_is_free(server):
+    """Not soon: by the time the receipt is out, the books are closed."""
+    stats = server.client.stats()
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_queued(narrow):
+    with in_stage(narrow, "queued", lambda: narrow.client.start(**LONG_DECODE, request_id="waits")) as stream:
+        receipt = narrow.client.abort("waits")
+        assert narrow.client.stats().num_requests_waiting == 0
+        result = stream.result()
+    assert receipt.stage == pb.ABORT_STAGE_QUEUED
+    assert (receipt.completion_tokens, receipt.blocks_freed, receipt.rows_freed) == (0, 0, 0)
+    assert (result.ids, result.text, result.finish) == ([], "", ABORT)
+
+
+def test_in_prefill(narrow):
+    with in_stage(narrow, "prefill", lambda: narrow.client.start(**LONG_PREFILL, request_id="reads")) as stream:
+        receipt = narrow.client.abort("reads")
+        check_all_is_free(narrow)
+        result = stream.result()
+    assert receipt.stage == pb.ABORT_STAGE_PREFILL
+    assert (receipt.completion_tokens, receipt.rows_freed) == (0, 1)
+    assert 2 <= receipt.blocks_freed < math.ceil(LONG / narrow.client.model().block_size)
+    assert (result.ids, result.finish, result.usage.prompt_tokens) == ([], ABORT, LONG)
+
+
+def test_in_decode(narrow):
+    with in_stage(narrow, "decode", lambda: narrow.client.start(**LONG_DECODE, request_id="writes")) as stream:
+        receipt = narrow.client.abort("writes")
+        check_all_is_free(narrow)
+        result = stream.result()
+    assert receipt.stage == pb.ABORT_STAGE_DECODE
+    assert 2 <= receipt.completion_tokens < LONG
+    assert receipt.rows_freed == 1
+    tokens, block = len(LONG_DECODE["prompt"]) + receipt.completion_tokens, narrow.client.model().block_size
+    # The step under way has its block already; the newest token may not have one yet.
+    assert math.ceil((tokens - 1) / block) <= receipt.blocks_freed <= math.ceil(tokens / block)
+    assert result.finish == ABORT
+    assert result.usage.completion_tokens == receipt.completion_tokens, "the stream has every token that was made"
+    assert result.text == narrow.client.detokenize(result.ids)
+    alone = narrow.client.run(**{**LONG_DECODE, "max_tokens": 30})
+    assert result.ids[:30] == alone.ids[: len(result.ids)]
+
+
+def test_receipts_tell_the_time_to_free(narrow):
+    with occupied(narrow) as stream:
+        receipt = narrow.client.abort(stream.request_id)
+    assert receipt.request_id == stream.request_id
+    assert 0 <= receipt.seconds_to_free < 1
+
+
+def test_a_freed_row_goes_to_the_next_in_the_queue(narrow):
+    with occupied(narrow) as first:
+        second = narrow.client.start("The tide", temperature=0, max_tokens=5, ignore_eos=True)
+        narrow.wait_for_stats(lambda stats: stats.num_requests_waiting == 1, "the second waits")
+        narrow.client.abort(first.request_id)
+        assert second.result().finish == LENGTH
+
+
+def test_several_completions_are_one_request(wide):
+    stream = wide.client.start(**{**LONG_DECODE, "max_tokens": 900}, n=3).read_tokens(6)
+    receipt = wide.client.abort(stream.request_id)
+    result = stream.result()
+    assert receipt.stage == pb.ABORT_STAGE_DECODE
+    assert receipt.rows_freed == 3
+    assert receipt.completion_tokens == sum(len(completion.ids) for completion in result.completions)
+    assert [completion.finish for completion in result.completions] == [ABORT] * 3
+
+
+def test_twice(wide):
+    stream = wide.client.start(**{**LONG_DECODE, "max_tokens": 900}, request_id="twice").read_tokens(2)
+    first, second = wide.client.abort("twice"), wide.client.abort("twice")
+    assert first.stage == pb.ABORT_STAGE_DECODE
+    assert second.stage == pb.ABORT_STAGE_FINISHED
+    assert second.completion_tokens == first.completion_tokens
+    assert (second.blocks_freed, second.rows_freed) == (0, 0)
+    assert stream.result().finish == ABORT
+
+
+def test_finished(wide):
+    result = wide.client.run("a", request_id="done", temperature=0, max_tokens=4, ignore_eos=True)
+    receipt = wide.client.abort("done")
+    assert receipt.stage == pb.ABORT_STAGE_FINISHED
+    assert (receipt.completion_tokens, receipt.blocks_freed, receipt.rows_freed) == (len(result.ids), 0, 0)
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 257, "x" * 1_000_000], ids=len)
+def test_an_id_that_none_can_have(wide, request_id):
+    assert set(violations(refusal(lambda: wide.client.abort(request_id)))) == {"request_id"}
+
+
+@pytest.mark.parametrize("request_id", ["never seen", "x" * 256, "\x00\n\N{SNOWMAN}"], ids=len)
+def test_unknown(wide, request_id):
+    receipt = wide.client.abort(request_id)
+    assert receipt.stage == pb.ABORT_STAGE_UNSPECIFIED
+    assert receipt.request_id == request_id
+    assert (receipt.completion_tokens, receipt.blocks_freed, receipt.rows_freed) == (0, 0, 0)
+
+
+def test_the_id_is_free_again_at_once(narrow):
+    for _ in range(5):
+        stream = narrow.client.start(**LONG_DECODE, request_id="again").read_tokens(1)
+        assert narrow.client.abort("again").stage == pb.ABORT_STAGE_DECODE
+        assert stream.result().finish == ABORT
+
+
+def test_at_every_token_the_stream_ends_once(wide):
+    """An abort races with the last token here; either may win, never both and never neither."""
+    alone = wide.client.run("The tide", temperature=0, max_tokens=12, ignore_eos=True).ids
+    for count in range(1, 13):
+        stream = wide.client.start("The tide", temperature=0, max_tokens=12, ignore_eos=True).read_tokens(count)
+        receipt = wide.client.abort(stream.request_id)
+        result = stream.result()
+        if receipt.stage == pb.ABORT_STAGE_FINISHED:
+            assert (result.finish, result.ids) == (LENGTH, alone)
+        else:
+            assert receipt.stage == pb.ABORT_STAGE_DECODE and result.finish == ABORT
+            assert result.ids == alone[: len(result.ids)] and len(result.ids) == receipt.completion_tokens
+
+
+def test_before_anything_was_answered(wide):
+    """The abort may overtake its request on the wire; whatever happens, the stream ends once and nothing leaks."""
+    for number in range(30):
+        stream = wide.client.start(**{**LONG_DECODE, "max_tokens": 40}, request_id=f"early/{number}")
+        receipt = wide.client.abort(f"early/{number}")
+        assert stream.result().finish == (LENGTH if receipt.stage == pb.ABORT_STAGE_UNSPECIFIED else ABORT)
+
+
+def test_a_storm_of_aborts_leaves_survivors_alone(wide):
+    survivors = [request(number) for number in range(6)]
+    alone = [wide.client.run(**survivor).tokens for survivor in survivors]
+    surviving = [wide.client.start(**survivor) for survivor in survivors]
+    doomed = [wide.client.start(**{**LONG_DECODE, "max_tokens": 900}, request_id=f"doomed/{i}") for i in range(150)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        receipts = list(pool.map(lambda i: wide.client.abort(f"doomed/{i}"), list(range(150)) * 2))
+    results = [stream.result() for stream in doomed]
+    assert all(result.finish == ABORT for result in results)
+    ended = [receipt for receipt in receipts if receipt.stage not in (0, pb.ABORT_STAGE_FINISHED)]
+    assert len(ended) == 150, "each request was aborted by exactly one of its two aborts"
+    assert [stream.result().tokens for stream in surviving] == alone
