@@ -6,7 +6,9 @@
 
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
+use clap::{
+    Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser,
+};
 use tidemill_engine::{EngineConfig, model::files::ModelSource};
 
 use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure};
@@ -164,7 +166,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
     pub max_num_queued_reqs: NonZeroUsize,
     /// Seconds that running requests get to finish after SIGTERM or SIGINT.
-    #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds, allow_negative_numbers = true)]
     pub shutdown_timeout: Duration,
 }
 

@@ -66,5 +66,9 @@ fn execute(invocation: Invocation) -> Result<(), Failure> {
 /// The network needs little: the cores are the engine's.
 fn runtime() -> std::io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, Into::into);
-    Builder::new_multi_thread().worker_threads(cores.clamp(2, 4)).thread_name("tidemill-net").enable_all().build()
+    Builder::new_multi_thread()
+        .worker_threads(cores.clamp(2, 4))
+        .thread_name("tidemill-net")
+        .enable_all()
+        .build()
 }

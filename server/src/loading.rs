@@ -23,7 +23,8 @@ pub async fn load(config: EngineConfig) -> Result<Engine, Failure> {
         drop(loaded.send(engine));
     };
     thread::Builder::new().name("tidemill-load".into()).spawn(body).map_err(Failure::runtime)?;
-    let engine = result.await.map_err(|_| Failure::new(Exit::Model, "loading the model panicked; this is a bug"))?;
+    let engine =
+        result.await.map_err(|_| Failure::new(Exit::Model, "loading the model panicked; this is a bug"))?;
     Ok(engine?)
 }
 

@@ -41,7 +41,9 @@ pub async fn run(config: RunConfig) -> Result<(), Failure> {
     let loaded = started.elapsed();
     let handle = engine.handle();
     if !config.raw && !handle.info().has_chat_template {
-        return Err(Failure::usage("this model has no chat template; use --raw, or give it one with --chat-template"));
+        return Err(Failure::usage(
+            "this model has no chat template; use --raw, or give it one with --chat-template",
+        ));
     }
     let prompt = if config.raw { Prompt::Text(text) } else { Prompt::Chat(conversation(text)) };
     let request = GenerateRequest { sampling: config.sampling, ..GenerateRequest::new(prompt) };
@@ -67,8 +69,12 @@ fn interrupted(name: &str) -> Failure {
 
 /// The engine names fields of the wire; here they are options.
 fn explain(error: RequestError) -> Failure {
-    let failure = Failure::from(error);
-    Failure { message: failure.message.replace("sampling.", "--").replace("prompt.chat", "prompt").replace("prompt.text", "prompt"), ..failure }
+    let RequestError::Invalid(violations) = error else { return error.into() };
+    let lines = violations.iter().map(|violation| match violation.field.strip_prefix("sampling.") {
+        Some(name) => format!("--{}: {}", name.replace('_', "-"), violation.message),
+        None => violation.message.clone(),
+    });
+    Failure::usage(lines.collect::<Vec<_>>().join("; "))
 }
 
 fn read_stdin() -> Result<String, Failure> {

@@ -25,6 +25,11 @@ const FLUSH: Duration = Duration::from_secs(5);
 pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let server = Server::bind(&grpc).await?;
+    if grpc.tls.is_none() && !grpc.keys.is_empty() && !server.address().ip().is_loopback() {
+        tracing::warn!(
+            "API keys travel unencrypted; set --tls-cert and --tls-key, or let a proxy in front do TLS"
+        );
+    }
     tracing::info!(address = %server.address(), "bound; loading the model");
     let engine = tokio::select! {
         engine = loading::load(engine) => engine?,
@@ -55,7 +60,10 @@ async fn until_the_end(
     grace: Duration,
 ) -> Result<(), Failure> {
     let died = |reason: String| {
-        Failure::new(Exit::EngineDied, format_args!("the engine died: {reason}; restart the server, and report this"))
+        Failure::new(
+            Exit::EngineDied,
+            format_args!("the engine died: {reason}; restart the server, and report this"),
+        )
     };
     tokio::select! {
         reason = engine.stopped() => return Err(died(reason)),
@@ -108,7 +116,9 @@ impl Signals {
     /// # Errors
     /// When the system refuses.
     pub fn new() -> Result<Self, Failure> {
-        let listen = |kind| signal(kind).map_err(|error| Failure::runtime(format_args!("cannot listen to signals: {error}")));
+        let listen = |kind| {
+            signal(kind).map_err(|error| Failure::runtime(format_args!("cannot listen to signals: {error}")))
+        };
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 
@@ -118,5 +128,27 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tidemill_engine::{Engine, model::files::ModelSource};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_engine_that_dies_ends_the_server_with_its_own_code() {
+        let mut config = EngineConfig::new(ModelSource::Builtin);
+        config.max_num_seqs = 1;
+        config.threads = Some(1);
+        let engine = Engine::start(config, |_| ()).unwrap();
+        let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();
+        let (handle, mut signals) = (engine.handle(), Signals::new().unwrap());
+        server.ready(engine.handle()).await;
+        let dying = tokio::task::spawn_blocking(|| drop(engine));
+        let end = until_the_end(&server, &handle, &mut signals, Duration::ZERO).await;
+        assert_eq!(end.unwrap_err().exit, Exit::EngineDied);
+        dying.await.unwrap();
     }
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use common::{Harness, endless, greedy, narrow, text};
 use tidemill_proto::v1::{
-    AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, WatchStatsRequest, inference_client::InferenceClient,
+    AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, WatchStatsRequest,
+    inference_client::InferenceClient,
 };
 use tonic::Code;
 
@@ -150,9 +151,15 @@ async fn statistics_count_and_flow() {
 #[tokio::test]
 async fn a_drain_lets_the_running_finish_and_refuses_the_new() {
     let mut harness = Harness::start().await;
-    let stream = harness.started(text("Once upon a time", tidemill_proto::v1::SamplingParams { ignore_eos: true, ..greedy(400) })).await;
+    let stream = harness
+        .started(text(
+            "Once upon a time",
+            tidemill_proto::v1::SamplingParams { ignore_eos: true, ..greedy(400) },
+        ))
+        .await;
     let mut control = harness.control.clone();
-    let drain = tokio::spawn(async move { control.drain(DrainRequest { timeout_seconds: Some(20.0) }).await });
+    let drain =
+        tokio::spawn(async move { control.drain(DrainRequest { timeout_seconds: Some(20.0) }).await });
     harness.until("draining", |stats| stats.draining).await;
     let status = harness.generate(text("Once", greedy(1))).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
@@ -187,4 +194,44 @@ async fn a_drain_cuts_off_what_outlasts_its_grace() {
     assert_eq!(status.code(), Code::Unavailable);
     assert_eq!(common::collect(waiting).await.unwrap_err().code(), Code::Unavailable);
     harness.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_storm_of_given_up_streams_leaves_nothing_behind_and_a_survivor_unharmed() {
+    let mut harness = Harness::tuned(|config| config.max_num_queued_reqs = 4096).await;
+    let calm =
+        text("Once upon a time", tidemill_proto::v1::SamplingParams { ignore_eos: true, ..greedy(200) });
+    let expected = harness.complete(calm.clone()).await.ids;
+    let mut client = harness.inference.clone();
+    let survivor =
+        tokio::spawn(async move { common::collect(client.generate(calm).await.unwrap().into_inner()).await });
+    let mut storm = Vec::new();
+    for worker in 0..8_u64 {
+        let mut client = harness.inference.clone();
+        storm.push(tokio::spawn(async move {
+            for number in 0..60_u64 {
+                let request = alone(&format!("storm-{worker}-{number}"));
+                // Given up at once, after the headers, or after some tokens.
+                match number % 3 {
+                    0 => drop(
+                        tokio::time::timeout(Duration::from_micros(number * 20), client.generate(request))
+                            .await,
+                    ),
+                    1 => drop(client.generate(request).await.unwrap()),
+                    _ => {
+                        let mut stream = client.generate(request).await.unwrap().into_inner();
+                        let patience = Duration::from_millis(number / 4);
+                        drop(tokio::time::timeout(patience, stream.message()).await);
+                    }
+                }
+            }
+        }));
+    }
+    for worker in storm {
+        worker.await.unwrap();
+    }
+    assert_eq!(survivor.await.unwrap().unwrap()[0].ids, expected);
+    let stats = harness.at_rest().await;
+    assert_eq!(stats.requests_finished_total, 2, "{stats:?}");
+    assert!(stats.requests_aborted_total >= 320, "{stats:?}");
 }

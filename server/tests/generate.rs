@@ -4,13 +4,14 @@ mod common;
 
 use common::{Completion, Harness, greedy, text};
 use tidemill_proto::v1::{
-    ChatMessage, ChatPrompt, DetokenizeRequest, FinishReason, GenerateRequest, GetModelRequest, OutputOptions,
-    SamplingParams, TokenIds, TokenizeRequest, generate_request::Prompt, generate_response::MatchedStop,
-    tokenize_request::Input,
+    ChatMessage, ChatPrompt, DetokenizeRequest, FinishReason, GenerateRequest, GetModelRequest,
+    OutputOptions, SamplingParams, TokenIds, TokenizeRequest, generate_request::Prompt,
+    generate_response::MatchedStop, tokenize_request::Input,
 };
 
 fn chat(question: &str) -> ChatPrompt {
-    let message = ChatMessage { role: "user".into(), content: question.into(), tool_calls_json: String::new() };
+    let message =
+        ChatMessage { role: "user".into(), content: question.into(), tool_calls_json: String::new() };
     ChatPrompt { messages: vec![message], ..ChatPrompt::default() }
 }
 
@@ -72,17 +73,24 @@ async fn a_chat_is_tokenized_through_the_models_template() {
         .complete(GenerateRequest { prompt: Some(Prompt::Chat(chat("Hello"))), ..text("", greedy(10)) })
         .await;
     let ids = Some(Prompt::TokenIds(TokenIds { ids: tokens.token_ids }));
-    assert_eq!(by_chat.ids, harness.complete(GenerateRequest { prompt: ids, ..text("", greedy(10)) }).await.ids);
+    assert_eq!(
+        by_chat.ids,
+        harness.complete(GenerateRequest { prompt: ids, ..text("", greedy(10)) }).await.ids
+    );
 }
 
 #[tokio::test]
 async fn the_same_seed_gives_the_same_tokens_whoever_shares_the_batch() {
     let mut harness = Harness::start().await;
-    let sampled = |seed| SamplingParams { temperature: Some(1.0), seed: Some(seed), ignore_eos: true, ..greedy(40) };
+    let sampled =
+        |seed| SamplingParams { temperature: Some(1.0), seed: Some(seed), ignore_eos: true, ..greedy(40) };
     let alone = harness.complete(text("Tell me", sampled(7))).await;
     let mut clients: Vec<_> = (5..10).map(|seed| (seed, harness.inference.clone())).collect();
     let tasks = clients.drain(..).map(|(seed, mut client)| {
-        let request = text("Tell me", SamplingParams { temperature: Some(1.0), seed: Some(seed), ignore_eos: true, ..greedy(40) });
+        let request = text(
+            "Tell me",
+            SamplingParams { temperature: Some(1.0), seed: Some(seed), ignore_eos: true, ..greedy(40) },
+        );
         tokio::spawn(async move {
             let stream = client.generate(request).await.unwrap().into_inner();
             (seed, common::collect(stream).await.unwrap().remove(0))
@@ -111,7 +119,8 @@ async fn three_completions_of_one_prompt_differ_and_each_has_its_own_end() {
     let completions = harness.generate(text("Once upon a time there was", sampling.clone())).await.unwrap();
     let [a, b, c] = &completions[..] else { panic!("{completions:?}") };
     assert!(a.ids != b.ids && b.ids != c.ids && a.ids != c.ids);
-    let alone = harness.complete(text("Once upon a time there was", SamplingParams { n: None, ..sampling })).await;
+    let alone =
+        harness.complete(text("Once upon a time there was", SamplingParams { n: None, ..sampling })).await;
     assert_eq!(a.ids, alone.ids, "the first has the client's own seed");
     harness.at_rest().await;
 }
@@ -127,7 +136,11 @@ async fn log_probabilities_come_with_each_token_and_with_the_prompt() {
     for message in &completion.messages {
         assert_eq!(message.logprobs.len(), message.token_ids.len());
         for (logprobs, &id) in message.logprobs.iter().zip(&message.token_ids) {
-            assert_eq!((logprobs.token_id, logprobs.rank, logprobs.top.len()), (id, 1, 3), "greedy takes the first");
+            assert_eq!(
+                (logprobs.token_id, logprobs.rank, logprobs.top.len()),
+                (id, 1, 3),
+                "greedy takes the first"
+            );
             assert_eq!(logprobs.top[0].token_id, id);
             assert!(logprobs.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob));
             assert!(logprobs.logprob <= 0.0);
@@ -186,7 +199,8 @@ async fn token_ids_only_leaves_the_text_out() {
 #[tokio::test]
 async fn max_tokens_is_the_length_and_the_context_is_the_default_bound() {
     let mut harness = Harness::tuned(|config| config.max_model_len = Some(64)).await;
-    let three = harness.complete(text("Once upon a time", SamplingParams { ignore_eos: true, ..greedy(3) })).await;
+    let three =
+        harness.complete(text("Once upon a time", SamplingParams { ignore_eos: true, ..greedy(3) })).await;
     assert_eq!((three.ids.len(), three.finish), (3, FinishReason::Length));
     let sampling = SamplingParams { temperature: Some(0.0), ignore_eos: true, ..SamplingParams::default() };
     let full = harness.complete(text("Once upon a time", sampling)).await;

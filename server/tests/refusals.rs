@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use common::{Harness, endless, greedy, narrow, text};
 use tidemill_proto::v1::{
-    ChatMessage, ChatPrompt, DetokenizeRequest, DrainRequest, FinishReason, GenerateRequest, OutputOptions, SamplingParams,
-    TokenIds, TokenizeRequest, WatchStatsRequest, generate_request::Prompt, tokenize_request::Input,
+    ChatMessage, ChatPrompt, DetokenizeRequest, DrainRequest, FinishReason, GenerateRequest, OutputOptions,
+    SamplingParams, TokenIds, TokenizeRequest, WatchStatsRequest, generate_request::Prompt,
+    tokenize_request::Input,
 };
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
@@ -28,10 +29,18 @@ fn sampled(sampling: SamplingParams) -> GenerateRequest {
 fn bad_requests() -> Vec<(&'static str, GenerateRequest)> {
     let d = SamplingParams::default;
     let chat = |messages: Vec<ChatMessage>, tools: &str| GenerateRequest {
-        prompt: Some(Prompt::Chat(ChatPrompt { messages, tools_json: tools.into(), ..ChatPrompt::default() })),
+        prompt: Some(Prompt::Chat(ChatPrompt {
+            messages,
+            tools_json: tools.into(),
+            ..ChatPrompt::default()
+        })),
         ..GenerateRequest::default()
     };
-    let user = |content: &str| ChatMessage { role: "user".into(), content: content.into(), ..ChatMessage::default() };
+    let user = |content: &str| ChatMessage {
+        role: "user".into(),
+        content: content.into(),
+        ..ChatMessage::default()
+    };
     vec![
         ("sampling.temperature", sampled(SamplingParams { temperature: Some(f32::NAN), ..d() })),
         ("sampling.temperature", sampled(SamplingParams { temperature: Some(f32::INFINITY), ..d() })),
@@ -41,10 +50,16 @@ fn bad_requests() -> Vec<(&'static str, GenerateRequest)> {
         ("sampling.min_p", sampled(SamplingParams { min_p: Some(1.5), ..d() })),
         ("sampling.repetition_penalty", sampled(SamplingParams { repetition_penalty: Some(0.0), ..d() })),
         ("sampling.presence_penalty", sampled(SamplingParams { presence_penalty: Some(2.5), ..d() })),
-        ("sampling.frequency_penalty", sampled(SamplingParams { frequency_penalty: Some(f32::NEG_INFINITY), ..d() })),
+        (
+            "sampling.frequency_penalty",
+            sampled(SamplingParams { frequency_penalty: Some(f32::NEG_INFINITY), ..d() }),
+        ),
         ("sampling.logit_bias", sampled(SamplingParams { logit_bias: [(2048, 1.0)].into(), ..d() })),
         ("sampling.logit_bias", sampled(SamplingParams { logit_bias: [(1, f32::NAN)].into(), ..d() })),
-        ("sampling.logit_bias", sampled(SamplingParams { logit_bias: (0..1025).map(|id| (id, 0.0)).collect(), ..d() })),
+        (
+            "sampling.logit_bias",
+            sampled(SamplingParams { logit_bias: (0..1025).map(|id| (id, 0.0)).collect(), ..d() }),
+        ),
         ("sampling.max_tokens", sampled(SamplingParams { max_tokens: Some(0), ..d() })),
         ("sampling.max_tokens", sampled(SamplingParams { max_tokens: Some(1024), ..d() })),
         ("sampling.max_tokens", sampled(SamplingParams { max_tokens: Some(u32::MAX), ..d() })),
@@ -58,10 +73,13 @@ fn bad_requests() -> Vec<(&'static str, GenerateRequest)> {
         ("sampling.prompt_logprobs", sampled(SamplingParams { prompt_logprobs: Some(u32::MAX), ..d() })),
         ("sampling.n", sampled(SamplingParams { n: Some(9), ..d() })),
         ("sampling.n", sampled(SamplingParams { n: Some(0), ..d() })),
-        ("sampling.stop", GenerateRequest {
-            output: Some(OutputOptions { token_ids_only: true, ..OutputOptions::default() }),
-            ..sampled(SamplingParams { stop: vec!["x".into()], ..d() })
-        }),
+        (
+            "sampling.stop",
+            GenerateRequest {
+                output: Some(OutputOptions { token_ids_only: true, ..OutputOptions::default() }),
+                ..sampled(SamplingParams { stop: vec!["x".into()], ..d() })
+            },
+        ),
         ("request_id", GenerateRequest { request_id: "x".repeat(257), ..sampled(d()) }),
         ("request_id", GenerateRequest { request_id: "line\nbreak".into(), ..sampled(d()) }),
         ("prompt", GenerateRequest::default()),
@@ -87,7 +105,10 @@ async fn every_kind_of_bad_request_names_its_field_and_the_next_request_is_serve
         let status = harness.generate(request).await.expect_err(field);
         assert_eq!(status.code(), Code::InvalidArgument, "#{number} {field}: {status:?}");
         assert!(fields(&status).iter().any(|found| found == field), "#{number} {field}: {status:?}");
-        assert!(status.metadata().get("x-request-id").is_some() || field == "request_id", "#{number} {field}");
+        assert!(
+            status.metadata().get("x-request-id").is_some() || field == "request_id",
+            "#{number} {field}"
+        );
     }
     assert_eq!(harness.complete(text("Once upon a time", greedy(10))).await.ids, canary);
     let stats = harness.at_rest().await;
@@ -97,7 +118,8 @@ async fn every_kind_of_bad_request_names_its_field_and_the_next_request_is_serve
 #[tokio::test]
 async fn all_that_is_wrong_is_told_at_once() {
     let mut harness = Harness::start().await;
-    let sampling = SamplingParams { temperature: Some(-1.0), top_p: Some(7.0), n: Some(9), ..SamplingParams::default() };
+    let sampling =
+        SamplingParams { temperature: Some(-1.0), top_p: Some(7.0), n: Some(9), ..SamplingParams::default() };
     let status = harness.generate(text("Once", sampling)).await.unwrap_err();
     assert_eq!(fields(&status), ["sampling.temperature", "sampling.top_p", "sampling.n"]);
 }
@@ -106,7 +128,10 @@ async fn all_that_is_wrong_is_told_at_once() {
 async fn a_thousand_violations_do_not_outgrow_the_clients_header_limit() {
     let mut harness = Harness::start().await;
     let logit_bias = (0..1024).map(|id| (id, 1e9)).collect();
-    let status = harness.generate(sampled(SamplingParams { logit_bias, ..SamplingParams::default() })).await.unwrap_err();
+    let status = harness
+        .generate(sampled(SamplingParams { logit_bias, ..SamplingParams::default() }))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     let model = "m".repeat(100_000);
     let status = harness.generate(GenerateRequest { model, ..sampled(greedy(1)) }).await.unwrap_err();
@@ -122,7 +147,8 @@ async fn gigantic_prompts_are_refused_quickly() {
     let status = harness.generate(ids(vec![7; 4_000_000])).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
-    let request = TokenizeRequest { input: Some(Input::Text("x".repeat(5 << 20))), ..TokenizeRequest::default() };
+    let request =
+        TokenizeRequest { input: Some(Input::Text("x".repeat(5 << 20))), ..TokenizeRequest::default() };
     // More than the client's default limit for what it sends is none of tonic's; ours is 64 MiB.
     let status = harness.inference.tokenize(request).await.unwrap_err();
     assert_eq!((status.code(), fields(&status)), (Code::InvalidArgument, vec!["text".to_owned()]));
@@ -131,14 +157,22 @@ async fn gigantic_prompts_are_refused_quickly() {
 #[tokio::test]
 async fn another_model_is_not_found_and_an_id_lives_once() {
     let mut harness = Harness::start().await;
-    let status = harness.generate(GenerateRequest { model: "gpt-17".into(), ..sampled(greedy(1)) }).await.unwrap_err();
+    let status =
+        harness.generate(GenerateRequest { model: "gpt-17".into(), ..sampled(greedy(1)) }).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
     assert!(status.message().contains("gpt-17") && status.message().contains("tidemill-demo"), "{status:?}");
     let first = harness.started(endless("twin")).await;
-    let status = harness.generate(GenerateRequest { request_id: "twin".into(), ..sampled(greedy(1)) }).await.unwrap_err();
+    let status = harness
+        .generate(GenerateRequest { request_id: "twin".into(), ..sampled(greedy(1)) })
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::AlreadyExists);
     assert_eq!(status.get_details_request_info().unwrap().request_id, "twin");
-    assert_eq!(harness.abort("twin").await.stage(), tidemill_proto::v1::AbortStage::Decode, "the first lives on");
+    assert_eq!(
+        harness.abort("twin").await.stage(),
+        tidemill_proto::v1::AbortStage::Decode,
+        "the first lives on"
+    );
     drop(first);
     let again = GenerateRequest { request_id: "twin".into(), ..sampled(greedy(1)) };
     assert_eq!(harness.complete(again).await.ids.len(), 1, "an id may come again when its request is over");
@@ -169,12 +203,20 @@ fn with_timeout(request: GenerateRequest, timeout: &str) -> Request<GenerateRequ
 async fn a_deadline_ends_a_running_and_a_waiting_request() {
     let mut harness = Harness::tuned(narrow).await;
     let started = Instant::now();
-    let stream = harness.inference.generate(with_timeout(endless("running"), "300m")).await.unwrap().into_inner();
-    let waiting = harness.inference.generate(with_timeout(text("Once", greedy(1)), "150m")).await.unwrap().into_inner();
+    let mut stream =
+        harness.inference.generate(with_timeout(endless("running"), "300m")).await.unwrap().into_inner();
+    stream.message().await.unwrap().expect("it runs");
+    let waiting =
+        harness.inference.generate(with_timeout(text("Once", greedy(1)), "150m")).await.unwrap().into_inner();
     let status = common::collect(waiting).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "never had a first token: {status:?}");
     assert!(started.elapsed() >= Duration::from_millis(150));
-    let status = common::collect(stream).await.unwrap_err();
+    let status = loop {
+        match stream.message().await {
+            Ok(message) => assert!(message.is_some(), "ended well"),
+            Err(status) => break status,
+        }
+    };
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     let took = started.elapsed();
     assert!((Duration::from_millis(290)..Duration::from_millis(1500)).contains(&took), "{took:?}");
@@ -189,7 +231,8 @@ async fn malformed_deadlines_are_refused_and_long_ones_are_kept() {
         assert_eq!(status.code(), Code::InvalidArgument, "{timeout}: {status:?}");
     }
     for timeout in ["99999999H", "10S", "60000m"] {
-        let stream = harness.inference.generate(with_timeout(sampled(greedy(1)), timeout)).await.unwrap().into_inner();
+        let stream =
+            harness.inference.generate(with_timeout(sampled(greedy(1)), timeout)).await.unwrap().into_inner();
         assert_eq!(common::collect(stream).await.unwrap()[0].finish, FinishReason::Length, "{timeout}");
     }
 }
@@ -208,7 +251,11 @@ async fn the_small_calls_refuse_too() {
     }
     for seconds in [-1.0, f64::NAN, f64::INFINITY] {
         let request = DrainRequest { timeout_seconds: Some(seconds) };
-        assert_eq!(harness.control.drain(request).await.unwrap_err().code(), Code::InvalidArgument, "{seconds}");
+        assert_eq!(
+            harness.control.drain(request).await.unwrap_err().code(),
+            Code::InvalidArgument,
+            "{seconds}"
+        );
     }
     assert!(!harness.stats().await.draining, "a refused drain drains nothing");
 }

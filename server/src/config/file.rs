@@ -37,12 +37,19 @@ fn id_of(command: &Command, key: &str) -> Option<String> {
 }
 
 /// A key's value as words of a command line.
-fn option_values(command: &Command, subcommand: &str, key: &str, value: Value) -> Result<Vec<String>, String> {
+fn option_values(
+    command: &Command,
+    subcommand: &str,
+    key: &str,
+    value: Value,
+) -> Result<Vec<String>, String> {
     let serve = command.find_subcommand(subcommand);
     let arg = serve.into_iter().flat_map(Command::get_arguments).find(|arg| arg.get_long() == Some(key));
     // A file that names a file would never end.
     let Some(arg) = arg.filter(|_| key != "config") else {
-        return Err(format!("unknown key {key:?}; keys are named as the options of `tidemill {subcommand} --help`"));
+        return Err(format!(
+            "unknown key {key:?}; keys are named as the options of `tidemill {subcommand} --help`"
+        ));
     };
     let word = |value: Value| match value {
         Value::String(text) => Ok(text),
@@ -54,14 +61,17 @@ fn option_values(command: &Command, subcommand: &str, key: &str, value: Value) -
         }
     };
     match value {
-        Value::Array(items) if matches!(arg.get_action(), ArgAction::Append) => items.into_iter().map(word).collect(),
+        Value::Array(items) if matches!(arg.get_action(), ArgAction::Append) => {
+            items.into_iter().map(word).collect()
+        }
         value => Ok(vec![word(value)?]),
     }
 }
 
 /// Lets clap judge the file's values alone.
 fn check(command: Command, subcommand: &str, defaults: &[(String, Vec<String>)]) -> Result<(), String> {
-    let options = defaults.iter().flat_map(|(key, values)| values.iter().map(move |v| format!("--{key}={v}")));
+    let options =
+        defaults.iter().flat_map(|(key, values)| values.iter().map(move |v| format!("--{key}={v}")));
     let line = ["tidemill".to_owned(), subcommand.to_owned()].into_iter().chain(options);
     match command.try_get_matches_from(line) {
         Ok(_) => Ok(()),

@@ -43,7 +43,9 @@ impl Invocation {
 /// The engine's configuration as far as the model's options determine it.
 fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
     if args.device == DeviceArg::Cuda {
-        return Err(Failure::usage("--device: cuda is not in this build yet; use --device cpu, or leave it out"));
+        return Err(Failure::usage(
+            "--device: cuda is not in this build yet; use --device cpu, or leave it out",
+        ));
     }
     let mut config = EngineConfig::new(args.model);
     config.chat_template = args.chat_template;

@@ -88,10 +88,12 @@ impl ServeConfig {
 fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConfig, Failure> {
     let keys = ApiKeys::new(args.api_key)?;
     let tls = tls_config(args.tls_cert.as_deref(), args.tls_key.as_deref(), args.tls_client_ca.as_deref())?;
-    let addresses: Vec<SocketAddr> = (args.host.as_str(), args.grpc_port)
+    let mut addresses: Vec<SocketAddr> = (args.host.as_str(), args.grpc_port)
         .to_socket_addrs()
         .map_err(|error| Failure::usage(format_args!("--host {:?} cannot be resolved: {error}", args.host)))?
         .collect();
+    // `localhost` has two; clients that write 127.0.0.1 are more than those that write ::1.
+    addresses.sort_by_key(SocketAddr::is_ipv6);
     let loopback = addresses.iter().all(|address| address.ip().is_loopback());
     let closed = !keys.is_empty() || tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
     if !loopback && !closed && !args.insecure_bind {
@@ -104,7 +106,11 @@ fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConf
     Ok(GrpcConfig { addresses, keys, tls, shutdown_timeout })
 }
 
-fn tls_config(cert: Option<&Path>, key: Option<&Path>, ca: Option<&Path>) -> Result<Option<TlsConfig>, Failure> {
+fn tls_config(
+    cert: Option<&Path>,
+    key: Option<&Path>,
+    ca: Option<&Path>,
+) -> Result<Option<TlsConfig>, Failure> {
     let read = |option: &str, path: &Path| {
         fs::read(path).map_err(|error| Failure::usage(format_args!("{option} {}: {error}", path.display())))
     };

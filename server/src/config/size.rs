@@ -49,11 +49,13 @@ mod tests {
 
     #[test]
     fn sizes_are_read_in_both_systems_and_nonsense_is_refused() {
-        let good = [("4096", 4096), ("1MiB", 1 << 20), ("0.5 gib", 1 << 29), ("2GB", 2_000_000_000), ("7b", 7)];
+        let good =
+            [("4096", 4096), ("1MiB", 1 << 20), ("0.5 gib", 1 << 29), ("2GB", 2_000_000_000), ("7b", 7)];
         for (text, bytes) in good {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        for text in ["", "GiB", "-1", "1.5", "1 parsec", "1e30", "99999999999999TiB", "NaN", "1.2.3MiB", "é"] {
+        for text in ["", "GiB", "-1", "1.5", "1 parsec", "1e30", "99999999999999TiB", "NaN", "1.2.3MiB", "é"]
+        {
             assert!(text.parse::<ByteSize>().is_err(), "{text}");
         }
     }

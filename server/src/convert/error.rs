@@ -80,10 +80,9 @@ mod tests {
         let id = RequestId::new("r");
         let asked = "é".repeat(1 << 20);
         let violations = vec![Violation { field: "sampling.logit_bias", message: "é".repeat(4000) }; 1024];
-        for error in [
-            RequestError::ModelNotFound { asked, served: "m".into() },
-            RequestError::Invalid(violations),
-        ] {
+        for error in
+            [RequestError::ModelNotFound { asked, served: "m".into() }, RequestError::Invalid(violations)]
+        {
             let status = status(&error, &id);
             assert!(status.message().len() <= MAX_MESSAGE_BYTES + 3);
             assert!(status.details().len() < 5 << 10, "{}", status.details().len());

@@ -13,7 +13,10 @@ use tidemill_proto::v1;
 ///
 /// # Errors
 /// When there is no prompt, or JSON inside of it is malformed.
-pub fn generate_request(id: RequestId, request: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
+pub fn generate_request(
+    id: RequestId,
+    request: v1::GenerateRequest,
+) -> Result<GenerateRequest, RequestError> {
     use v1::generate_request::Prompt as Wire;
     let prompt = match request.prompt {
         Some(Wire::Text(text)) => Prompt::Text(text),
@@ -79,7 +82,11 @@ pub fn chat_prompt(chat: v1::ChatPrompt, field: &'static str) -> Result<ChatProm
 }
 
 /// A JSON array in a string; an empty string is none. serde_json bounds the depth.
-fn json_array(text: &str, field: &'static str, name: &str) -> Result<Option<serde_json::Value>, RequestError> {
+fn json_array(
+    text: &str,
+    field: &'static str,
+    name: &str,
+) -> Result<Option<serde_json::Value>, RequestError> {
     if text.is_empty() {
         return Ok(None);
     }

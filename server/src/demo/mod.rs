@@ -26,7 +26,9 @@ use self::{
     screen::Screen,
     streams::{Abort, Event, Timing},
 };
-use crate::{config::GrpcConfig, exit::Exit, exit::Failure, grpc::Server, loading, serve::Signals, terminal::Style};
+use crate::{
+    config::GrpcConfig, exit::Exit, exit::Failure, grpc::Server, loading, serve::Signals, terminal::Style,
+};
 
 /// The endless stream is aborted when it has given so many tokens.
 const ABORT_AFTER: usize = 64;
@@ -135,7 +137,11 @@ impl Show {
                     let due = PROMPTS[index].endless && tokens >= ABORT_AFTER;
                     // Taking the sender makes the loop end with the last stream.
                     if let Some(events) = abort_events.take_if(|_| due) {
-                        tokio::spawn(streams::abort(self.control.clone(), PROMPTS[index].label.into(), events));
+                        tokio::spawn(streams::abort(
+                            self.control.clone(),
+                            PROMPTS[index].label.into(),
+                            events,
+                        ));
                     }
                 }
                 Event::Done { index, outcome } => {
@@ -191,7 +197,9 @@ impl Show {
         ))?;
         match findings.problems() {
             problems if problems.is_empty() => Ok(()),
-            problems => Err(Failure::runtime(format_args!("the demonstration found: {}", problems.join("; ")))),
+            problems => {
+                Err(Failure::runtime(format_args!("the demonstration found: {}", problems.join("; "))))
+            }
         }
     }
 }

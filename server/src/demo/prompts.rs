@@ -38,8 +38,11 @@ const WEATHER: &str = r#"[{"type": "function", "function": {"name": "get_weather
 impl Prompt {
     /// The request on the wire.
     pub fn request(self) -> GenerateRequest {
-        let message =
-            ChatMessage { role: "user".into(), content: self.question.into(), tool_calls_json: String::new() };
+        let message = ChatMessage {
+            role: "user".into(),
+            content: self.question.into(),
+            tool_calls_json: String::new(),
+        };
         GenerateRequest {
             request_id: self.label.into(),
             prompt: Some(WirePrompt::Chat(ChatPrompt {

@@ -53,7 +53,8 @@ impl Findings<'_> {
             table.push_str(&format!("  {label} {row}\n"));
         }
         let seconds = self.wall.as_secs_f64();
-        let total = format!("  together {all} tokens in {seconds:.2} s: {:.0} tokens/s", all as f64 / seconds);
+        let total =
+            format!("  together {all} tokens in {seconds:.2} s: {:.0} tokens/s", all as f64 / seconds);
         table + &style.bold(&total)
     }
 
@@ -67,11 +68,13 @@ impl Findings<'_> {
             }
         }
         match self.abort {
-            Some(Ok(abort)) if abort.receipt.stage() == AbortStage::Decode && abort.receipt.blocks_freed > 0 => {}
+            Some(Ok(abort))
+                if abort.receipt.stage() == AbortStage::Decode && abort.receipt.blocks_freed > 0 => {}
             other => problems.push(format!("the abort gave {other:?}")),
         }
         let stats = self.last;
-        if stats.kv_blocks_owned > 0 || stats.kv_blocks_free + stats.kv_blocks_cached != stats.kv_blocks_total {
+        if stats.kv_blocks_owned > 0 || stats.kv_blocks_free + stats.kv_blocks_cached != stats.kv_blocks_total
+        {
             problems.push(format!("not all KV blocks came back: {stats:?}"));
         }
         if stats.num_requests_running + stats.num_requests_waiting > 0 || stats.requests_failed_total > 0 {

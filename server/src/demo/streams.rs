@@ -46,7 +46,12 @@ impl Timing {
 }
 
 /// Follows one stream to its end and tells what comes.
-pub async fn follow(client: InferenceClient<Channel>, index: usize, request: GenerateRequest, events: UnboundedSender<Event>) {
+pub async fn follow(
+    client: InferenceClient<Channel>,
+    index: usize,
+    request: GenerateRequest,
+    events: UnboundedSender<Event>,
+) {
     let outcome = timed(client, index, request, &events).await;
     // The screen is there until all streams are done.
     drop(events.send(Event::Done { index, outcome }));

@@ -32,7 +32,9 @@ impl ApiKeys {
     pub fn new(keys: Vec<String>) -> Result<Self, Failure> {
         for key in &keys {
             if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-                return Err(Failure::usage("--api-key: a key must be printable ASCII without spaces, and not empty"));
+                return Err(Failure::usage(
+                    "--api-key: a key must be printable ASCII without spaces, and not empty",
+                ));
             }
         }
         Ok(Self(keys.into()))
@@ -72,7 +74,10 @@ pub async fn guard(State(keys): State<ApiKeys>, request: Request, next: Next) ->
     if keys.is_empty() || request.uri().path().starts_with(OPEN) || keys.admits(request.headers()) {
         return next.run(request).await;
     }
-    refusal(Status::unauthenticated("this server wants an API key: send `authorization: Bearer KEY` or `x-api-key: KEY`"))
+    tracing::info!(path = ?request.uri().path(), status = "UNAUTHENTICATED", "rpc");
+    refusal(Status::unauthenticated(
+        "this server wants an API key: send `authorization: Bearer KEY` or `x-api-key: KEY`",
+    ))
 }
 
 #[cfg(test)]

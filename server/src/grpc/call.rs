@@ -100,7 +100,7 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let status = self.outcome.map_or("gone", code_name);
+        let status = code_name(self.outcome.unwrap_or(Code::Cancelled));
         let id: String = self.id.as_str().chars().take(RequestId::MAX_BYTES).collect();
         let ms = |duration: Duration| duration.as_micros() as f64 / 1e3;
         let duration_ms = ms(self.started.elapsed());

@@ -28,7 +28,23 @@ impl ControlService {
         Self { lifecycle, grace }
     }
 
-    async fn drain_for(&self, grace: Result<Duration, RequestError>, id: &RequestId) -> Result<v1::DrainResponse, Status> {
+    async fn abort_request(&self, id: RequestId) -> Result<v1::AbortResponse, Status> {
+        let to_status = |error: RequestError| convert::status(&error, &id);
+        let engine = self.lifecycle.engine()?;
+        if !(1..=RequestId::MAX_BYTES).contains(&id.as_str().len()) {
+            let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
+            return Err(to_status(RequestError::invalid("request_id", message)));
+        }
+        let receipt = engine.abort(id.clone()).await.map_err(to_status)?;
+        tracing::debug!(request_id = ?id.as_str(), ?receipt, "abort");
+        Ok(convert::abort_response(&receipt))
+    }
+
+    async fn drain_for(
+        &self,
+        grace: Result<Duration, RequestError>,
+        id: &RequestId,
+    ) -> Result<v1::DrainResponse, Status> {
         let to_status = |error: RequestError| convert::status(&error, id);
         let (engine, grace) = (self.lifecycle.engine()?, grace.map_err(to_status)?);
         // The engine drains even if the caller does not wait for it.
@@ -42,20 +58,7 @@ impl Control for ControlService {
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
         let id = RequestId::new(request.into_inner().request_id);
         let call = Call::start("Abort", id.clone());
-        let result = match self.lifecycle.engine() {
-            Ok(_) if id.as_str().is_empty() || id.as_str().len() > RequestId::MAX_BYTES => {
-                let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
-                Err(convert::status(&RequestError::invalid("request_id", message), &id))
-            }
-            Ok(engine) => match engine.abort(id.clone()).await {
-                Ok(receipt) => {
-                    tracing::debug!(request_id = ?id.as_str(), ?receipt, "abort");
-                    Ok(convert::abort_response(&receipt))
-                }
-                Err(error) => Err(convert::status(&error, &id)),
-            },
-            Err(status) => Err(status),
-        };
+        let result = self.abort_request(id).await;
         call.end(result)
     }
 
@@ -64,7 +67,8 @@ impl Control for ControlService {
         _: Request<v1::GetStatsRequest>,
     ) -> Result<Response<v1::GetStatsResponse>, Status> {
         let call = Call::start("GetStats", RequestId::random());
-        let stats = |engine: &EngineHandle| v1::GetStatsResponse { stats: Some(convert::stats(&engine.stats())) };
+        let stats =
+            |engine: &EngineHandle| v1::GetStatsResponse { stats: Some(convert::stats(&engine.stats())) };
         call.end(self.lifecycle.engine().map(stats))
     }
 
@@ -86,7 +90,12 @@ impl Control for ControlService {
             Err(status) => return Err(call.fail(status)),
         };
         let response = call.respond(());
-        let readings = Readings { engine, every: Duration::from_millis(every.into()), lifecycle: self.lifecycle.clone(), call };
+        let readings = Readings {
+            engine,
+            every: Duration::from_millis(every.into()),
+            lifecycle: self.lifecycle.clone(),
+            call,
+        };
         Ok(response.map(|()| readings.into_stream()))
     }
 
@@ -95,7 +104,10 @@ impl Control for ControlService {
         let grace = match request.into_inner().timeout_seconds {
             None => Ok(self.grace),
             Some(seconds) => Duration::try_from_secs_f64(seconds).map_err(|_| {
-                RequestError::invalid("timeout_seconds", format!("{seconds} is not a time to wait; use 0 or more"))
+                RequestError::invalid(
+                    "timeout_seconds",
+                    format!("{seconds} is not a time to wait; use 0 or more"),
+                )
             }),
         };
         let result = self.drain_for(grace, call.id()).await;

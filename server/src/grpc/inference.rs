@@ -3,10 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use tidemill_engine::{
-    EngineHandle, Generation, RequestError,
-    ids::RequestId,
-    request::ValidatedRequest,
-    text::TextModel,
+    EngineHandle, Generation, RequestError, ids::RequestId, request::ValidatedRequest, text::TextModel,
 };
 use tidemill_proto::v1::{self, inference_server::Inference};
 use tonic::{Request, Response, Status};
@@ -45,7 +42,8 @@ impl InferenceService {
         if self.lifecycle.phase() > Phase::Ready {
             return Err(Refused::Error(RequestError::Draining));
         }
-        let validated = self.texts.run(move || validate(&engine, id, request, deadline).map(|v| (engine, v))).await;
+        let validated =
+            self.texts.run(move || validate(&engine, id, request, deadline).map(|v| (engine, v))).await;
         let (engine, validated) = validated.map_err(Refused::Error)?;
         let admitted = Admitted {
             prompt_tokens: validated.prompt().len(),
@@ -134,11 +132,7 @@ impl Inference for InferenceService {
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
         let call = Call::start("Detokenize", RequestId::random());
         let request = request.into_inner();
-        let work = move |text: &TextModel, _: &EngineHandle| {
-            let ids = convert::token_ids(request.token_ids);
-            Ok(v1::DetokenizeResponse { text: text.decode(&ids, request.include_special_tokens)? })
-        };
-        let result = self.with_text(&call, work).await;
+        let result = self.with_text(&call, |text, _| detokenize(text, request)).await;
         call.end(result)
     }
 
@@ -154,6 +148,22 @@ impl Inference for InferenceService {
 
 /// Longest text in bytes that `Tokenize` encodes: some seconds of work.
 const MAX_TOKENIZE_BYTES: usize = 4 << 20;
+
+/// Most tokens that `Detokenize` decodes: a text of some megabytes.
+const MAX_DETOKENIZE_IDS: usize = 1 << 20;
+
+fn detokenize(
+    text: &TextModel,
+    request: v1::DetokenizeRequest,
+) -> Result<v1::DetokenizeResponse, RequestError> {
+    let count = request.token_ids.len();
+    if count > MAX_DETOKENIZE_IDS {
+        let message = format!("has {count} ids; at most {MAX_DETOKENIZE_IDS} are decoded");
+        return Err(RequestError::invalid("token_ids", message));
+    }
+    let ids = convert::token_ids(request.token_ids);
+    Ok(v1::DetokenizeResponse { text: text.decode(&ids, request.include_special_tokens)? })
+}
 
 fn tokenize(
     text: &TextModel,

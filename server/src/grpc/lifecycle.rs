@@ -1,13 +1,16 @@
 //! Where the server is between its start and its end, and what health checks say about it.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use tidemill_engine::EngineHandle;
 use tidemill_proto::v1::{control_server::ControlServer, inference_server::InferenceServer};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tonic::{Status, server::NamedService};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -31,7 +34,10 @@ pub enum Phase {
 pub struct Lifecycle {
     engine: OnceLock<EngineHandle>,
     phase: watch::Sender<Phase>,
-    health: HealthReporter,
+    /// The engine shows no sign of life.
+    stalled: AtomicBool,
+    /// Locked while the statuses are written, so that the last writer knows the last state.
+    health: Mutex<HealthReporter>,
 }
 
 /// Services whose health is reported; "" is the server as a whole.
@@ -47,8 +53,13 @@ const STALL: Duration = Duration::from_secs(60);
 impl Lifecycle {
     /// A server that is loading.
     pub async fn new(health: HealthReporter) -> Arc<Self> {
-        let lifecycle = Self { engine: OnceLock::new(), phase: watch::Sender::new(Phase::Loading), health };
-        lifecycle.report(ServingStatus::NotServing).await;
+        let lifecycle = Self {
+            engine: OnceLock::new(),
+            phase: watch::Sender::new(Phase::Loading),
+            stalled: AtomicBool::new(false),
+            health: Mutex::new(health),
+        };
+        lifecycle.report().await;
         Arc::new(lifecycle)
     }
 
@@ -70,12 +81,8 @@ impl Lifecycle {
             later
         });
         if advanced {
-            let serving = if phase == Phase::Ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-            self.report(serving).await;
-            if phase == Phase::Stopped {
-                self.end_watches().await;
-            }
             tracing::info!(?phase, "server");
+            self.report().await;
         }
     }
 
@@ -99,24 +106,22 @@ impl Lifecycle {
         self.engine.get().ok_or_else(|| Status::unavailable("the model is loading; try again in a moment"))
     }
 
-    async fn report(&self, status: ServingStatus) {
+    /// Tells health checks how things stand.
+    async fn report(&self) {
+        let mut health = self.health.lock().await;
+        let healthy = self.phase() == Phase::Ready && !self.stalled.load(Relaxed);
+        let status = if healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in SERVICES {
-            self.health.set_service_status(service, status).await;
-        }
-    }
-
-    /// Ends the streams of those who watch the health: they would hold up the end of their connections.
-    async fn end_watches(&self) {
-        let mut health = self.health.clone();
-        for service in SERVICES {
-            health.clear_service_status(service).await;
-            health.set_service_status(service, ServingStatus::NotServing).await;
+            if self.phase() == Phase::Stopped {
+                // Ends the streams of those who watch, which would keep their connections open.
+                health.clear_service_status(service).await;
+            }
+            health.set_service_status(service, status).await;
         }
     }
 
     /// Keeps health honest while the engine runs: not healthy when it hangs or has died.
     async fn watch_engine(self: Arc<Self>, engine: EngineHandle) {
-        let mut stalled = false;
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
         loop {
             tokio::select! {
@@ -126,12 +131,11 @@ impl Lifecycle {
                     return;
                 }
                 _ = ticks.tick() => {
-                    let now = engine.stats().heartbeat_age > STALL;
-                    if now != stalled && self.phase() == Phase::Ready {
-                        stalled = now;
-                        tracing::error!(stalled, "the engine's steps");
-                        let status = if stalled { ServingStatus::NotServing } else { ServingStatus::Serving };
-                        self.report(status).await;
+                    let age = engine.stats().heartbeat_age;
+                    let stalled = age > STALL;
+                    if self.stalled.swap(stalled, Relaxed) != stalled {
+                        tracing::error!(stalled, heartbeat_age_seconds = age.as_secs(), "the engine's steps");
+                        self.report().await;
                     }
                 }
             }

@@ -13,7 +13,10 @@ use tonic::{
 use tonic_health::server::HealthReporter;
 
 use super::{
-    auth, control::ControlService, deadline, incoming, inference::InferenceService,
+    auth,
+    control::ControlService,
+    deadline, incoming,
+    inference::InferenceService,
     lifecycle::{Lifecycle, Phase},
     panics,
 };
@@ -26,8 +29,9 @@ use crate::{
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// Largest header list in bytes.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// Streams of one connection at once.
-const MAX_STREAMS: u32 = 1024;
+/// Streams of one connection at once. Clients keep what is over it to themselves, unseen, so it is more than the engine's queue:
+/// overload shall be refused, with a time to retry.
+const MAX_STREAMS: u32 = 4096;
 /// A connection that shows no sign of life for this long is asked for one, and closed when it gives none: what a dead
 /// client held is free again after both.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -62,10 +66,13 @@ impl Server {
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_connection_age(MAX_CONNECTION_AGE);
         if let Some(tls) = &config.tls {
-            let wrong = |error| Failure::usage(format_args!("--tls-cert, --tls-key or --tls-client-ca: {}", chain(&error)));
+            let wrong = |error| {
+                Failure::usage(format_args!("--tls-cert, --tls-key or --tls-client-ca: {}", chain(&error)))
+            };
             builder = builder.tls_config(tls_config(tls)).map_err(wrong)?;
         }
-        let listener = TcpListener::bind(&config.addresses[..]).await.map_err(|error| cannot_bind(config, &error))?;
+        let listener =
+            TcpListener::bind(&config.addresses[..]).await.map_err(|error| cannot_bind(config, &error))?;
         let address = listener.local_addr().map_err(|error| cannot_bind(config, &error))?;
         let reporter = HealthReporter::new();
         let lifecycle = Lifecycle::new(reporter.clone()).await;
@@ -108,7 +115,11 @@ impl Server {
 }
 
 /// All services behind the layers that every request passes, whatever its path.
-fn routes(config: &GrpcConfig, lifecycle: &Arc<Lifecycle>, reporter: HealthReporter) -> Result<Routes, Failure> {
+fn routes(
+    config: &GrpcConfig,
+    lifecycle: &Arc<Lifecycle>,
+    reporter: HealthReporter,
+) -> Result<Routes, Failure> {
     let health = tonic_health::server::HealthService::from_health_reporter(reporter);
     let inference = InferenceServer::new(InferenceService::new(lifecycle.clone()));
     let control = ControlServer::new(ControlService::new(lifecycle.clone(), config.shutdown_timeout));
@@ -146,7 +157,9 @@ fn cannot_bind(config: &GrpcConfig, error: &std::io::Error) -> Failure {
     let addresses = addresses.join(", ");
     Failure::new(
         Exit::Bind,
-        format_args!("cannot listen on {addresses}: {error}; choose another --grpc-port (0 takes a free one) or --host"),
+        format_args!(
+            "cannot listen on {addresses}: {error}; choose another --grpc-port (0 takes a free one) or --host"
+        ),
     )
 }
 

@@ -24,7 +24,8 @@ impl TextWorkers {
         &self,
         work: impl FnOnce() -> Result<T, RequestError> + Send + 'static,
     ) -> Result<T, RequestError> {
-        let failed = |error: &dyn std::fmt::Display| RequestError::Internal(format!("text work failed: {error}"));
+        let failed =
+            |error: &dyn std::fmt::Display| RequestError::Internal(format!("text work failed: {error}"));
         // The place belongs to the work and not to the caller: it is taken until the work is done, even when the caller
         // gives up.
         let place = self.0.clone().acquire_owned().await.map_err(|error| failed(&error))?;

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use tidemill::{config::GrpcConfig, grpc::Server};
 use tidemill_engine::{Engine, EngineConfig, model::files::ModelSource};
 use tidemill_proto::v1::{
-    AbortRequest, AbortResponse, FinishReason, GenerateRequest, GenerateResponse, GetStatsRequest, SamplingParams, Stats,
-    control_client::ControlClient, generate_request::Prompt, inference_client::InferenceClient,
+    AbortRequest, AbortResponse, FinishReason, GenerateRequest, GenerateResponse, GetStatsRequest,
+    SamplingParams, Stats, control_client::ControlClient, generate_request::Prompt,
+    inference_client::InferenceClient,
 };
 use tonic::{
     Status, Streaming,
@@ -57,7 +58,8 @@ impl Harness {
     /// A server that has no engine yet.
     pub async fn loading(grpc: GrpcConfig) -> Self {
         let server = Server::bind(&grpc).await.unwrap();
-        let channel = Endpoint::from_shared(format!("http://{}", server.address())).unwrap().connect().await.unwrap();
+        let channel =
+            Endpoint::from_shared(format!("http://{}", server.address())).unwrap().connect().await.unwrap();
         Self {
             inference: InferenceClient::new(channel.clone()).max_decoding_message_size(64 << 20),
             control: ControlClient::new(channel.clone()),
@@ -143,7 +145,11 @@ pub async fn collect(mut stream: Streaming<GenerateResponse>) -> Result<Vec<Comp
         completion.text.push_str(&message.text);
         completion.ids.extend(&message.token_ids);
         completion.finish = message.finish_reason();
-        assert_eq!(message.usage.is_some(), completion.finish != FinishReason::Unspecified, "usage comes last, once");
+        assert_eq!(
+            message.usage.is_some(),
+            completion.finish != FinishReason::Unspecified,
+            "usage comes last, once"
+        );
         completion.last = message.clone();
         completion.messages.push(message);
     }
@@ -160,7 +166,11 @@ pub fn greedy(max_tokens: u32) -> SamplingParams {
 }
 
 pub fn text(prompt: &str, sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest { prompt: Some(Prompt::Text(prompt.into())), sampling: Some(sampling), ..GenerateRequest::default() }
+    GenerateRequest {
+        prompt: Some(Prompt::Text(prompt.into())),
+        sampling: Some(sampling),
+        ..GenerateRequest::default()
+    }
 }
 
 /// A request that keeps the engine busy for as long as a test lasts.
