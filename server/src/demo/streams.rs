@@ -17,7 +17,7 @@ pub enum Event {
     /// A stream's end.
     Done { index: usize, outcome: Result<Timing, Status> },
     /// The abort's.
-    Aborted(Result<Abort, Status>),
+    Aborted(Box<Result<Abort, Status>>),
 }
 
 /// What a stream gave, and when.
@@ -99,7 +99,7 @@ pub async fn abort(mut control: ControlClient<Channel>, request_id: String, even
         let after = stats(&mut control).await?;
         Ok(Abort { before, receipt, after })
     };
-    drop(events.send(Event::Aborted(abort.await)));
+    drop(events.send(Event::Aborted(Box::new(abort.await))));
 }
 
 /// The engine's statistics now.

@@ -1,4 +1,6 @@
 //! A server of its own for each test: the built-in model behind a free port, and a client that reaches it over TCP.
+
+#![allow(clippy::unwrap_used)]
 #![allow(dead_code, missing_docs)]
 
 use std::time::{Duration, Instant};
