@@ -183,6 +183,8 @@ impl Core {
             Command::Submit(submission) => self.submit(*submission),
             Command::Abort { id, received, reply } => {
                 let receipt = self.abort(id, received);
+                // Whoever reads the statistics after the receipt finds it in them.
+                self.publish();
                 // Whoever asked may have gone; the abort stands.
                 drop(reply.try_send(receipt));
             }

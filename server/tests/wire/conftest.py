@@ -24,8 +24,13 @@ SERVERS = {
     "narrow": dict(
         options=("--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--max-num-queued-reqs", "4"),
     ),
-    # Eight rows over KV blocks for about two long sequences: preemption is the rule.
-    "cramped": dict(options=("--max-num-seqs", "8", "--block-size", "4", "--kv-cache-memory", str(512 << 10))),
+    # Eight rows and short steps over KV blocks for about two long sequences: preemption is the rule, in prefill too.
+    "cramped": dict(
+        options=(
+            *("--max-num-seqs", "8", "--max-num-batched-tokens", "16"),
+            *("--block-size", "4", "--kv-cache-memory", str(512 << 10)),
+        )
+    ),
     # Closed to strangers.
     "keyed": dict(options=("--api-key", API_KEY), api_key=API_KEY),
 }

@@ -10,16 +10,23 @@ from stages import LONG, LONG_DECODE, LONG_PREFILL, in_stage, occupied
 from tidemill.v1 import tidemill_pb2 as pb
 
 
-def check_all_is_free(server):
-    """Not soon: by the time the receipt is out, the books are closed."""
-    stats = server.client.stats()
-    assert stats.kv_blocks_free == stats.kv_blocks_total
+def abort_at_once(server, request_id):
+    """The receipt; by the time it is out, and not soon after, the books are closed."""
+    before = server.client.stats()
+    receipt = server.client.abort(request_id)
+    after = server.client.stats()
+    if receipt.stage == pb.ABORT_STAGE_QUEUED:
+        assert after.num_requests_waiting == 0
+    else:
+        assert after.num_requests_running == 0
+        assert after.kv_blocks_free == after.kv_blocks_total
+    assert after.requests_aborted_total == before.requests_aborted_total + 1
+    return receipt
 
 
 def test_queued(narrow):
     with in_stage(narrow, "queued", lambda: narrow.client.start(**LONG_DECODE, request_id="waits")) as stream:
-        receipt = narrow.client.abort("waits")
-        assert narrow.client.stats().num_requests_waiting == 0
+        receipt = abort_at_once(narrow, "waits")
         result = stream.result()
     assert receipt.stage == pb.ABORT_STAGE_QUEUED
     assert (receipt.completion_tokens, receipt.blocks_freed, receipt.rows_freed) == (0, 0, 0)
@@ -28,8 +35,7 @@ def test_queued(narrow):
 
 def test_in_prefill(narrow):
     with in_stage(narrow, "prefill", lambda: narrow.client.start(**LONG_PREFILL, request_id="reads")) as stream:
-        receipt = narrow.client.abort("reads")
-        check_all_is_free(narrow)
+        receipt = abort_at_once(narrow, "reads")
         result = stream.result()
     assert receipt.stage == pb.ABORT_STAGE_PREFILL
     assert (receipt.completion_tokens, receipt.rows_freed) == (0, 1)
@@ -39,8 +45,7 @@ def test_in_prefill(narrow):
 
 def test_in_decode(narrow):
     with in_stage(narrow, "decode", lambda: narrow.client.start(**LONG_DECODE, request_id="writes")) as stream:
-        receipt = narrow.client.abort("writes")
-        check_all_is_free(narrow)
+        receipt = abort_at_once(narrow, "writes")
         result = stream.result()
     assert receipt.stage == pb.ABORT_STAGE_DECODE
     assert 2 <= receipt.completion_tokens < LONG

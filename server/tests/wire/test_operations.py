@@ -69,6 +69,7 @@ def test_counters_count(wide):
     stream = wide.client.start(**{**LONG_DECODE, "max_tokens": 900}).read_tokens(3)
     wide.client.abort(stream.request_id)
     aborted = stream.result()
+    wide.wait_until_idle()
     after = wide.client.stats()
     made = sum(len(completion.ids) for completion in result.completions) + len(aborted.ids)
     assert after.generation_tokens_total - before.generation_tokens_total == made
