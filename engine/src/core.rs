@@ -139,6 +139,7 @@ impl Core {
         let now = Instant::now();
         plan.rows.iter().for_each(|row| self.ledger.scheduled(row.seq, now));
         self.step_in_flight = true;
+        self.stats.beat();
         self.runner.launch(plan)
     }
 

@@ -20,7 +20,7 @@ pub struct EngineStats {
     pub kv_blocks: BlockCounts,
     /// Counters since the start.
     pub counters: Counters,
-    /// Since the engine thread last showed a sign of life while it had work; zero when idle.
+    /// Since the step in flight was launched; zero when there is none.
     pub heartbeat_age: Duration,
     /// Since the start.
     pub uptime: Duration,
@@ -58,7 +58,7 @@ pub(crate) struct SharedStats {
     /// Refusals happen on the callers' threads.
     refused: AtomicU64,
     draining: AtomicBool,
-    /// Milliseconds after `started` of the last sign of life.
+    /// Milliseconds after `started` of the last launch of a step.
     heartbeat_ms: AtomicU64,
     busy: AtomicBool,
 }
@@ -85,8 +85,12 @@ impl SharedStats {
 
     pub(crate) fn publish(&self, published: Published, busy: bool) {
         *self.published.lock() = published;
-        self.heartbeat_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
         self.busy.store(busy, Relaxed);
+    }
+
+    /// Notes that a step was launched. Nothing else is a sign of life: an engine whose step hangs still handles commands.
+    pub(crate) fn beat(&self) {
+        self.heartbeat_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
     }
 
     pub(crate) fn count_refusal(&self) {

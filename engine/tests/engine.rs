@@ -153,6 +153,22 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
 }
 
 #[test]
+fn a_step_that_hangs_shows_in_the_heartbeat_however_many_commands_come() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let running = submit(&handle, request("running", &[1, 2], 1));
+    bench.step_started();
+    let hangs_since = Instant::now();
+    while hangs_since.elapsed() < Duration::from_millis(100) {
+        handle.abort_blocking(RequestId::new("nobody")).unwrap();
+    }
+    assert!(handle.stats().heartbeat_age >= Duration::from_millis(90), "{:?}", handle.stats());
+    bench.finish_step();
+    collect(running).unwrap();
+    eventually("idle", || handle.stats().heartbeat_age == Duration::ZERO);
+}
+
+#[test]
 fn abort_frees_at_once_at_every_stage_while_the_step_runs() {
     let bench = Bench::new();
     let handle = bench.handle();
