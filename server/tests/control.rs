@@ -1,5 +1,7 @@
 //! `Control` over the wire: aborts at every stage, gone clients, statistics, drain.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::{Duration, Instant};

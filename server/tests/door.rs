@@ -1,6 +1,8 @@
 //! Who is let in, and what probes learn: credentials, TLS, health, reflection, the time before the model is there and after the
 //! engine is gone.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::Duration;

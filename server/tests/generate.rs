@@ -1,5 +1,7 @@
 //! `Inference.Generate` and its neighbours over the wire: what a client gets.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Completion, Harness, greedy, text};

@@ -2,6 +2,8 @@
 //!
 //! Read from the source and from `Cargo.toml`s as text, so a broken wall fails here and not in a review.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -1,5 +1,7 @@
 //! Everything that is refused is answered at once, with the right status and details, and harms nobody else.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::{Duration, Instant};

@@ -105,7 +105,7 @@ struct Show {
     inference: InferenceClient<Channel>,
     control: ControlClient<Channel>,
     outcomes: Vec<Option<Result<Timing, Status>>>,
-    abort: Option<Result<Abort, Status>>,
+    abort: Option<Result<Box<Abort>, Status>>,
     wall: Duration,
 }
 

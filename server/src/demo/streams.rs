@@ -17,7 +17,7 @@ pub enum Event {
     /// A stream's end.
     Done { index: usize, outcome: Result<Timing, Status> },
     /// The abort's.
-    Aborted(Result<Abort, Status>),
+    Aborted(Result<Box<Abort>, Status>),
 }
 
 /// What a stream gave, and when.
@@ -97,7 +97,7 @@ pub async fn abort(mut control: ControlClient<Channel>, request_id: String, even
         let before = stats(&mut control).await?;
         let receipt = control.abort(AbortRequest { request_id }).await?.into_inner();
         let after = stats(&mut control).await?;
-        Ok(Abort { before, receipt, after })
+        Ok(Box::new(Abort { before, receipt, after }))
     };
     drop(events.send(Event::Aborted(abort.await)));
 }

@@ -1,5 +1,5 @@
 //! A server of its own for each test: the built-in model behind a free port, and a client that reaches it over TCP.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
 
