@@ -34,7 +34,8 @@ impl LogConfig {
 
     /// Starts logging, panics included. Later calls change nothing.
     pub fn install(self, color: bool) {
-        let builder = fmt().with_env_filter(self.filter).with_writer(io::stderr);
+        // A line that cannot be written is lost. tracing's own way, a message on the same stderr, panics when that is closed.
+        let builder = fmt().with_env_filter(self.filter).with_writer(io::stderr).log_internal_errors(false);
         let ansi = color && io::stderr().is_terminal();
         let installed = match self.format {
             LogFormat::Text => builder.with_ansi(ansi).try_init(),
