@@ -2,6 +2,8 @@
 //!
 //! Compared are tokens and the bits of their log-probabilities, on the built-in model.
 
+#![allow(clippy::unwrap_used)]
+
 use tidemill_engine::{
     Engine, EngineConfig, EngineHandle, Generation,
     ids::TokenId,

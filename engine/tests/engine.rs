@@ -1,5 +1,7 @@
 //! The engine thread over a runner that the test holds by a string: aborts, deadlines, failures and drains at every stage.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     sync::Arc,
     thread,

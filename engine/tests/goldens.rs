@@ -3,6 +3,8 @@
 //! In float32 the logits agree within 1e-4 and the greedy tokens are equal. In bfloat16 the inputs of every product are rounded, so
 //! logits agree within 2 % of their range, on every instruction set that this machine has.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use safetensors::SafeTensors;

@@ -1,5 +1,7 @@
 //! Sampling parameters through the whole engine, on the built-in model.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::{Arc, LazyLock};
 
 use tidemill_engine::{
@@ -75,7 +77,8 @@ fn greedy_ends_with_the_models_own_end_and_says_something() {
 #[test]
 fn the_same_seed_gives_the_same_tokens_and_another_seed_others() {
     let sample = |seed| {
-        let sampling = SamplingParams { temperature: Some(1.5), seed: Some(seed), ignore_eos: true, ..greedy(24) };
+        let sampling =
+            SamplingParams { temperature: Some(1.5), seed: Some(seed), ignore_eos: true, ..greedy(24) };
         one(chat("Tell me a story."), sampling).token_ids
     };
     assert_eq!(sample(7), sample(7));
@@ -136,7 +139,8 @@ fn stop_tokens_are_reported_but_not_part_of_the_text() {
     let whole = one(chat("What is a KV cache?"), greedy(200));
     let stop = whole.token_ids[4];
     let first = whole.token_ids.iter().position(|&token| token == stop).unwrap();
-    let output = one(chat("What is a KV cache?"), SamplingParams { stop_token_ids: vec![stop], ..greedy(200) });
+    let output =
+        one(chat("What is a KV cache?"), SamplingParams { stop_token_ids: vec![stop], ..greedy(200) });
     assert_eq!(output.token_ids, whole.token_ids[..=first]);
     assert_eq!(output.finish.unwrap().matched_stop, Some(MatchedStop::Token(stop)));
     let text = ENGINE.handle().text().decode(&whole.token_ids[..first], false).unwrap();
@@ -148,7 +152,8 @@ fn stop_strings_cut_the_text_wherever_tokens_end() {
     let whole = one(chat("What is a KV cache?"), greedy(200)).text;
     for start in (0..whole.len() - 6).step_by(3).filter(|&i| whole.is_char_boundary(i)) {
         let stop: String = whole[start..].chars().take(4).collect();
-        let output = one(chat("What is a KV cache?"), SamplingParams { stop: vec![stop.clone()], ..greedy(200) });
+        let output =
+            one(chat("What is a KV cache?"), SamplingParams { stop: vec![stop.clone()], ..greedy(200) });
         assert_eq!(output.text, whole[..whole.find(&stop).unwrap()], "stop {stop:?}");
         assert_eq!(output.finish.unwrap().matched_stop, Some(MatchedStop::Text(stop)));
     }

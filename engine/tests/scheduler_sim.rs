@@ -4,6 +4,8 @@
 //! block table from simulated blocks, so keys and values that are lost, stale, duplicated or shared by mistake change the output. After
 //! every step everything that must hold is checked. A failing seed is printed and replays.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},

@@ -214,7 +214,7 @@ fn linear(ops: &CpuOps, limits: &Limits) {
             );
         };
         for (name, pick) in shapes {
-            if m == 1 || m == 8 || m == 512 {
+            if [1, 8, 32, 512].contains(&m) {
                 report(name, &layers.iter().map(pick).collect::<Vec<_>>());
             }
         }

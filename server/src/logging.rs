@@ -34,7 +34,7 @@ impl LogConfig {
 
     /// Starts logging, panics included. Later calls change nothing.
     pub fn install(self, color: bool) {
-        // A line that cannot be written is lost. tracing's own way, a message on the same stderr, panics when that is closed.
+        // A line that cannot be written is lost. To say so on stderr, as is the default, would panic: stderr is what is gone.
         let builder = fmt().with_env_filter(self.filter).with_writer(io::stderr).log_internal_errors(false);
         let ansi = color && io::stderr().is_terminal();
         let installed = match self.format {

@@ -1,4 +1,5 @@
 //! The binary as people and supervisors meet it: messages, exit codes, signals.
+
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 

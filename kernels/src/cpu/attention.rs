@@ -5,11 +5,13 @@
 //! keys that a query must not see only ever add a zero, so a query's bits depend on nothing but its own sequence.
 //! Queries that share keys (a head's group, neighbouring tokens) go through the tiles side by side.
 
+use std::ops::Range;
+
 use super::{
     CpuBuffer, CpuKvCache,
     isa::{Host, Job},
     pool::{Pool, Shared},
-    simd::{Simd, exp},
+    simd::{Simd, exp, prefetch},
 };
 use crate::{
     ops::{BatchMeta, HeadShape},
@@ -36,6 +38,14 @@ struct Span {
     row: usize,
     first: usize,
     last: usize,
+}
+
+/// Work that one thread takes: the queries of a span that read one key/value head, or one of several shares of them.
+struct Task {
+    span: Span,
+    head: usize,
+    /// Which of the queries, token by token, then head by head of the group.
+    queries: Range<usize>,
 }
 
 /// `Ops::paged_attention`.
@@ -67,10 +77,17 @@ pub(super) fn run(host: Host, pool: &Pool, call: Call) {
     let pairs: usize =
         spans.iter().map(|s| (s.last - s.first + 1) * (meta.positions[s.last] as usize + 1)).sum();
     let nanos = pairs * width / 16;
+    let group = heads.num_heads / heads.num_kv_heads;
+    // With less to do than threads, the queries of a group part, though each share reads all keys.
+    let shares = (2 * pool.threads()).div_ceil(spans.len().max(1) * heads.num_kv_heads).min(group);
     // The last tokens of a prompt have the most to do: they go first, so that the threads end together.
-    pool.for_each(spans.len() * heads.num_kv_heads, nanos, |task| {
-        let span = spans[spans.len() - 1 - task / heads.num_kv_heads];
-        host.run(SpanJob { view: &view, span, head: task % heads.num_kv_heads, dtype: shape.dtype });
+    pool.for_each(spans.len() * heads.num_kv_heads * shares, nanos, |i| {
+        let (i, share) = (i / shares, i % shares);
+        let span = spans[spans.len() - 1 - i / heads.num_kv_heads];
+        let all = (span.last - span.first + 1) * group;
+        let queries = all * share / shares..all * (share + 1) / shares;
+        let task = Task { span, head: i % heads.num_kv_heads, queries };
+        host.run(TaskJob { view: &view, task, dtype: shape.dtype });
     });
 }
 
@@ -106,20 +123,19 @@ struct View<'a> {
 // SAFETY: the two pointers are to a cache that is borrowed, and only read, during the call.
 unsafe impl Sync for View<'_> {}
 
-struct SpanJob<'a> {
+struct TaskJob<'a> {
     view: &'a View<'a>,
-    span: Span,
-    head: usize,
+    task: Task,
     dtype: DType,
 }
 
-impl Job for SpanJob<'_> {
+impl Job for TaskJob<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         match self.dtype {
-            DType::Bf16 => attend_span::<S, Bf16Kv>(s, self.view, self.span, self.head),
-            _ => attend_span::<S, F32Kv>(s, self.view, self.span, self.head),
+            DType::Bf16 => attend_task::<S, Bf16Kv>(s, self.view, &self.task),
+            _ => attend_task::<S, F32Kv>(s, self.view, &self.task),
         }
     }
 }
@@ -153,16 +169,24 @@ impl KvElement for Bf16Kv {
     }
 }
 
-/// All queries of a span that read key/value head `head`.
+/// The queries of a task, tile by tile.
 #[inline(always)]
-fn attend_span<S: Simd, E: KvElement>(s: S, view: &View, span: Span, head: usize) {
+fn attend_task<S: Simd, E: KvElement>(s: S, view: &View, task: &Task) {
     let group = view.heads.num_heads / view.heads.num_kv_heads;
-    let queries = (span.last - span.first + 1) * group;
     let mut scratch = vec![0.0; S::QUERIES * (2 * view.heads.head_dim + 2 * S::LANES)];
-    let mut at = 0;
-    while at < queries {
-        let n = (queries - at).min(S::QUERIES);
-        let tile = Tile { view, row: span.row, head, group, first_token: span.first, at };
+    let mut at = task.queries.start;
+    while at < task.queries.end {
+        let n = (task.queries.end - at).min(S::QUERIES);
+        let first = at == task.queries.start;
+        let tile = Tile {
+            view,
+            row: task.span.row,
+            head: task.head,
+            group,
+            first_token: task.span.first,
+            at,
+            first,
+        };
         match n {
             1 => attend::<S, E, 1>(s, &tile, &mut scratch),
             2 => attend::<S, E, 2>(s, &tile, &mut scratch),
@@ -184,6 +208,8 @@ struct Tile<'a> {
     group: usize,
     first_token: usize,
     at: usize,
+    /// Whether it is the first of its task, whose keys may still be in memory.
+    first: bool,
 }
 
 impl Tile<'_> {
@@ -233,6 +259,21 @@ fn keys_at<S: Simd, E: KvElement>(tile: &Tile, i: usize, last: usize) -> Keys {
     }
 }
 
+/// Asks for keys and values to come into the second-level cache: blocks lie anywhere, so no hardware foresees the next one.
+#[inline(always)]
+fn ask_for<E: KvElement>(keys: Keys, d: usize, block_size: usize) {
+    if keys.len == 0 {
+        return;
+    }
+    let stride = block_size * E::SIZE;
+    for i in (0..d).step_by((64 / stride).max(1)) {
+        prefetch(keys.keys.wrapping_add(i * stride));
+    }
+    for at in (0..keys.len * d * E::SIZE).step_by(64) {
+        prefetch(keys.values.wrapping_add(at));
+    }
+}
+
 /// `QT` queries over all their keys.
 #[inline(always)]
 fn attend<S: Simd, E: KvElement, const QT: usize>(s: S, tile: &Tile, scratch: &mut [f32]) {
@@ -262,6 +303,10 @@ fn attend<S: Simd, E: KvElement, const QT: usize>(s: S, tile: &Tile, scratch: &m
             break;
         }
         next += 2;
+        if tile.first {
+            ask_for::<E>(keys_at::<S, E>(tile, next, last), d, view.block_size);
+            ask_for::<E>(keys_at::<S, E>(tile, next + 1, last), d, view.block_size);
+        }
         // SAFETY: the keys of both vectors are in the cache, `q` holds QT * D elements.
         let scores = unsafe { scores::<S, E, QT>(s, q, pair, d, view.block_size) };
         let mut decay = [1.0; QT];

@@ -67,11 +67,18 @@ pub(super) fn run(host: Host, pool: &Pool, call: Call) {
 
 /// Stores `x[i]` at element `first + i * stride`.
 fn write(out: &mut [u8], x: &[f32], dtype: DType, first: usize, stride: usize) {
-    for (i, &v) in x.iter().enumerate() {
-        let at = (first + i * stride) * dtype.size();
-        match dtype {
-            DType::F32 => out[at..at + 4].copy_from_slice(&v.to_ne_bytes()),
-            _ => out[at..at + 2].copy_from_slice(&half::bf16::from_f32(v).to_bits().to_ne_bytes()),
+    let size = dtype.size();
+    let places = out[first * size..].chunks_mut(stride * size);
+    match dtype {
+        DType::F32 => {
+            for (place, v) in places.zip(x) {
+                place[..4].copy_from_slice(&v.to_ne_bytes());
+            }
+        }
+        _ => {
+            for (place, v) in places.zip(x) {
+                place[..2].copy_from_slice(&half::bf16::from_f32(*v).to_ne_bytes());
+            }
         }
     }
 }

@@ -105,7 +105,7 @@ struct Show {
     inference: InferenceClient<Channel>,
     control: ControlClient<Channel>,
     outcomes: Vec<Option<Result<Timing, Status>>>,
-    abort: Option<Result<Box<Abort>, Status>>,
+    abort: Option<Result<Abort, Status>>,
     wall: Duration,
 }
 
@@ -155,12 +155,12 @@ impl Show {
                     abort_events.take_if(|_| PROMPTS[index].endless);
                 }
                 Event::Aborted(abort) => {
-                    if let Ok(abort) = &abort {
+                    if let Ok(abort) = abort.as_ref() {
                         let [what, freed] = receipt(abort);
                         screen.say(&format!("  {} {what}", self.style.bold("abort    ")));
                         screen.say(&format!("            {freed}"));
                     }
-                    self.abort = Some(abort);
+                    self.abort = Some(*abort);
                 }
             }
         }

@@ -19,7 +19,7 @@ pub struct Findings<'a> {
     /// How each ended.
     pub outcomes: &'a [Option<Result<Timing, Status>>],
     /// The abort.
-    pub abort: &'a Option<Result<Box<Abort>, Status>>,
+    pub abort: &'a Option<Result<Abort, Status>>,
     /// When all was over.
     pub last: &'a Stats,
     /// From the first request to the last stream's end.

@@ -17,7 +17,7 @@ pub enum Event {
     /// A stream's end.
     Done { index: usize, outcome: Result<Timing, Status> },
     /// The abort's.
-    Aborted(Result<Box<Abort>, Status>),
+    Aborted(Box<Result<Abort, Status>>),
 }
 
 /// What a stream gave, and when.
@@ -97,9 +97,9 @@ pub async fn abort(mut control: ControlClient<Channel>, request_id: String, even
         let before = stats(&mut control).await?;
         let receipt = control.abort(AbortRequest { request_id }).await?.into_inner();
         let after = stats(&mut control).await?;
-        Ok(Box::new(Abort { before, receipt, after }))
+        Ok(Abort { before, receipt, after })
     };
-    drop(events.send(Event::Aborted(abort.await)));
+    drop(events.send(Event::Aborted(Box::new(abort.await))));
 }
 
 /// The engine's statistics now.

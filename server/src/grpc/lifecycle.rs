@@ -114,8 +114,10 @@ impl Lifecycle {
         for service in SERVICES {
             health.set_service_status(service, status).await;
             if self.phase() == Phase::Stopped {
-                // Ends the streams of those who watch, which would keep their connections open.
+                // Those who watch have been told; now their streams end, which would keep their connections open. Those who
+                // still ask get the same answer.
                 health.clear_service_status(service).await;
+                health.set_service_status(service, status).await;
             }
         }
     }

@@ -32,9 +32,6 @@ const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// Streams of one connection at once. Clients keep what is over it to themselves, unseen, so it is more than the engine's queue:
 /// overload shall be refused, with a time to retry.
 const MAX_STREAMS: u32 = 4096;
-/// Streams of one connection that its client gave up before we saw them, at once; more end the connection. h2's own bound, 20, is below
-/// what a busy gateway does when its clients leave. It is still a bound: what is reset stays in memory only until it is seen.
-const MAX_UNSEEN_RESETS: usize = MAX_STREAMS as usize;
 /// A connection that shows no sign of life for this long is asked for one, and closed when it gives none: what a dead
 /// client held is free again after both.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -62,7 +59,9 @@ impl Server {
         let mut builder = tonic::transport::Server::builder()
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .max_concurrent_streams(MAX_STREAMS)
-            .http2_max_pending_accept_reset_streams(Some(MAX_UNSEEN_RESETS))
+            // A client may cancel all its streams in one breath. The default of 20 would end the connection for that, and
+            // with it the streams that were not cancelled.
+            .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_connection_age(MAX_CONNECTION_AGE);

@@ -1,5 +1,7 @@
 //! A server of its own for each test: the built-in model behind a free port, and a client that reaches it over TCP.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+
+#![allow(clippy::unwrap_used)]
+#![allow(dead_code, missing_docs)]
 
 use std::time::{Duration, Instant};
 

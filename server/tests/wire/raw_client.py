@@ -58,7 +58,7 @@ class RawClient:
         if window is not None:
             self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
         self.streams = {}
-        self.closed = False
+        self.closed = self.holding_back = False
         self._flush()
 
     def __enter__(self):
@@ -68,7 +68,16 @@ class RawClient:
         self.socket.close()
 
     def _flush(self):
-        self.socket.sendall(self.h2.data_to_send())
+        if not self.holding_back:
+            self.socket.sendall(self.h2.data_to_send())
+
+    @contextlib.contextmanager
+    def one_breath(self):
+        """Holds back what is sent meanwhile, and then sends it in one piece."""
+        self.holding_back = True
+        yield
+        self.holding_back = False
+        self._flush()
 
     def call(self, path, body, headers=(), method="POST", content_type="application/grpc", end=True):
         """Opens a stream with one body (a frame, as a rule); returns its number."""
@@ -143,10 +152,10 @@ class RawClient:
 
     # Ways to go, from polite to rude.
 
-    def reset_streams(self):
-        """RST_STREAM for every stream; the connection stays."""
+    def reset_streams(self, spare=None):
+        """RST_STREAM for every stream but one; the connection stays."""
         for number, stream in self.streams.items():
-            if not stream.ended:
+            if not stream.ended and number != spare:
                 self.h2.reset_stream(number, error_code=8)
                 stream.ended = True
         self._flush()

@@ -3,6 +3,7 @@
 use std::mem::MaybeUninit;
 
 use super::format::Format;
+use crate::cpu::simd::prefetch;
 
 /// A product of packed activations with consecutive weight rows.
 ///
@@ -70,6 +71,12 @@ pub(super) unsafe fn panel<F: Format>(f: F, p: Panel) {
 /// Walks the weight rows, four at a time.
 #[inline(always)]
 unsafe fn rows<F: Format>(f: F, p: Panel) {
+    let w_stride = p.k * F::W_SIZE;
+    if p.tokens > STREAM_TOKENS {
+        for at in (0..p.rows.min(rows_ahead(w_stride)) * w_stride).step_by(64) {
+            prefetch(p.w.wrapping_add(at));
+        }
+    }
     let mut n = 0;
     // SAFETY: every call stays within rows `n..p.rows` of the panel.
     unsafe {
@@ -164,16 +171,10 @@ unsafe fn stream<F: Format, const MR: usize, const NR: usize>(f: F, p: Panel, n:
 /// Bytes that a stream of weights is asked for ahead of its use: measured best with pages of 4 KiB, harmless with huge ones.
 const AHEAD: usize = 4096;
 
-/// Asks for the line at `p`, which may be any address, to come into the second-level cache.
+/// Rows between those that tiles work on and those that they ask for: 12 KiB or more, so that memory has time to answer.
 #[inline(always)]
-pub(super) fn prefetch(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
+fn rows_ahead(w_stride: usize) -> usize {
+    4 * (12_usize << 10).div_ceil(4 * w_stride.max(1))
 }
 
 /// Where a tile lies: number `i` of these rows, from token `t` and row `n` on, over elements `from..to` of K.
@@ -193,9 +194,13 @@ unsafe fn tile<F: Format, const MR: usize, const NR: usize>(f: F, p: Panel, at: 
     let Place { i, t, n, from, to, aside } = at;
     let w_stride = p.k * F::W_SIZE;
     // Two lines a step: after two tiles, this block of all four rows is on its way.
-    let next = p.w.wrapping_add((n + NR) * w_stride + from * F::W_SIZE * NR);
-    let (mut ahead, stride) =
-        if i < 2 { (next.wrapping_add(i * 2 * (to - from) * F::W_SIZE), 64) } else { (next, 0) };
+    let then = n + rows_ahead(w_stride);
+    let next = p.w.wrapping_add(then * w_stride + from * F::W_SIZE * NR);
+    let (mut ahead, stride) = if i < 2 && then < p.rows {
+        (next.wrapping_add(i * 2 * (to - from) * F::W_SIZE), 64)
+    } else {
+        (p.w, 0)
+    };
     let mut acc = [[f.zero(); NR]; MR];
     // SAFETY: `k` elements of each row and, padded to whole steps, of each token are readable; what lies aside was put there by the block before.
     unsafe {

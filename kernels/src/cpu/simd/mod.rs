@@ -65,3 +65,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Widens `2 * LANES` bf16 into those of even and those of odd index.
     unsafe fn load_bf16_pair(self, p: *const u8) -> [Self::F; 2];
 }
+
+/// Asks for the line at `p`, which may be any address, to come into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}

@@ -12,11 +12,8 @@ mod tiles;
 use std::{mem::MaybeUninit, sync::OnceLock};
 
 use self::tiles::{Config, Hardware, Model, Tiles};
-use super::{
-    dot::{Panel, prefetch},
-    format::K_ALIGN,
-};
-use crate::cpu::simd::{Avx512, Simd};
+use super::{dot::Panel, format::K_ALIGN};
+use crate::cpu::simd::{Avx512, Simd, prefetch};
 
 /// Weight rows that are worked on at a time.
 pub(super) const ROWS: usize = 32;
