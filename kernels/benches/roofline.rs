@@ -9,7 +9,7 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
-    cpu::{Compute, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe},
+    cpu::{Compute, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
     ops::{BatchMeta, Epilogue, HeadShape, KvShape},
     sampling::{RowTask, SampleSpec},
 };
@@ -126,19 +126,15 @@ mod peak {
     }
 }
 
-/// Random bf16 of one weight, in memory of its own.
+/// Random bf16 of one weight, in memory of its own: in huge pages, or with `SMALL_PAGES` as a mapped checkpoint has them.
 fn random(elems: usize, seed: &mut u64) -> Bytes {
-    // Memory as a mapped checkpoint has it, or in huge pages.
-    let mut data = memmap2::MmapMut::map_anon(elems * 2).unwrap();
-    if std::env::var_os("HUGE").is_some() {
-        data.advise(memmap2::Advice::HugePage).unwrap();
-    }
-    for e in data.chunks_exact_mut(2) {
+    let mut data = Vec::with_capacity(elems * 2);
+    for _ in 0..elems {
         *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let v = ((*seed >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.06;
-        e.copy_from_slice(&half::bf16::from_f32(v).to_le_bytes());
+        data.extend(half::bf16::from_f32(v).to_le_bytes());
     }
-    Bytes::from_owner(data)
+    if std::env::var_os("SMALL_PAGES").is_some() { Bytes::from(data) } else { resident(&data).unwrap() }
 }
 
 fn weight(ops: &CpuOps, rows: &[usize], k: usize, seed: &mut u64) -> CpuWeight {

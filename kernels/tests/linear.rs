@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Rng, assert_close, assert_same, buffer, devices, poisoned, rounded, tensor};
+use proptest::prelude::*;
 use tidemill_kernels::{
     DType, KernelError, Ops,
     cpu::{Compute, CpuOps, CpuWeight},
@@ -93,6 +94,22 @@ fn agrees_with_f64_on_awkward_shapes() {
                         assert_close(&product(&ops, &m, &x, rows), &want, 2e-6 * (*k as f64 + 10.0), &what);
                     }
                 }
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn agrees_with_f64_on_any_shape(n in 1..70_usize, k in 1..200_usize, rows in 1..40_usize, skew in 0..5_usize, d in 0..3_usize) {
+        for compute in [Compute::F32, Compute::Bf16] {
+            for ops in devices(compute, 1) {
+                let m = matrix(&ops, DTYPES[d], &[n], k, skew, true, (n * k) as u64);
+                let x = Rng::new(k as u64).units(rows * k);
+                let want = reference(&m, &rounded(&x, compute, DTYPES[d]), rows);
+                assert_close(&product(&ops, &m, &x, rows), &want, 2e-6 * (k as f64 + 10.0), ops.isa().name());
             }
         }
     }

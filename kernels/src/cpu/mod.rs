@@ -28,7 +28,13 @@ mod weight;
 
 use std::sync::Arc;
 
-pub use self::{buffer::CpuBuffer, isa::Isa, kv_cache::CpuKvCache, linear::Compute, weight::CpuWeight};
+pub use self::{
+    buffer::{CpuBuffer, resident},
+    isa::Isa,
+    kv_cache::CpuKvCache,
+    linear::Compute,
+    weight::CpuWeight,
+};
 use self::{isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
