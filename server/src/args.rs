@@ -36,12 +36,12 @@ pub enum Command {
     Run(Box<RunArgs>),
 }
 
-const MAIN_EXAMPLES: &str = "\
+const MAIN_EXAMPLES: &str = "
   tidemill                                   the demonstration
   tidemill run \"Tell me a short story.\"      one prompt, streamed to stdout
   tidemill serve --model ./Llama-3.2-1B      a server on 127.0.0.1:50051";
 
-const SERVE_EXAMPLES: &str = "\
+const SERVE_EXAMPLES: &str = "
   tidemill serve                                       the built-in model on 127.0.0.1:50051
   tidemill serve --model ./Llama-3.2-1B --grpc-port 0  a model folder, on a free port (printed)
   tidemill serve --config tidemill.toml                options from a file, e.g.
@@ -51,27 +51,27 @@ const SERVE_EXAMPLES: &str = "\
   TIDEMILL_API_KEY=secret tidemill serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
   grpcurl -plaintext -d '{\"text\": \"Once\"}' 127.0.0.1:50051 tidemill.v1.Inference/Generate
 
-Every option can be given on the command line, as an environment variable (shown beside it) or in the TOML file, where
-its key is the option's name without dashes in front. The command line wins over the environment, the environment over
-the file.";
+Every option can be given on the command line, as an environment variable (shown
+beside it) or in the TOML file, where its key is the option's name without dashes
+in front. The command line wins over the environment, the environment over the file.";
 
-const RUN_EXAMPLES: &str = "\
+const RUN_EXAMPLES: &str = "
   tidemill run \"What is a KV cache?\"
   tidemill run --model ./Llama-3.2-1B --temperature 0 --max-tokens 64 \"The capital of France is\" --raw
   cat question.txt | tidemill run - --verbose";
 
 fn examples(examples: &str) -> String {
-    format!("Examples:\n{examples}\n\n{EXIT_CODES}")
+    format!("Examples:{examples}\n\n{EXIT_CODES}")
 }
 
 /// Arithmetic types that can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DtypeArg {
-    /// bfloat16 for models stored in bfloat16, float32 for all others.
+    /// As the model is stored: bfloat16, or else float32.
     Auto,
-    /// bfloat16.
+    /// Half the memory, 8 bits of precision.
     Bfloat16,
-    /// float32.
+    /// Full precision.
     Float32,
 }
 

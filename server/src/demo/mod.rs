@@ -36,10 +36,10 @@ const ABORT_AFTER: usize = 64;
 const FLUSH: Duration = Duration::from_secs(1);
 
 const NEXT_STEPS: &str = "
-  tidemill run \"Tell me a story about an owl.\"   one prompt on the command line
-  tidemill serve                                 a gRPC server on 127.0.0.1:50051
-  tidemill serve --model DIR                     the same with a model from the hub
-  tidemill serve --help                          every option, with examples";
+  tidemill run \"What is prefill?\"   one prompt on the command line
+  tidemill serve                    a gRPC server on 127.0.0.1:50051
+  tidemill serve --model DIR        the same with a model from the hub
+  tidemill serve --help             every option, with examples";
 
 /// Shows what Tidemill does, within seconds.
 ///

@@ -67,10 +67,6 @@ impl Screen {
         let Some(stream) = self.streams.get_mut(index) else { return };
         if style.terminal {
             let mut lines = wrap(&stream.text, width);
-            if lines.len() > 4 {
-                lines.drain(2..lines.len() - 1);
-                lines[1].push_str(" …");
-            }
             lines.push(style.dim(remark));
             stream.line.finish_and_clear();
             let label = stream.label.clone();
@@ -99,9 +95,12 @@ impl Screen {
 impl Screen {
     /// The live lines make way for what follows.
     pub fn close(self) {
-        // Fails only when stdout does.
+        // On a terminal the cursor stands behind the last line. Both fail only when stdout does.
+        self.say("");
         drop(self.live.clear());
-        drop(writeln!(io::stdout()));
+        if self.style.terminal {
+            drop(writeln!(io::stdout()));
+        }
     }
 }
 

@@ -112,11 +112,13 @@ impl Lifecycle {
         let healthy = self.phase() == Phase::Ready && !self.stalled.load(Relaxed);
         let status = if healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in SERVICES {
-            if self.phase() == Phase::Stopped {
-                // Ends the streams of those who watch, which would keep their connections open.
-                health.clear_service_status(service).await;
-            }
             health.set_service_status(service, status).await;
+            if self.phase() == Phase::Stopped {
+                // Those who watch have been told; now their streams end, which would keep their connections open. Those who
+                // still ask get the same answer.
+                health.clear_service_status(service).await;
+                health.set_service_status(service, status).await;
+            }
         }
     }
 
