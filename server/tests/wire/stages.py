@@ -34,7 +34,7 @@ def request_in(stage, **options):
 
 @contextlib.contextmanager
 def in_stage(server, stage, start):
-    """Calls `start()`, which must send `request_in(stage)`, and yields its value when the server has the request there."""
+    """Calls `start()`, which sends `request_in(stage)`, and yields its value once the server has the request there."""
     with occupied(server) if stage == "queued" else contextlib.nullcontext():
         before = server.client.stats().generation_tokens_total
         value = start()

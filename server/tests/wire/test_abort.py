@@ -1,4 +1,4 @@
-"""Abort by id: at every stage everything is free at once, the receipt says what it was, and the stream ends properly."""
+"""Abort by id: at every stage all is free at once, the receipt says what was, and the stream ends properly."""
 
 import concurrent.futures
 import math

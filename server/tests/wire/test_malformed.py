@@ -1,4 +1,4 @@
-"""Bytes that no gRPC library would send: each is answered or its connection is closed, and everybody else is served on."""
+"""Bytes that no gRPC library would send: answered, or their connection is closed, and everybody else is served on."""
 
 import contextlib
 import socket

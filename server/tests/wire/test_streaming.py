@@ -18,8 +18,8 @@ def test_deltas_join_to_the_text_of_all_tokens(wide, number):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_bytes_are_valid_text_in_every_delta(wide, seed):
-    # So hot that tokens are drawn nearly uniformly: halves of characters, bytes that are no UTF-8, special tokens. A delta
-    # that is no UTF-8 would not even parse.
+    # So hot that tokens are drawn nearly uniformly: halves of characters, bytes that are no UTF-8, special tokens. A
+    # delta that is no UTF-8 would not even parse.
     result = wide.client.run("🦀", temperature=50, seed=seed, max_tokens=150, ignore_eos=True)
     assert result.text == wide.client.detokenize(result.ids)
 

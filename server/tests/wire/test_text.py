@@ -43,7 +43,8 @@ def test_nothing_to_tokenize(wide):
 
 
 def test_a_conversation_is_rendered_with_the_models_template(wide):
-    rendered = wide.client.tokenize(chat(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "?")))
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "?")]
+    rendered = wide.client.tokenize(chat(*turns))
     assert rendered.text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
         "<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
