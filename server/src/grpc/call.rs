@@ -105,7 +105,10 @@ impl Drop for Call {
         let ms = |duration: Duration| duration.as_micros() as f64 / 1e3;
         let duration_ms = ms(self.started.elapsed());
         let tokens = &self.tokens;
-        if tokens.prompt == 0 {
+        if self.rpc == "GetStats" && status == "OK" {
+            // Scrapers ask every second.
+            tracing::debug!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
+        } else if tokens.prompt == 0 {
             tracing::info!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
         } else {
             tracing::info!(
