@@ -18,7 +18,7 @@ use crate::{
         chat::{ChatPrompt, ChatTemplates},
         detokenize::Detokenizer,
         guard::caught,
-        vocab::{Pipeline, TokenKind, TokenTable},
+        vocab::{Pipeline, TokenTable},
     },
 };
 
@@ -141,21 +141,6 @@ impl TextModel {
         self.inner.table.bytes(id.0)
     }
 
-    /// A token as text, for display: bytes that are not UTF-8 become U+FFFD.
-    pub fn token_text(&self, id: TokenId) -> String {
-        String::from_utf8_lossy(self.token_bytes(id)).into_owned()
-    }
-
-    /// Whether a token is special: left out of the text unless asked for.
-    pub fn is_special(&self, id: TokenId) -> bool {
-        self.inner.table.kind(id.0) == TokenKind::Special
-    }
-
-    /// The id of a token by its name in the vocabulary.
-    pub fn token_id(&self, name: &str) -> Option<TokenId> {
-        self.inner.tokenizer.token_to_id(name).map(TokenId)
-    }
-
     /// Ids that the model has; the tokenizer's are all below.
     pub fn vocab_size(&self) -> usize {
         self.inner.table.len()
@@ -191,16 +176,6 @@ impl TextModel {
                     .to_owned(),
             )),
         }
-    }
-
-    /// Renders a conversation and encodes it.
-    ///
-    /// # Errors
-    /// As [`TextModel::render_chat`] and [`TextModel::encode`].
-    pub fn encode_chat(&self, prompt: &ChatPrompt) -> Result<(String, Vec<TokenId>), RequestError> {
-        let text = self.render_chat(prompt)?;
-        let ids = self.encode(&text, false)?;
-        Ok((text, ids))
     }
 }
 
