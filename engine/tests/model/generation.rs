@@ -20,7 +20,7 @@ fn end_tokens_of_both_files_count() {
     let defaults = GenerationDefaults::load(&files, &spec()).unwrap();
     assert_eq!(defaults.eos, [TokenId(2042), TokenId(2040)]);
     assert_eq!(defaults.bos, Some(TokenId(2040)));
-    assert_eq!((defaults.temperature, defaults.top_p, defaults.max_new_tokens), (None, None, None));
+    assert_eq!((defaults.temperature, defaults.top_p, defaults.max_new_tokens), (Some(0.7), Some(0.9), None));
     assert_eq!(read(r#"{"eos_token_id": 7}"#).unwrap().eos, [TokenId(2042), TokenId(7)]);
 }
 
