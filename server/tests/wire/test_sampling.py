@@ -71,7 +71,16 @@ def test_penalties_change_repetitive_text(wide):
 
 def test_neutral_values_change_nothing(wide):
     neutral = dict(top_k=0, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, n=1)
-    assert wide.client.run(**WILD, seed=8, **neutral).tokens == wide.client.run(**WILD, seed=8).tokens
+    assert wide.client.run(**WILD, seed=8, **neutral).tokens == wide.client.run(**WILD, seed=8, top_p=1).tokens
+
+
+def test_absent_fields_take_the_models_defaults(wide):
+    """The built-in model's generation_config.json cuts the tail of the distribution off."""
+    defaults = wide.client.model().default_sampling
+    assert 0 < defaults.top_p < 1
+    absent = wide.client.run(**WILD, seed=8).tokens
+    assert wide.client.run(**WILD, seed=8, top_p=defaults.top_p).tokens == absent
+    assert wide.client.run(**WILD, seed=8, top_p=1).tokens != absent
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all(wide):
