@@ -31,4 +31,20 @@ pub enum KernelError {
         /// What it cannot do, and what to do instead.
         detail: String,
     },
+    /// A call of the device's driver failed; the device still works.
+    #[error("{call}: {detail}")]
+    Device {
+        /// The call that failed.
+        call: &'static str,
+        /// What the driver said.
+        detail: String,
+    },
+    /// The device answers nothing any more: a sticky CUDA error. The process must end.
+    #[error("the device is lost ({call}): {detail}")]
+    DeviceLost {
+        /// The call that reported it.
+        call: &'static str,
+        /// What the driver said.
+        detail: String,
+    },
 }

@@ -3,6 +3,7 @@
 //! This crate knows buffers, shapes and dtypes. It knows no sequences, no requests and no `config.json`.
 
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod ops;
 pub mod sampling;

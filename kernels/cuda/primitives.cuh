@@ -1,0 +1,118 @@
+// The only place with inline PTX (beside bf16 conversion in prelude.cuh). Every primitive has a GPU body and an emulated body; the
+// emulated one checks what the hardware leaves undefined.
+#pragma once
+#include "prelude.cuh"
+
+namespace tm {
+
+// Address in the shared window, as PTX wants it.
+TM_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// ---- cp.async: global to shared, 16 bytes, past the registers and L1 (sm_80). Not `valid`: writes zeros and reads nothing.
+TM_DEVICE void cp_async16(void *shared, const void *global, bool valid = true) {
+#if TM_GPU
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+#else
+    emu::cp_async(shared, global, 16, valid ? 16 : 0);
+#endif
+}
+TM_DEVICE void cp_async_commit() {
+#if TM_GPU
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+#else
+    emu::cp_commit();
+#endif
+}
+// Waits until at most `N` of this thread's newest groups are still in flight.
+template <int N>
+TM_DEVICE void cp_async_wait() {
+#if TM_GPU
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+#else
+    emu::cp_wait(N);
+#endif
+}
+
+// ---- Full-warp reductions in butterfly order: the same bits in every lane.
+TM_DEVICE float warp_sum(float v TM_PLACE) {
+#if TM_GPU
+    TM_UNROLL
+    for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+#else
+    return emu::warp_butterfly(v, false, file, line);
+#endif
+}
+TM_DEVICE float warp_max(float v TM_PLACE) {
+#if TM_GPU
+    TM_UNROLL
+    for (int offset = 16; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
+    return v;
+#else
+    return emu::warp_butterfly(v, true, file, line);
+#endif
+}
+
+// ---- ldmatrix: four 8x8 matrices of 16-bit elements; lane l brings the address of row l % 8 of matrix l / 8.
+TM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void *row TM_PLACE) {
+#if TM_GPU
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    emu::ldmatrix(r, 4, false, row, file, line);
+#endif
+}
+TM_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row TM_PLACE) {
+#if TM_GPU
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    emu::ldmatrix(r, 4, true, row, file, line);
+#endif
+}
+
+// ---- mma.sync m16n8k16, bf16 x bf16 + f32 (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4 and t = lane % 4:
+// a[0] row g, a[1] row g + 8, columns 2t and 2t + 1; a[2], a[3] the same rows, columns + 8;
+// b0 rows 2t and 2t + 1 of column g, b1 rows + 8; d[0], d[1] row g, columns 2t and 2t + 1, d[2], d[3] row g + 8.
+TM_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 TM_PLACE) {
+#if TM_GPU
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    const uint32_t b[2] = {b0, b1};
+    emu::warp_mma(~0u, 0, d, a, b, file, line);
+#endif
+}
+
+// ---- Named barrier `id` (1..15) over `threads` threads of the block, a multiple of 32.
+TM_DEVICE void named_barrier(int id, int threads TM_PLACE) {
+#if TM_GPU
+    asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+#else
+    emu::block_barrier(id, (unsigned)threads, true, file, line);
+#endif
+}
+
+// ---- 16 bytes of weights that are read once: past L1, first to leave L2.
+TM_DEVICE uint4 load_streaming16(const void *p) {
+#if TM_GPU
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+#else
+    if ((uintptr_t)p & 15) emu::fail("16-byte load from a misaligned address %p", p);
+    return *(const uint4 *)p;
+#endif
+}
+
+}  // namespace tm

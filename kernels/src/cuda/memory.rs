@@ -1,0 +1,144 @@
+//! Owned device memory, and the checks at an op's door.
+
+use std::sync::Arc;
+
+use super::driver::{DevPtr, Driver, Pinned, Result};
+use crate::{error::KernelError, tensor::DType};
+
+/// Device memory that is freed when it is dropped.
+pub struct DeviceMemory {
+    driver: Arc<dyn Driver>,
+    ptr: DevPtr,
+    bytes: usize,
+}
+
+impl DeviceMemory {
+    /// Allocates; `what` names it in the error.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn new(driver: Arc<dyn Driver>, bytes: usize, what: &'static str) -> Result<Self> {
+        let ptr = driver.alloc(bytes.max(1), what)?;
+        Ok(Self { driver, ptr, bytes })
+    }
+
+    /// Where it begins.
+    pub fn ptr(&self) -> DevPtr {
+        self.ptr
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this driver, owned here alone.
+        unsafe { self.driver.free(self.ptr) }
+    }
+}
+
+/// Page-locked host memory that is freed when it is dropped. Whoever queues copies on it waits for them first.
+pub struct PinnedMemory {
+    driver: Arc<dyn Driver>,
+    ptr: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the memory is owned by this value alone.
+unsafe impl Send for PinnedMemory {}
+
+impl PinnedMemory {
+    /// Allocates.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn new(driver: Arc<dyn Driver>, bytes: usize, usage: Pinned) -> Result<Self> {
+        let ptr = driver.alloc_pinned(bytes.max(1), usage)?;
+        Ok(Self { driver, ptr, bytes })
+    }
+
+    /// Where it begins.
+    pub fn ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this driver, owned here alone; copies on it were waited for.
+        unsafe { self.driver.free_pinned(self.ptr) }
+    }
+}
+
+/// A device array of a fixed number of elements of one type.
+pub struct DeviceBuffer {
+    memory: DeviceMemory,
+    dtype: DType,
+    elems: usize,
+}
+
+impl DeviceBuffer {
+    /// Allocates, contents unspecified.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn new(driver: Arc<dyn Driver>, dtype: DType, elems: usize, what: &'static str) -> Result<Self> {
+        Ok(Self { memory: DeviceMemory::new(driver, elems * dtype.size(), what)?, dtype, elems })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn elems(&self) -> usize {
+        self.elems
+    }
+
+    /// Where it begins.
+    pub fn ptr(&self) -> DevPtr {
+        self.memory.ptr()
+    }
+
+    /// Where it begins, if it holds at least `elems` elements of `dtype`.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`], [`KernelError::Unsupported`].
+    pub fn at_least(&self, op: &'static str, what: &str, dtype: DType, elems: usize) -> Result<DevPtr> {
+        if self.dtype != dtype {
+            let detail = format!("{what} holds {:?}, expected {dtype:?}", self.dtype);
+            return Err(KernelError::Unsupported { op, detail });
+        }
+        if self.elems < elems {
+            return Err(KernelError::Shape {
+                op,
+                what: what.into(),
+                got: vec![self.elems],
+                expected: vec![elems],
+            });
+        }
+        Ok(self.ptr())
+    }
+}
+
+/// Refuses an extent that a kernel's vector accesses cannot handle.
+///
+/// # Errors
+/// [`KernelError::Unsupported`].
+pub fn require_multiple(op: &'static str, what: &str, extent: usize, of: usize) -> Result<()> {
+    if extent == 0 || !extent.is_multiple_of(of) {
+        let detail =
+            format!("{what} is {extent}; the CUDA kernel takes multiples of {of} (use --device cpu)");
+        return Err(KernelError::Unsupported { op, detail });
+    }
+    Ok(())
+}
