@@ -15,8 +15,7 @@ typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef int int32_t;
 typedef long long int64_t;
-typedef unsigned long long size_t;
-typedef unsigned long long uintptr_t;
+typedef unsigned long uintptr_t;
 #else
 #include <stddef.h>
 #include <stdint.h>
@@ -47,7 +46,7 @@ typedef unsigned long long uintptr_t;
 #define TM_UNROLL
 #endif
 
-namespace tm {
+namespace tidemill {
 
 TM_DEVICE float bits_to_f32(uint32_t bits) { return __uint_as_float(bits); }
 TM_DEVICE uint32_t f32_to_bits(float x) { return __float_as_uint(x); }
@@ -99,4 +98,4 @@ TM_DEVICE bf16x8 pack(const float (&in)[8]) {
     return v;
 }
 
-}  // namespace tm
+}  // namespace tidemill

@@ -3,7 +3,7 @@
 #pragma once
 #include "prelude.cuh"
 
-namespace tm {
+namespace tidemill {
 
 // Address in the shared window, as PTX wants it.
 TM_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -115,4 +115,4 @@ TM_DEVICE uint4 load_streaming16(const void *p) {
 #endif
 }
 
-}  // namespace tm
+}  // namespace tidemill

@@ -7,7 +7,7 @@
 // Grid (rows), block 256. The order of the sum depends on H alone.
 #include "primitives.cuh"
 
-using namespace tm;
+using namespace tidemill;
 
 static constexpr int THREADS = 256;
 
