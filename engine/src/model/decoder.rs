@@ -3,7 +3,7 @@
 //! Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP (Touvron et al. 2023, LLaMA). It sees
 //! batch metadata and its own tensors; it knows no sequence and no scheduler.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
@@ -13,10 +13,6 @@ use tidemill_kernels::{
 
 use super::{checkpoint::Checkpoint, rope::rope_table, spec::ModelSpec};
 use crate::error::LoadError;
-
-/// Logits are computed for so many rows at a time: bounds the memory of prompt log-probabilities, where every position of a
-/// chunk wants the whole vocabulary.
-const MAX_LOGITS_ROWS: usize = 64;
 
 struct Layer<O: Ops> {
     input_layernorm: O::Vector,
@@ -37,13 +33,13 @@ struct Scratch<O: Ops> {
     qkv: O::Buffer,
     /// `[T, Q * D]`.
     attention: O::Buffer,
-    /// `[T, 2 I]`.
+    /// `[T, 2 I]`, where the device needs it.
     gate_up: O::Buffer,
     /// `[T, I]`.
     mlp: O::Buffer,
     /// `[T, H]` the rows whose logits are wanted.
     gathered: O::Buffer,
-    /// `[MAX_LOGITS_ROWS, V]`.
+    /// `[max_logits_rows, V]` in f32.
     logits: O::Buffer,
 }
 
@@ -111,10 +107,10 @@ impl<O: Ops> Decoder<O> {
                 normed: ops.buffer(tokens * hidden)?,
                 qkv: ops.buffer(tokens * heads.qkv_width())?,
                 attention: ops.buffer(tokens * heads.num_heads * heads.head_dim)?,
-                gate_up: ops.buffer(tokens * 2 * spec.intermediate_size)?,
+                gate_up: ops.scratch_buffer(tokens * 2 * spec.intermediate_size)?,
                 mlp: ops.buffer(tokens * spec.intermediate_size)?,
                 gathered: ops.buffer(tokens * hidden)?,
-                logits: ops.buffer(MAX_LOGITS_ROWS * vocab)?,
+                logits: ops.logits_buffer(ops.max_logits_rows() * vocab)?,
             },
             layers,
             spec: spec.clone(),
@@ -141,19 +137,33 @@ impl<O: Ops> Decoder<O> {
         self.logits(Arc::new(meta)).map(drop)
     }
 
+    /// Queues a step, with one task per entry of `meta.logits_indices`.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn launch(&mut self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<O::Pending, KernelError> {
+        debug_assert_eq!(meta.logits_indices.len(), tasks.len(), "one task per row of logits");
+        let vocab = self.spec.vocab_size;
+        let batch = self.ops.upload(meta, tasks)?;
+        self.forward(&batch, |ops, logits, rows| ops.sample(logits, vocab, &batch, rows))?;
+        self.ops.results(batch)
+    }
+
+    /// Waits for a step's results: one per task, in order.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn wait(&self, pending: O::Pending) -> Result<Vec<Sampled>, KernelError> {
+        self.ops.wait(pending)
+    }
+
     /// Computes one step and does one task per entry of `meta.logits_indices`, in order.
     ///
     /// # Errors
     /// What an op returned.
     pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<Vec<Sampled>, KernelError> {
-        debug_assert_eq!(meta.logits_indices.len(), tasks.len(), "one task per row of logits");
-        let mut sampled = Vec::with_capacity(tasks.len());
-        let vocab = self.spec.vocab_size;
-        self.forward(meta, |ops, logits, rows| {
-            sampled.extend(ops.sample(logits, vocab, &tasks[rows])?);
-            Ok(())
-        })?;
-        Ok(sampled)
+        let pending = self.launch(meta, tasks.into())?;
+        self.wait(pending)
     }
 
     /// Computes one step and returns the logits `[R, V]` of `meta.logits_indices`: what a test compares with a reference.
@@ -163,63 +173,49 @@ impl<O: Ops> Decoder<O> {
     pub fn logits(&mut self, meta: Arc<BatchMeta>) -> Result<Vec<f32>, KernelError> {
         let vocab = self.spec.vocab_size;
         let mut all = Vec::with_capacity(meta.logits_indices.len() * vocab);
-        self.forward(meta, |ops, logits, rows| {
+        // Whoever wants logits wants no token: the tasks are never done.
+        let tasks = vec![RowTask::Score(0, 0); meta.logits_indices.len()];
+        let batch = self.ops.upload(meta, tasks.into())?;
+        self.forward(&batch, |ops, logits, rows| {
             all.extend(ops.download(logits, rows.len() * vocab)?);
             Ok(())
         })?;
         Ok(all)
     }
 
-    /// All layers, then the logits in groups of at most [`MAX_LOGITS_ROWS`] rows, each handed to `each`.
+    /// All layers, then the logits in groups of at most `max_logits_rows` rows, each handed to `each`.
     fn forward(
         &mut self,
-        meta: Arc<BatchMeta>,
-        mut each: impl FnMut(&O, &mut O::Buffer, std::ops::Range<usize>) -> Result<(), KernelError> + Send,
+        batch: &O::Batch,
+        mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch } = self;
+        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
         let heads = head_shape(spec);
-        let (tokens, eps) = (meta.num_tokens(), spec.rms_norm_eps as f32);
-        let groups: Vec<Arc<BatchMeta>> = logits_groups(&meta);
-        let batch = ops.upload(meta)?;
-        ops.enter(|| {
-            let s = scratch;
-            ops.embedding(&mut s.hidden, embed_tokens, &batch)?;
+        let scale = (heads.head_dim as f32).powf(-0.5);
+        let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
+        let tokens = extent.tokens;
+        ops.run(batch, || {
+            ops.embedding(&mut s.hidden, embed_tokens, batch)?;
             for (index, layer) in layers.iter().enumerate() {
                 ops.rmsnorm(&mut s.normed, &s.hidden, &layer.input_layernorm, eps, tokens)?;
                 ops.linear(&mut s.qkv, &s.normed, &layer.qkv_proj, tokens, Epilogue::Store)?;
-                ops.rope_kv_write(&mut s.qkv, kv, rope, &batch, heads, index)?;
-                let scale = (heads.head_dim as f32).powf(-0.5);
-                ops.paged_attention(&mut s.attention, &s.qkv, kv, &batch, heads, scale, index)?;
+                ops.rope_kv_write(&mut s.qkv, kv, rope, batch, heads, index)?;
+                ops.paged_attention(&mut s.attention, &s.qkv, kv, batch, heads, scale, index)?;
                 ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, tokens, Epilogue::Add)?;
                 ops.rmsnorm(&mut s.normed, &s.hidden, &layer.post_attention_layernorm, eps, tokens)?;
-                ops.linear(&mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens, Epilogue::Store)?;
-                ops.silu_mul(&mut s.mlp, &s.gate_up, spec.intermediate_size, tokens)?;
+                ops.linear_silu_mul(&mut s.mlp, &mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens)?;
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
             }
             let head = lm_head.as_ref().unwrap_or(embed_tokens);
-            let mut done = 0;
-            for group in groups {
-                let rows = group.logits_indices.len();
-                ops.gather_rows(&mut s.gathered, &s.hidden, &ops.upload(group)?, spec.hidden_size)?;
-                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows)?;
-                ops.linear(&mut s.logits, &s.normed, head, rows, Epilogue::Store)?;
-                each(ops, &mut s.logits, done..done + rows)?;
-                done += rows;
+            for first in (0..extent.logits_rows).step_by(ops.max_logits_rows()) {
+                let rows = first..extent.logits_rows.min(first + ops.max_logits_rows());
+                ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows.clone(), spec.hidden_size)?;
+                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows.len())?;
+                ops.linear(&mut s.logits, &s.normed, head, rows.len(), Epilogue::Store)?;
+                each(ops, &mut s.logits, rows)?;
             }
             Ok(())
         })
-    }
-}
-
-/// The rows of logits in groups that fit the buffer. Nearly always one group: the step's own metadata.
-fn logits_groups(meta: &Arc<BatchMeta>) -> Vec<Arc<BatchMeta>> {
-    match meta.logits_indices.len() {
-        0 => Vec::new(),
-        rows if rows <= MAX_LOGITS_ROWS => vec![meta.clone()],
-        _ => {
-            let group = |rows: &[u32]| BatchMeta { logits_indices: rows.to_vec(), ..BatchMeta::default() };
-            meta.logits_indices.chunks(MAX_LOGITS_ROWS).map(|rows| Arc::new(group(rows))).collect()
-        }
     }
 }
 
