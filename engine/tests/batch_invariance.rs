@@ -19,7 +19,7 @@ fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>) -> Engine {
     // One block of 16 tokens: 4 layers, keys and values, 2 heads of 64, bfloat16.
     let block_bytes = 2 * 4 * 16 * 2 * 64 * 2;
     let config = EngineConfig {
-        max_num_batched_tokens,
+        max_num_batched_tokens: Some(max_num_batched_tokens),
         kv_cache_memory: kv_blocks.map(|blocks| blocks * block_bytes),
         threads: Some(2),
         ..EngineConfig::new(ModelSource::Builtin)

@@ -152,6 +152,9 @@ pub trait Ops: Send + Sync {
     /// a chunk wants the whole vocabulary.
     fn max_logits_rows(&self) -> usize;
 
+    /// Rows of the decode steps that are worth computing once before the first request.
+    fn decode_sizes(&self) -> Vec<usize>;
+
     /// Makes the matrix that stacks `parts`, each `[N_i, K]`, along N. `bias` holds as many `[N_i]` vectors, or none.
     ///
     /// The CPU keeps views of the memory map and copies nothing.

@@ -140,7 +140,7 @@ mod tests {
     #[tokio::test]
     async fn an_engine_that_dies_ends_the_server_with_its_own_code() {
         let mut config = EngineConfig::new(ModelSource::Builtin);
-        config.max_num_seqs = 1;
+        config.max_num_seqs = Some(1);
         config.threads = Some(1);
         let engine = Engine::start(config, |_| ()).unwrap();
         let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();

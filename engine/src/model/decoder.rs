@@ -8,7 +8,7 @@ use std::{ops::Range, sync::Arc};
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
     ops::{BatchMeta, Epilogue, HeadShape, KvShape},
-    sampling::{RowTask, Sampled},
+    sampling::{RowTask, SampleSpec, Sampled},
 };
 
 use super::{checkpoint::Checkpoint, rope::rope_table, spec::ModelSpec};
@@ -50,8 +50,6 @@ pub struct DecoderLimits {
     pub max_num_batched_tokens: usize,
     /// Positions of the RoPE table.
     pub max_model_len: usize,
-    /// The KV cache.
-    pub kv: KvShape,
 }
 
 /// A loaded model on a device.
@@ -64,12 +62,13 @@ pub struct Decoder<O: Ops> {
     /// `None`: tied to `embed_tokens`.
     lm_head: Option<O::Weight>,
     rope: O::Vector,
-    kv: O::KvCache,
+    /// With its shape; absent until [`Decoder::allocate_kv`].
+    kv: Option<(O::KvCache, KvShape)>,
     scratch: Scratch<O>,
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Takes the weights over from the checkpoint and allocates everything a step needs. Calls `progress` after each layer
+    /// Takes the weights over from the checkpoint and allocates everything a step needs but the KV cache. Calls `progress` after each layer
     /// with the number of layers done.
     ///
     /// # Errors
@@ -101,7 +100,7 @@ impl<O: Ops> Decoder<O> {
             norm: vector("model.norm.weight")?,
             lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
             rope: ops.vector(&rope)?,
-            kv: ops.kv_cache(limits.kv)?,
+            kv: None,
             scratch: Scratch {
                 hidden: ops.buffer(tokens * hidden)?,
                 normed: ops.buffer(tokens * hidden)?,
@@ -118,23 +117,36 @@ impl<O: Ops> Decoder<O> {
         })
     }
 
-    /// Computes one token whose result nobody wants, so that the first request finds weights, threads and buffers in place.
-    /// What it writes to slot 0 is overwritten before it is ever read.
+    /// Allocates the KV cache, in place of the one there was.
+    ///
+    /// # Errors
+    /// What the device returned.
+    pub fn allocate_kv(&mut self, shape: KvShape) -> Result<(), KernelError> {
+        // The old one first: both may not fit.
+        self.kv = None;
+        self.kv = Some((self.ops.kv_cache(shape)?, shape));
+        Ok(())
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &O {
+        &self.ops
+    }
+
+    /// Computes decode steps whose results nobody wants, of every size that the device prepares for, so that the first request
+    /// finds weights, threads, buffers and graphs in place. What they write is overwritten before it is ever read.
     ///
     /// # Errors
     /// What an op returned.
     pub fn warm_up(&mut self) -> Result<(), KernelError> {
-        let meta = BatchMeta {
-            token_ids: vec![0],
-            positions: vec![0],
-            slot_mapping: vec![0],
-            cu_seqlens_q: vec![0, 1],
-            context_lens: vec![1],
-            block_tables: vec![0],
-            max_blocks: 1,
-            logits_indices: vec![0],
-        };
-        self.logits(Arc::new(meta)).map(drop)
+        let Some((_, kv)) = &self.kv else { return Ok(()) };
+        let (num_blocks, block_size) = (kv.num_blocks, kv.block_size as u32);
+        for rows in self.ops.decode_sizes() {
+            // A pool with fewer blocks than rows never holds so many rows.
+            let rows = rows.min(num_blocks) as u32;
+            self.step(Arc::new(decode_batch(rows, block_size)), &vec![greedy(); rows as usize])?;
+        }
+        Ok(())
     }
 
     /// Queues a step, with one task per entry of `meta.logits_indices`.
@@ -190,6 +202,7 @@ impl<O: Ops> Decoder<O> {
         mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
         let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
+        let (kv, _) = kv.as_mut().expect("whoever loads a decoder allocates its KV cache before any step");
         let heads = head_shape(spec);
         let scale = (heads.head_dim as f32).powf(-0.5);
         let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
@@ -253,6 +266,24 @@ impl<O: Ops> Layer<O> {
             down_proj: stacked(&[("mlp.down_proj", hidden)], inter, mlp_bias)?,
         })
     }
+}
+
+/// One new token in each of `rows` rows, each the first of its own block.
+fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
+    BatchMeta {
+        token_ids: vec![0; rows as usize],
+        positions: vec![0; rows as usize],
+        slot_mapping: (0..rows).map(|row| row * block_size).collect(),
+        cu_seqlens_q: (0..=rows).collect(),
+        context_lens: vec![1; rows as usize],
+        block_tables: (0..rows).collect(),
+        max_blocks: 1,
+        logits_indices: (0..rows).collect(),
+    }
+}
+
+fn greedy() -> RowTask {
+    RowTask::Sample(SampleSpec::greedy(), None)
 }
 
 fn head_shape(spec: &ModelSpec) -> HeadShape {

@@ -27,6 +27,12 @@ pub trait Runner {
     fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String>;
 }
 
+impl<R: Runner + ?Sized> Runner for Box<R> {
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
+        (**self).run(plan)
+    }
+}
+
 /// A runner on its own thread. Takes one plan at a time.
 #[derive(Debug)]
 pub struct RunnerThread {

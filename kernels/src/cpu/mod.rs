@@ -127,6 +127,10 @@ impl Ops for CpuOps {
         MAX_LOGITS_ROWS
     }
 
+    fn decode_sizes(&self) -> Vec<usize> {
+        vec![1]
+    }
+
     fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CpuWeight> {
         CpuWeight::new(parts, bias)
     }

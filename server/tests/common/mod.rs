@@ -27,14 +27,14 @@ pub struct Harness {
 
 pub fn engine_config() -> EngineConfig {
     let mut config = EngineConfig::new(ModelSource::Builtin);
-    config.max_num_seqs = 8;
+    config.max_num_seqs = Some(8);
     config.threads = Some(1);
     config
 }
 
 /// One row, and one place in the queue.
 pub fn narrow(config: &mut EngineConfig) {
-    config.max_num_seqs = 1;
+    config.max_num_seqs = Some(1);
     config.max_num_queued_reqs = 1;
 }
 
