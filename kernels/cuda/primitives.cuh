@@ -146,4 +146,15 @@ TM_DEVICE void store_shared4(void *p, uint32_t v TM_PLACE) {
     *(uint32_t *)p = v;
 }
 
+// ---- cp.async through L1, for what several blocks of an SM read. Not `valid`: writes zeros and reads nothing.
+TM_DEVICE void cp_async16_cached(void *shared, const void *global, bool valid = true) {
+#if TM_GPU
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+#else
+    emu::cp_async(shared, global, 16, valid ? 16 : 0);
+#endif
+}
+
 }  // namespace tidemill
