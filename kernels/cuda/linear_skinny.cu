@@ -141,13 +141,13 @@ TM_DEVICE void skinny(const LinearArgs &a) {
         skinny<R, T, D, GROUPED>(args);                                                                                  \
     }                                                                                                                    \
     KERNEL(NAME)
-SKINNY(linear_skinny_16x8, 1, 1, 4, false, 3);
+SKINNY(linear_skinny_16x8, 1, 1, 4, false, 4);
 SKINNY(linear_skinny_16x16, 1, 2, 4, false, 3);
 SKINNY(linear_skinny_32x16, 2, 2, 4, false, 2);
 SKINNY(linear_skinny_32x32, 2, 4, 4, false, 1);
 SKINNY(linear_skinny_32x64, 2, 8, 3, false, 1);
 SKINNY(linear_skinny_64x64, 4, 8, 2, false, 1);
-SKINNY(grouped_skinny_16x8, 1, 1, 4, true, 3);
+SKINNY(grouped_skinny_16x8, 1, 1, 4, true, 4);
 SKINNY(grouped_skinny_16x16, 1, 2, 4, true, 3);
 SKINNY(grouped_skinny_32x32, 2, 4, 4, true, 1);
 SKINNY(grouped_skinny_64x64, 4, 8, 2, true, 1);
