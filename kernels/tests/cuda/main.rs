@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod activation;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod layernorm;
 mod rmsnorm;
+mod rows;
 mod signatures;
+mod words;
