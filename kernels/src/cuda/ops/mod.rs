@@ -5,15 +5,27 @@ mod embedding;
 mod gather_rows;
 mod layernorm;
 mod rmsnorm;
+mod sampling;
 
 pub use activation::{Activation, ActivationKind, activation};
 pub use embedding::{Embedding, FEEDBACK, embedding};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use layernorm::{LayerNorm, layernorm};
 pub use rmsnorm::{RmsNorm, rmsnorm};
+pub use sampling::{
+    BlockShape, Encoded, MAX_TOP, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, list_words,
+    sample,
+};
 
 use super::driver::Kernel;
 
 /// The kernels of all files.
-pub(super) static TABLES: &[&[Kernel]] =
-    &[activation::KERNELS, embedding::KERNELS, gather_rows::KERNELS, layernorm::KERNELS, rmsnorm::KERNELS];
+pub(super) static TABLES: &[&[Kernel]] = &[
+    activation::KERNELS,
+    embedding::KERNELS,
+    gather_rows::KERNELS,
+    layernorm::KERNELS,
+    rmsnorm::KERNELS,
+    sampling::CHOICE_KERNELS,
+    sampling::LOGPROB_KERNELS,
+];
