@@ -9,5 +9,6 @@ mod harness;
 mod layernorm;
 mod rmsnorm;
 mod rows;
+mod sampling;
 mod signatures;
 mod words;

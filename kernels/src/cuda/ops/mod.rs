@@ -7,6 +7,7 @@ mod layernorm;
 mod linear;
 mod moe;
 mod rmsnorm;
+mod sampling;
 
 pub use activation::{Activation, ActivationKind, activation};
 pub use embedding::{Embedding, FEEDBACK, embedding};
@@ -18,6 +19,10 @@ pub use moe::{
     moe_permute, moe_route,
 };
 pub use rmsnorm::{RmsNorm, rmsnorm};
+pub use sampling::{
+    BlockShape, Encoded, MAX_TOP, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, list_words,
+    sample,
+};
 
 use super::driver::Kernel;
 
@@ -33,4 +38,6 @@ pub(super) static TABLES: &[&[Kernel]] = &[
     moe::PERMUTE_KERNELS,
     moe::ROUTE_KERNELS,
     rmsnorm::KERNELS,
+    sampling::CHOICE_KERNELS,
+    sampling::LOGPROB_KERNELS,
 ];
