@@ -120,11 +120,7 @@ impl Model<'_> {
     }
 
     /// Loads onto a GPU. `progress` gets the number of layers done.
-    pub fn on_cuda(
-        &self,
-        driver: Arc<dyn Driver>,
-        progress: impl FnMut(usize),
-    ) -> Result<Built, LoadError> {
+    pub fn on_cuda(&self, driver: Arc<dyn Driver>, progress: impl FnMut(usize)) -> Result<Built, LoadError> {
         let Self { config, spec, .. } = *self;
         let asked = Asked::check(config, spec, CUDA_DEFAULTS)?;
         refuse_what_cuda_lacks(config)?;
@@ -148,8 +144,7 @@ impl Model<'_> {
                 graphs: !config.enforce_eager,
             },
         )?;
-        let mut decoder =
-            self.decoder(ops, asked.max_num_batched_tokens, asked.max_model_len, progress)?;
+        let mut decoder = self.decoder(ops, asked.max_num_batched_tokens, asked.max_model_len, progress)?;
         let budget = match config.kv_cache_memory {
             Some(bytes) => bytes,
             None => {
