@@ -2,13 +2,14 @@
 //!
 //! - [`driver`]: what a device must do; implemented over cudarc and by the emulator of the tests.
 //! - [`table`]: the kernels and their signatures.
-//! - [`memory`]: owned device memory.
+//! - [`memory`]: owned device memory; [`words`]: index tensors in it.
 //! - [`ops`]: one file per op: checks its contract and launches.
 
 pub mod driver;
 pub mod memory;
 pub mod ops;
 pub mod table;
+pub mod words;
 
 use std::sync::Arc;
 

@@ -2,8 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod paged;
 mod rmsnorm;
+mod rope_kv_write;
 mod signatures;
