@@ -33,14 +33,14 @@ struct Items {
         : count((int)a.plan[2 * kind]), at((const Item *)(a.plan + a.plan[2 * kind + 1])) {}
 };
 
-// ---- A warp on its own: 16 query rows, keys and values streamed through a ring of 16-position pieces.
+// ---- A warp on its own: 16 query rows, keys and values streamed through a ring of pieces of 32 positions.
 
 template <int D>
 struct SplitShape {
     static constexpr int STEP = D <= 128 ? 64 : 32;
-    static constexpr int PIECES = STEP / 16;         // of keys per step, and as many of values
-    static constexpr int STAGES = D <= 128 ? 8 : 6;  // of the ring; all but one are on their way at any time
-    static constexpr int PIECE_CHUNKS = 16 * Rows<D>::STRIDE;
+    static constexpr int PIECES = STEP / 32;         // of keys per step, and as many of values
+    static constexpr int STAGES = D <= 128 ? 4 : 3;  // of the ring; all but one are on their way at any time
+    static constexpr int PIECE_CHUNKS = 32 * Rows<D>::STRIDE;
 };
 
 // The pieces of an item in the order of their use: for each step all of its keys, then all of its values.
@@ -59,9 +59,10 @@ struct Stream {
     TM_DEVICE void queue() {
         if (next < end) {
             const int step = span.first_step + next / (2 * Shape::PIECES), which = next / Shape::PIECES & 1;
-            const int position = step * Shape::STEP + next % Shape::PIECES * 16;
+            const int position = step * Shape::STEP + next % Shape::PIECES * 32;
             bf16x8 *piece = ring + next % Shape::STAGES * Shape::PIECE_CHUNKS;
             load_kv<D, 16>(a, item, which, piece, 0, position, span.low, span.high);
+            load_kv<D, 16>(a, item, which, piece, 16, position + 16, span.low, span.high);
         }
         cp_async_commit();
         next++;
@@ -83,8 +84,9 @@ TM_DEVICE void attend_split_item(const AttentionArgs &a, const Item item, int gr
     const QueryRows rows(a, item, group, 0);
     const Span<Shape::STEP> span(a, item, group);
     bf16x8 *q = shared;
-    Stream<D> stream(a, item, span, shared + Shape::PIECE_CHUNKS);
-    float4 *total = (float4 *)(shared + (1 + Shape::STAGES) * Shape::PIECE_CHUNKS);
+    bf16x8 *ring = shared + MMA_ROWS * Rows<D>::STRIDE;
+    Stream<D> stream(a, item, span, ring);
+    float4 *total = (float4 *)(ring + Shape::STAGES * Shape::PIECE_CHUNKS);
     __syncwarp();  // every lane is done with the item before
     load_queries<D, MMA_ROWS, 32>(a, item, group, q);
     for (int i = 0; i < Shape::STAGES - 1; i++) stream.queue();
@@ -98,13 +100,17 @@ TM_DEVICE void attend_split_item(const AttentionArgs &a, const Item item, int gr
         for (; step < end; step++) {
             float s[Shape::STEP / 8][4];
             TM_UNROLL
-            for (int j = 0; j < Shape::PIECES; j++) scores<D, 1>(s + 2 * j, q, 0, stream.take(), 0);
+            for (int j = 0; j < Shape::PIECES; j++) scores<D, 2>(s + 4 * j, q, 0, stream.take(), 0);
             softmax_step(a, rows, c, s, tile, step * Shape::STEP);
             TM_UNROLL
             for (int j = 0; j < Shape::PIECES; j++) {
-                uint32_t p[4];
-                weights(p, s + 2 * j);
-                add_values<D, D>(tile.o, p, stream.take(), 0, 0);
+                const bf16x8 *v = stream.take();
+                TM_UNROLL
+                for (int half = 0; half < 2; half++) {
+                    uint32_t p[4];
+                    weights(p, s + 4 * j + 2 * half);
+                    add_values<D, D>(tile.o, p, v, 16 * half, 0);
+                }
             }
         }
         close(tile);
@@ -317,7 +323,7 @@ TM_DEVICE void combine(const AttentionArgs &a) {
         attend_block<D>(args);                                                                                                          \
     }                                                                                                                                   \
     KERNEL(attention_block_##D);                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) attention_combine_##D(const AttentionArgs args) { combine<D>(args); }             \
+    extern "C" __global__ void __launch_bounds__(128, 3) attention_combine_##D(const AttentionArgs args) { combine<D>(args); }             \
     KERNEL(attention_combine_##D);
 
 ATTENTION(64)

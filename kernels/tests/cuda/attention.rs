@@ -75,7 +75,8 @@ fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: Atte
     let mut out = poisoned(&bed.device, step.tokens() * heads.num_heads * heads.head_dim);
     let plan = bed.words(plan);
     let mut workspace = AttentionWorkspace::new(&bed.device, options.split.0, heads.head_dim).unwrap();
-    let per_head = |f: &dyn Fn(usize) -> f32| f32s(&bed.device, &(0..heads.num_heads).map(f).collect::<Vec<_>>());
+    let per_head =
+        |f: &dyn Fn(usize) -> f32| f32s(&bed.device, &(0..heads.num_heads).map(f).collect::<Vec<_>>());
     let (slopes, sinks) = (per_head(&|h| options.slope(h)), per_head(&|h| options.sink(h)));
     let call = Attention {
         out: &mut out,
@@ -155,7 +156,11 @@ fn attention_agrees_with_f64_for_every_head_size() {
     on_every_bed(|bed| {
         for head_dim in [64, 80, 96, 128, 192, 256] {
             let options = plain(heads(4, 2, head_dim));
-            agrees(bed, &options, &[row(1, 1, 1), row(2, 1, 17), row(3, 3, 130), row(4, 37, 37), row(5, 41, 131)]);
+            agrees(
+                bed,
+                &options,
+                &[row(1, 1, 1), row(2, 1, 17), row(3, 3, 130), row(4, 37, 37), row(5, 41, 131)],
+            );
         }
     });
 }
@@ -203,7 +208,13 @@ fn tokens(out: &[f32], options: &Options, first: usize, count: usize) -> Vec<f32
 
 #[test]
 fn a_token_has_the_same_bits_in_a_prompt_in_chunks_and_as_a_decode_row_split_or_not() {
-    let wide = Options { window: Some(150), soft_cap: Some(5.0), slopes: true, sinks: true, ..plain(heads(4, 1, 64)) };
+    let wide = Options {
+        window: Some(150),
+        soft_cap: Some(5.0),
+        slopes: true,
+        sinks: true,
+        ..plain(heads(4, 1, 64))
+    };
     let cases = [plain(heads(4, 1, 128)), plain(heads(3, 1, 80)), plain(heads(2, 1, 256)), wide];
     for (i, options) in cases.iter().enumerate() {
         let bed = Bed::new(Schedule::all()[i]);
@@ -223,7 +234,11 @@ fn a_token_has_the_same_bits_in_a_prompt_in_chunks_and_as_a_decode_row_split_or_
             let out = run(&bed, &Options { split, ..*options }, &rows);
             for (n, r) in rows.iter().enumerate() {
                 let want = tokens(&whole, options, r.context - 1, 1);
-                assert_same(&tokens(&out, options, n, 1), &want, &format!("decode at {}, {split:?}", r.context));
+                assert_same(
+                    &tokens(&out, options, n, 1),
+                    &want,
+                    &format!("decode at {}, {split:?}", r.context),
+                );
             }
         }
     }
@@ -259,7 +274,8 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
         ] {
             let step = Step::new(options.heads, &rows, None);
             let mut plan = Vec::new();
-            let needed = attention_plan(&mut plan, &step.meta, options.heads, None, &options.limits(&step)).unwrap();
+            let needed =
+                attention_plan(&mut plan, &step.meta, options.heads, None, &options.limits(&step)).unwrap();
             assert_eq!(needed, kernels);
             launch(&bed, &options, &step, &plan, kernels);
             let stats = bed.driver.last_stats();
@@ -369,7 +385,9 @@ fn check_plan(plan: &[u32], meta: &BatchMeta, heads: HeadShape, window: Option<u
             let p = position + packed / group;
             let oldest = window.map_or(0, |w| (p + 1).saturating_sub(w));
             assert!(tile <= oldest / 128 && p / 128 < tile + tiles, "tiles {tile}+{tiles} for position {p}");
-            written[(token + packed / group) * heads.num_heads + (head_rows & 0xffff) * group + packed % group] += 1;
+            written[(token + packed / group) * heads.num_heads
+                + (head_rows & 0xffff) * group
+                + packed % group] += 1;
         }
     }
     assert_eq!(filled, merged);
@@ -409,7 +427,8 @@ fn attention_refuses_what_the_kernels_cannot_take() {
         attention(&bed.device, call).unwrap_err()
     };
     let small = plain(heads(2, 1, 64));
-    let unsupported = |e: KernelError| assert!(matches!(e, KernelError::Unsupported { op: "attention", .. }), "{e}");
+    let unsupported =
+        |e: KernelError| assert!(matches!(e, KernelError::Unsupported { op: "attention", .. }), "{e}");
     let shape = |e: KernelError| assert!(matches!(e, KernelError::Shape { op: "attention", .. }), "{e}");
     unsupported(refused(&plain(heads(2, 1, 72)), &|_| {}));
     unsupported(refused(&small, &|c| c.scoring.scale = f32::NAN));

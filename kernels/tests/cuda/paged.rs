@@ -124,7 +124,8 @@ impl Step {
                 for head in 0..num_kv_heads {
                     for which in 0..2 {
                         let at = step.place(slot, which, head);
-                        step.cache[at..at + head_dim].copy_from_slice(&kv(r.id, position, which, head, head_dim));
+                        step.cache[at..at + head_dim]
+                            .copy_from_slice(&kv(r.id, position, which, head, head_dim));
                     }
                 }
             }
@@ -136,7 +137,11 @@ impl Step {
                 }
                 step.meta.positions.push(position as u32);
                 let entry = table[position / BLOCK];
-                let slot = if entry == u32::MAX { u32::MAX } else { entry * BLOCK as u32 + (position % BLOCK) as u32 };
+                let slot = if entry == u32::MAX {
+                    u32::MAX
+                } else {
+                    entry * BLOCK as u32 + (position % BLOCK) as u32
+                };
                 step.meta.slot_mapping.push(slot);
             }
             step.meta.block_tables.extend(table);

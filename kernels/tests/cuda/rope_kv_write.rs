@@ -3,7 +3,7 @@
 use tidemill_kernels::{
     KernelError,
     cuda::{
-        ops::{HeadNorm, KvLayer, PADDING_SLOT, Rotary, RopeKvWrite, rope_kv_write},
+        ops::{HeadNorm, KvLayer, PADDING_SLOT, RopeKvWrite, Rotary, rope_kv_write},
         words::DeviceWords,
     },
     ops::HeadShape,
@@ -33,7 +33,8 @@ fn table(rotary: usize) -> Vec<f32> {
     let angle = |position: usize, i: usize| position as f32 * 0.9_f32.powi(i as i32);
     (0..512)
         .flat_map(|p| {
-            let (cosines, sines) = (0..rotary / 2).map(move |i| angle(p, i)).map(|a| (a.cos(), a.sin())).unzip();
+            let (cosines, sines) =
+                (0..rotary / 2).map(move |i| angle(p, i)).map(|a| (a.cos(), a.sin())).unzip();
             let (mut cosines, sines): (Vec<f32>, Vec<f32>) = (cosines, sines);
             cosines.extend(sines);
             cosines
@@ -118,7 +119,8 @@ fn check(bed: &Bed, options: &Options, rows: &[Row]) {
                 assert_near(after, &expected(options, before, position, weight), 0.005, 1e-5, &what);
             }
             if head >= num_heads && slot != PADDING_SLOT {
-                let place = step.place(slot as usize, usize::from(is_value), (head - num_heads) % num_kv_heads);
+                let place =
+                    step.place(slot as usize, usize::from(is_value), (head - num_heads) % num_kv_heads);
                 want_cache[place..place + head_dim].copy_from_slice(after);
             }
         }
@@ -130,7 +132,12 @@ fn check(bed: &Bed, options: &Options, rows: &[Row]) {
 }
 
 fn options(num_heads: usize, num_kv_heads: usize, head_dim: usize, rotary: usize) -> Options {
-    Options { heads: HeadShape { num_heads, num_kv_heads, head_dim }, rotary, interleaved: false, norm: false }
+    Options {
+        heads: HeadShape { num_heads, num_kv_heads, head_dim },
+        rotary,
+        interleaved: false,
+        norm: false,
+    }
 }
 
 #[test]
@@ -193,7 +200,8 @@ fn rope_and_cache_write_refuse_what_the_kernel_cannot_take() {
         tamper(&mut call);
         rope_kv_write(&bed.device, call).unwrap_err()
     };
-    let unsupported = |e: KernelError| assert!(matches!(e, KernelError::Unsupported { op: "rope_kv_write", .. }), "{e}");
+    let unsupported =
+        |e: KernelError| assert!(matches!(e, KernelError::Unsupported { op: "rope_kv_write", .. }), "{e}");
     let shape = |e: KernelError| assert!(matches!(e, KernelError::Shape { op: "rope_kv_write", .. }), "{e}");
     unsupported(refused(&options(2, 1, 20, 4), &|_| {}));
     unsupported(refused(&options(2, 1, 264, 4), &|_| {}));

@@ -10,7 +10,7 @@ pub use attention::{
 };
 pub use paged_kv::{KvLayer, kv_cache_elems};
 pub use rmsnorm::{RmsNorm, rmsnorm};
-pub use rope_kv_write::{HeadNorm, PADDING_SLOT, Rotary, RopeKvWrite, rope_kv_write};
+pub use rope_kv_write::{HeadNorm, PADDING_SLOT, RopeKvWrite, Rotary, rope_kv_write};
 
 use super::driver::Kernel;
 

@@ -137,8 +137,11 @@ pub fn rope_kv_write(device: &Device, call: RopeKvWrite<'_>) -> Result<()> {
     };
     let lanes = (head_dim / 8).next_power_of_two().max(8);
     let teams = (num_heads + 2 * num_kv_heads).div_ceil(THREADS / lanes);
-    let config =
-        LaunchConfig { grid: [tokens as u32, teams as u32, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 };
+    let config = LaunchConfig {
+        grid: [tokens as u32, teams as u32, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 0,
+    };
     let launch = match lanes {
         8 => rope_kv_write_8,
         16 => rope_kv_write_16,

@@ -169,8 +169,11 @@ pub fn attention(device: &Device, call: Attention<'_>) -> Result<()> {
     }
     let [split, block, combine] = launchers(head_dim);
     let (driver, sms) = (device.driver(), device.driver().info().num_sms);
-    let config =
-        |blocks: u32, threads, shared_bytes| LaunchConfig { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes };
+    let config = |blocks: u32, threads, shared_bytes| LaunchConfig {
+        grid: [blocks, 1, 1],
+        block: [threads, 1, 1],
+        shared_bytes,
+    };
     if call.kernels.block {
         let config = config(2 * sms, geometry.block_threads, geometry.block_shared);
         // SAFETY: (1) `checked` compared all extents with the buffers; (2) the plan was made for them, as the caller promises;
@@ -212,15 +215,16 @@ struct Geometry {
 impl Geometry {
     fn new(head_dim: usize) -> Result<Self> {
         if ![64, 80, 96, 128, 192, 256].contains(&head_dim) {
-            let detail =
-                format!("D is {head_dim}; the CUDA kernels take 64, 80, 96, 128, 192 and 256 (use --device cpu)");
+            let detail = format!(
+                "D is {head_dim}; the CUDA kernels take 64, 80, 96, 128, 192 and 256 (use --device cpu)"
+            );
             return Err(KernelError::Unsupported { op: OP, detail });
         }
         let chunks = head_dim / 8;
         let row_bytes = 16 * if chunks.is_multiple_of(8) { chunks } else { chunks + 1 };
-        let (step, stages, sharers) = if head_dim <= 128 { (64, 8, 1) } else { (32, 6, 2) };
+        let (step, stages, sharers) = if head_dim <= 128 { (64, 4, 1) } else { (32, 3, 2) };
         Ok(Self {
-            split_shared: ((1 + stages) * 16 * row_bytes + 16 * head_dim * 4) as u32,
+            split_shared: ((16 + stages * 32) * row_bytes + 16 * head_dim * 4) as u32,
             block_threads: 128 * sharers,
             block_shared: ((64 + 4 * step) * row_bytes) as u32,
         })

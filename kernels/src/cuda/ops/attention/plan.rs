@@ -47,8 +47,8 @@ impl PlanLimits {
     pub fn max_words(&self, heads: HeadShape) -> usize {
         let group = heads.num_heads / heads.num_kv_heads;
         let by_tokens = (self.max_tokens * group).div_ceil(SPLIT_ROWS) + self.max_rows;
-        let by_rows = self.max_rows
-            * (SPLIT_TOKENS * group).div_ceil(SPLIT_ROWS).max(BLOCK_ROWS.div_ceil(SPLIT_ROWS));
+        let by_rows =
+            self.max_rows * (SPLIT_TOKENS * group).div_ceil(SPLIT_ROWS).max(BLOCK_ROWS.div_ceil(SPLIT_ROWS));
         let units = heads.num_kv_heads * by_tokens.min(by_rows);
         let blocks = heads.num_kv_heads * ((self.max_tokens * group).div_ceil(BLOCK_ROWS) + self.max_rows);
         ITEM_WORDS * (1 + units + self.split_tiles + units.min(self.split_tiles / 2) + blocks)
@@ -119,11 +119,7 @@ pub fn attention_plan(
         plan[2 * kind + 1] = plan.len() as u32;
         plan.extend(items.iter().flatten());
     }
-    Ok(AttentionKernels {
-        split: !split.is_empty(),
-        block: !blocks.is_empty(),
-        combine: !combine.is_empty(),
-    })
+    Ok(AttentionKernels { split: !split.is_empty(), block: !blocks.is_empty(), combine: !combine.is_empty() })
 }
 
 /// The units of all rows: first those for the split kernel, then those for the block kernel.
