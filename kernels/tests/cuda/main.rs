@@ -10,5 +10,8 @@ mod layernorm;
 mod rmsnorm;
 mod rows;
 mod sampling;
+mod attention;
+mod paged;
+mod rope_kv_write;
 mod signatures;
 mod words;

@@ -1,15 +1,21 @@
 //! One file per op: its kernels' signatures, and a function that checks the contract of the `.cu` file's header and launches.
 
 mod activation;
+mod attention;
 mod embedding;
 mod gather_rows;
 mod layernorm;
 mod linear;
 mod moe;
+mod paged_kv;
 mod rmsnorm;
+mod rope_kv_write;
 mod sampling;
 
 pub use activation::{Activation, ActivationKind, activation};
+pub use attention::{
+    Attention, AttentionKernels, AttentionWorkspace, PlanLimits, Scoring, attention, attention_plan,
+};
 pub use embedding::{Embedding, FEEDBACK, embedding};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use layernorm::{LayerNorm, layernorm};
@@ -18,7 +24,9 @@ pub use moe::{
     MoeCombine, MoeLinear, MoeOrder, MoePermute, MoeRoute, MoeRows, MoeShape, moe_combine, moe_linear,
     moe_permute, moe_route,
 };
+pub use paged_kv::{KvLayer, kv_cache_elems};
 pub use rmsnorm::{RmsNorm, rmsnorm};
+pub use rope_kv_write::{HeadNorm, PADDING_SLOT, RopeKvWrite, Rotary, rope_kv_write};
 pub use sampling::{
     BlockShape, Encoded, MAX_TOP, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, list_words,
     sample,
@@ -29,6 +37,7 @@ use super::driver::Kernel;
 /// The kernels of all files.
 pub(super) static TABLES: &[&[Kernel]] = &[
     activation::KERNELS,
+    attention::KERNELS,
     embedding::KERNELS,
     gather_rows::KERNELS,
     layernorm::KERNELS,
@@ -38,6 +47,7 @@ pub(super) static TABLES: &[&[Kernel]] = &[
     moe::PERMUTE_KERNELS,
     moe::ROUTE_KERNELS,
     rmsnorm::KERNELS,
+    rope_kv_write::KERNELS,
     sampling::CHOICE_KERNELS,
     sampling::LOGPROB_KERNELS,
 ];
