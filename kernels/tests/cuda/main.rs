@@ -7,6 +7,7 @@ mod activation;
 mod common;
 mod harness;
 mod layernorm;
+mod linear;
 mod rmsnorm;
 mod rows;
 mod signatures;
