@@ -8,6 +8,7 @@ mod common;
 mod harness;
 mod layernorm;
 mod linear;
+mod moe;
 mod rmsnorm;
 mod rows;
 mod signatures;
