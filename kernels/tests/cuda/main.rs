@@ -7,6 +7,8 @@ mod activation;
 mod common;
 mod harness;
 mod layernorm;
+mod linear;
+mod moe;
 mod rmsnorm;
 mod rows;
 mod sampling;
