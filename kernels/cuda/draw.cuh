@@ -33,12 +33,15 @@ TM_DEVICE bool beats(const Pick &a, const Pick &b) {
     return a.token < b.token;
 }
 
+// The largest logit of a row and its noise are together at least this, in nats from that logit.
+static constexpr float LEAST_SUM = -2.86f;
+
 // The best of the tokens offered to one thread.
 //
 // Noise lies between -2.86 and 17.33 and costs an integer hash and two logarithms in f64, and almost no token can win. `pivot` is a
 // lower bound, in units of logits, of what the row's best sum will be. A token that stays below it with the largest noise is
 // dropped for three instructions. As -ln u >= 1 - u, one with noise of u loses if 1 - u > e^(logit - pivot): that costs the hash and
-// an exponential. The rest, a few per warp, are computed in f64 as the CPU does. What is dropped cannot win, so the result does not depend
+// an exponential. The rest, a few per warp, are computed in f64 as the CPU does (`take`). What is dropped cannot win, so the result does not depend
 // on the pivot. Comparisons are written so that a NaN (of infinities) keeps the token.
 struct Drawer {
     float temperature, inverse, pivot, slack;
@@ -58,21 +61,26 @@ struct Drawer {
     }
     // A bound from this thread's best and from the largest logit that it has met.
     TM_DEVICE float bound(float largest) const {
-        const float met = largest - 2.86f * temperature;
+        const float met = largest + LEAST_SUM * temperature;
         return best.infinite ? infinity() : fmaxf(met, (float)(best.score * (double)temperature));
     }
-    TM_DEVICE void offer(float x, uint32_t token, const Task &task) {
+    // Whether a token may be the row's best: false for almost all.
+    TM_DEVICE bool may_win(float x, uint32_t token, const Task &task) const {
         const float below = (x - pivot) * inverse;
-        if (below + slack < -17.34f || !(x > -infinity())) return;
-        const uint32_t bits = noise_bits(task, token);
-        const float rest = (float)((1u << 24) - bits) - 0.5f;
-        if (rest > 16777216.0f * __expf(below + slack)) return;
+        if (below + slack < -17.34f || !(x > -infinity())) return false;
+        const float rest = (float)((1u << 24) - noise_bits(task, token)) - 0.5f;
+        return !(rest > 16777216.0f * __expf(below + slack));
+    }
+    TM_DEVICE void take(float x, uint32_t token, const Task &task) {
         Pick pick;
         pick.infinite = x == infinity();
-        const double u = ((double)bits + 0.5) * (1.0 / 16777216.0);
+        const double u = ((double)noise_bits(task, token) + 0.5) * (1.0 / 16777216.0);
         pick.score = (pick.infinite ? 0.0 : (double)x / (double)temperature) - log(-log(u));
         pick.token = token;
-        if (beats(pick, best)) best = pick;
+        if (!beats(pick, best)) return;
+        best = pick;
+        const float sum = pick.infinite ? infinity() : (float)(pick.score * (double)temperature);
+        if (sum > pivot) raise(sum);
     }
 };
 

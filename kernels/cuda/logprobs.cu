@@ -29,14 +29,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) logprob_scan(SampleArgs ar
     const float max = state.raw_max;
     const u64 chosen = entry_of(args.logits[(size_t)row * args.vocab + state.token], state.token);
     u64 mass = 0, above = 0;
-    for_each_logit(part_of_row(args, row, blockIdx.x), [&](float x, uint32_t token) {
+    const auto count = [&](float x, uint32_t token) {
         const float y = below(x, max);
-        // Beyond the row there are only -inf with tokens that are behind every other.
+        // Outside of the row there are only -inf, of no token.
         above += token < (uint32_t)args.vocab && entry_of(x, token) > chosen;
-        if (!(y > -DEPTH)) return;
+        if (!(y > -DEPTH)) return false;
         mass += mass_of(y);
         if (task.top) atomicAdd(&bins[bin_of(y)], 1u);
-    });
+        return false;
+    };
+    const Walk walk = part_of_row(args, row, blockIdx.x);
+    for (int turn = walk.first; turn < walk.last; turn += TURN) {
+        float x[UNROLL][4];
+        load_turn(x, walk, turn);
+        meet(x, walk, turn, count, [](float, uint32_t) {});
+        if (!task.top) continue;
+        const float segment = segment_max(x);
+        if ((threadIdx.x & 31) == 0) walk.maxima[segment_of(turn)] = segment;
+    }
     u64 mass_sum, above_sum;
     block_scan(mass, partial, mass_sum);
     block_scan(above, partial, above_sum);
@@ -74,14 +84,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) logprob_collect(SampleArgs
     __syncthreads();
     const int bin = shared[0];
     // Too many of them, or some lie deeper than the histogram: the row itself is searched.
-    const uint32_t through = bin < 0 ? LIST + 1 : (uint32_t)shared[1];
-    if (blockIdx.x == 0 && threadIdx.x == 0) state.through = through;
-    if (through > LIST) return;
+    const uint32_t expected = bin < 0 ? LIST + 1 : (uint32_t)shared[1];
+    if (blockIdx.x == 0 && threadIdx.x == 0) state.expected = expected;
+    if (expected > LIST) return;
     const float max = state.raw_max;
     u64 *list = args.lists + (size_t)row * LIST;
-    for_each_logit(part_of_row(args, row, blockIdx.x), [&](float x, uint32_t token) {
-        const float y = below(x, max);
-        if (y > -DEPTH && bin_of(y) <= bin) list[atomicAdd(&state.listed, 1u)] = entry_of(x, token);
+    const Walk walk = part_of_row(args, row, blockIdx.x);
+    const auto reaches = [&](float x) { return below(x, max) > -DEPTH && bin_of(below(x, max)) <= bin; };
+    const auto skip = [&](int segment) { return !reaches(walk.maxima[segment]); };
+    const auto listed = [&](float x, uint32_t) { return reaches(x); };
+    for_each_logit(walk, skip, listed, [&](float x, uint32_t token) {
+        list[atomicAdd(&state.listed, 1u)] = entry_of(x, token);
     });
 }
 KERNEL(logprob_collect);
@@ -108,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) logprob_finish(SampleArgs 
         result[4] = top;
     }
     if (!top) return;
-    if (state.through <= LIST) {
-        load_sorted(list, args.lists + (size_t)row * LIST, (int)state.through);
+    if (state.expected <= LIST) {
+        load_sorted(list, args.lists + (size_t)row * LIST, (int)state.expected);
     } else {
         u64 last = ~0ull;
         for (uint32_t i = 0; i < top; i++) {

@@ -9,7 +9,9 @@
 // Block 256 throughout. Logits are f32 [R, V], V below 2^20; no alignment of a row is asked for. Rows whose task is not ACTIVE, and
 // work that a row's task does not ask for, cost a launch's share and no memory traffic. Top-k, top-p and min-p each keep a beginning of the
 // tokens in falling order (ties: lowest token first), so a histogram finds about where the cut lies; the tokens above it are few
-// and are sorted. Where they are more than LIST (flat rows), radix selection over the entries finds the cut in the row itself.
+// and are sorted. Where they are more than LIST (flat rows) only the bin of the cut is sorted, and the draw among the tokens ahead of it is
+// shared by the blocks that list it. Where that does not do either (top-k of thousands with top-p, or thousands of equal logits), radix
+// selection over the entries finds the cut in the row itself.
 #include "draw.cuh"
 
 using namespace tidemill;
@@ -94,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_scan(SampleArgs arg
     const Task &task = task_of(args, row);
     if (!(task.flags & ACTIVE)) return;
     const bool draws = !(task.flags & (SCORE | GREEDY | FILTERED));
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Walk walk = part_of_row(args, row, blockIdx.x);
     with_mask(walk, args, task);
     Drawer drawer;
@@ -101,35 +104,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_scan(SampleArgs arg
     bool nan = false;
     float largest = -infinity();
     uint32_t token = 0xffffffffu;
-    // Every thread takes every turn, as the warp shares its bound.
-    for (int base = walk.first; base < walk.last; base += THREADS * UNROLL) {
+    for (int turn = walk.first; turn < walk.last; turn += TURN) {
         float x[UNROLL][4];
+        load_turn(x, walk, turn);
         TM_UNROLL
-        for (int u = 0; u < UNROLL; u++) load_group(x[u], walk, base + u * THREADS + (int)threadIdx.x);
+        for (int i = 0; i < 4 * UNROLL; i++) nan |= x[i / 4][i % 4] != x[i / 4][i % 4];
+        apply_mask(x, walk, turn);
         TM_UNROLL
-        for (int u = 0; u < UNROLL; u++) {
-            const int group = base + u * THREADS + (int)threadIdx.x;
-            TM_UNROLL
-            for (int j = 0; j < 4; j++) nan |= x[u][j] != x[u][j];
-            apply_mask(x[u], walk, group);
-            TM_UNROLL
-            for (int j = 0; j < 4; j++) {
-                // A thread meets its tokens in rising order: the first of equals stays.
-                if (x[u][j] > largest) largest = x[u][j], token = (uint32_t)(group_token(walk, group) + j);
-            }
+        for (int i = 0; i < 4 * UNROLL; i++) {
+            // A thread meets its tokens in rising order: the first of equals stays.
+            if (x[i / 4][i % 4] <= largest || x[i / 4][i % 4] != x[i / 4][i % 4]) continue;
+            largest = x[i / 4][i % 4];
+            token = (uint32_t)(group_token(walk, group_of(turn, i / 4)) + i % 4);
+        }
+        if (task.flags & FILTERED) {
+            const float segment = segment_max(x);
+            if (lane == 0) walk.maxima[segment_of(turn)] = segment;
         }
         if (!draws) continue;
         drawer.raise(warp_max(drawer.bound(largest)));
-        TM_UNROLL
-        for (int u = 0; u < UNROLL; u++) {
-            const int first = group_token(walk, base + u * THREADS + (int)threadIdx.x);
-            TM_UNROLL
-            for (int j = 0; j < 4; j++) drawer.offer(x[u][j], (uint32_t)(first + j), task);
-        }
+        const auto may_win = [&](float x, uint32_t token) { return drawer.may_win(x, token, task); };
+        meet(x, walk, turn, may_win, [&](float x, uint32_t token) { drawer.take(x, token, task); });
     }
     const u64 best = warp_largest(largest > -infinity() ? entry_of(largest, token) : 0ull);
     const bool bad = __any_sync(0xffffffffu, nan);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (lane == 0 && best) atomicMax(&args.states[row].best, best);
     if (lane == 0 && bad) atomicOr(&args.states[row].bad, 1u);
     if (!draws) return;
@@ -182,70 +180,115 @@ KERNEL(filter_histogram);
 // What top-p must reach. At least one unit: the first token always stays.
 TM_DEVICE double goal_of(const Task &task, u64 total) { return fmax((double)task.top_p * (double)total, 1.0); }
 
-// Where a row's list ends.
+// What a row's list holds: all tokens that may survive the filters and win the draw, or, where they are more than LIST, only those of
+// the bin in which the cut lies; those ahead of it are certain to survive top-k and top-p.
 struct Cut {
-    int bin;           // the last that is listed
-    uint32_t through;  // tokens down to it
-    u64 total;         // probability of the row
+    int first, last;    // bins that are listed
+    uint32_t expected;  // tokens in them; more than LIST: nothing is listed
+    uint32_t ahead;     // tokens ahead of them
+    u64 ahead_mass, total;
 };
 
-// Reads the row's histogram: all tokens that may survive the filters and win the draw lie in the bins down to the cut.
-TM_DEVICE Cut find_cut(const SampleArgs &args, uint32_t row, const Task &task, u64 (&partial)[WARPS], Cut &shared) {
-    static constexpr int OWN = BINS / THREADS;
-    // 20.2 nats below the largest, no noise suffices to win.
+// Shared memory of `find_cut`.
+struct CutMemory {
+    u64 partial[WARPS];
+    int crossing;
+    uint32_t count, ahead;
+    u64 ahead_mass;
+};
+
+// The last bin that can matter when nothing cuts before. 20.2 nats below the largest, no noise suffices to win. Top-p after top-k needs
+// the sum over all of top-k.
+TM_DEVICE int last_bin(const Task &task) {
+    if (task.top_k && task.top_p < 1.0f) return BINS - 1;
     const int hopeless = (int)(20.25f * BINS_PER_NAT);
+    // One bin more than the bound says, for its rounding.
+    return task.min_p > 0.0f ? min(hopeless, (int)(-logf(task.min_p) * BINS_PER_NAT) + 1) : hopeless;
+}
+
+// Finds the cut in the row's histogram.
+TM_DEVICE Cut find_cut(const SampleArgs &args, uint32_t row, const Task &task, CutMemory &shared) {
+    static constexpr int OWN = BINS / THREADS;
     uint32_t count[OWN];
-    u64 mass[OWN], own_count = 0, own_mass = 0, tokens, total;
+    u64 mass[OWN], own_count = 0, own_mass = 0, tokens, through;
     TM_UNROLL
     for (int i = 0; i < OWN; i++) {
         const size_t bin = (size_t)row * BINS + threadIdx.x * OWN + i;
         own_count += count[i] = args.counts[bin];
         own_mass += mass[i] = args.masses[bin];
     }
-    u64 before = block_scan(own_count, partial, tokens), mass_before = block_scan(own_mass, partial, total);
-    const double goal = goal_of(task, total);
-    const bool sums_top_k = task.top_k && task.top_p < 1.0f;
-    int last = sums_top_k ? BINS - 1 : hopeless;
-    // One bin more than the bound says, for its rounding.
-    if (!sums_top_k && task.min_p > 0.0f) last = min(last, (int)(-logf(task.min_p) * BINS_PER_NAT) + 1);
-    if (threadIdx.x == 0) shared.bin = last;
-    __syncthreads();
+    Cut cut;
+    if (threadIdx.x == 0) shared.crossing = BINS;
+    u64 before = block_scan(own_count, shared.partial, tokens);
+    u64 before_mass = block_scan(own_mass, shared.partial, cut.total);
+    const double goal = goal_of(task, cut.total);
     TM_UNROLL
     for (int i = 0; i < OWN; i++) {
-        const u64 through = before + count[i], mass_through = mass_before + mass[i];
-        const bool crosses = task.top_k ? before < task.top_k && task.top_k <= through
-                                        : task.top_p < 1.0f && (double)mass_before < goal && goal <= (double)mass_through;
-        if (crosses && count[i]) atomicMin(&shared.bin, (int)threadIdx.x * OWN + i);
-        before = through, mass_before = mass_through;
+        const u64 to = before + count[i], to_mass = before_mass + mass[i];
+        const bool crosses = task.top_k ? before < task.top_k && task.top_k <= to
+                                        : task.top_p < 1.0f && (double)before_mass < goal && goal <= (double)to_mass;
+        if (crosses) {
+            shared.crossing = (int)threadIdx.x * OWN + i, shared.count = count[i];
+            shared.ahead = (uint32_t)before, shared.ahead_mass = before_mass;
+        }
+        before = to, before_mass = to_mass;
     }
     __syncthreads();
-    const int bin = shared.bin;
-    u64 listed = 0, through;
+    const int limit = last_bin(task), crossing = shared.crossing;
+    cut.first = 0, cut.last = min(limit, crossing);
+    u64 listed = 0;
     TM_UNROLL
-    for (int i = 0; i < OWN; i++) listed += (int)threadIdx.x * OWN + i <= bin ? count[i] : 0u;
-    block_scan(listed, partial, through);
-    const Cut cut = {bin, (uint32_t)through, total};
+    for (int i = 0; i < OWN; i++) listed += (int)threadIdx.x * OWN + i <= cut.last ? count[i] : 0u;
+    block_scan(listed, shared.partial, through);
+    cut.expected = (uint32_t)through, cut.ahead = 0, cut.ahead_mass = 0;
+    if (through <= LIST || (task.top_k && task.top_p < 1.0f)) return cut;
+    const bool cuts = crossing <= limit;
+    cut.first = cuts ? crossing : limit + 1;
+    cut.expected = cuts ? shared.count : 0;
+    cut.ahead = (uint32_t)through - cut.expected;
+    cut.ahead_mass = cuts ? shared.ahead_mass : 0;
     return cut;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) filter_collect(SampleArgs args) {
-    SHARED(u64, partial, [WARPS]);
-    SHARED(Cut, shared, [1]);
+TM_DEVICE bool meets_min_p(float y, const Task &task) { return !(task.min_p > 0.0f) || !(exp_exact(y) < task.min_p); }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) filter_collect(SampleArgs args) {
+    SHARED(CutMemory, memory, [1]);
     const uint32_t row = blockIdx.y;
     const Task &task = task_of(args, row);
     RowState &state = args.states[row];
     if (!filters(task, state)) return;
-    const Cut cut = find_cut(args, row, task, partial, shared[0]);
-    if (blockIdx.x == 0 && threadIdx.x == 0) state.through = cut.through, state.total = cut.total;
-    if (cut.through > LIST) return;
+    const Cut cut = find_cut(args, row, task, memory[0]);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        state.total = cut.total, state.expected = cut.expected;
+        state.ahead = cut.ahead, state.ahead_mass = cut.ahead_mass;
+    }
+    if (cut.expected > LIST) return;
     const Shift shift = {entry_value(state.best), task.temperature};
     u64 *list = args.lists + (size_t)row * LIST;
     Walk walk = part_of_row(args, row, blockIdx.x);
     with_mask(walk, args, task);
-    for_each_logit(walk, [&](float x, uint32_t token) {
+    Drawer drawer;
+    drawer.start(1.0f);
+    drawer.raise(LEAST_SUM);
+    const auto reaches = [&](float y) { return y > -DEPTH && bin_of(y) <= cut.last; };
+    const auto skip = [&](int segment) { return !reaches(shift.of(walk.maxima[segment])); };
+    const auto matters = [&](float x, uint32_t token) {
         const float y = shift.of(x);
-        if (y > -DEPTH && bin_of(y) <= cut.bin) list[atomicAdd(&state.listed, 1u)] = entry_of(y, token);
+        return reaches(y) && (bin_of(y) >= cut.first || (meets_min_p(y, task) && drawer.may_win(y, token, task)));
+    };
+    for_each_logit(walk, skip, matters, [&](float x, uint32_t token) {
+        const float y = shift.of(x);
+        if (bin_of(y) < cut.first) {
+            drawer.take(y, token, task);
+        } else {
+            list[atomicAdd(&state.listed, 1u)] = entry_of(y, token);
+        }
     });
+    if (!cut.ahead) return;
+    const Pick pick = warp_best(drawer.best);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (lane == 0) args.picks[((size_t)row * MAX_CHUNKS + blockIdx.x) * WARPS + warp] = pick;
 }
 KERNEL(filter_collect);
 
@@ -261,30 +304,42 @@ struct Choose {
     int found, unique;
 };
 
-TM_DEVICE bool meets_min_p(float y, const Task &task) { return !(task.min_p > 0.0f) || !(exp_exact(y) < task.min_p); }
-
 // Probability of a list's entry.
 TM_DEVICE u64 entry_mass(u64 entry) { return entry ? mass_of(entry_value(entry)) : 0ull; }
 
-// Filters and draws from the row's list.
+// The best of what the warps drew: in `sample_scan`, or in `filter_collect` ahead of the list. Finite picks of a row with infinite logits
+// lose by their order.
+TM_DEVICE Pick best_pick(const SampleArgs &args, uint32_t row) {
+    const Pick *picks = args.picks + (size_t)row * MAX_CHUNKS * WARPS;
+    Pick best = no_pick();
+    for (int i = threadIdx.x; i < args.chunks * WARPS; i += THREADS) {
+        if (beats(picks[i], best)) best = picks[i];
+    }
+    return best;
+}
+
+// Filters and draws from the row's list, and from what was drawn ahead of it.
 TM_DEVICE Pick draw_from_list(const SampleArgs &args, uint32_t row, const Task &task, Choose &shared) {
     const RowState &state = args.states[row];
-    const int n = (int)state.through;
+    const int n = (int)state.expected;
     const int size = load_sorted(shared.list, args.lists + (size_t)row * LIST, n);
     const int own = (size + THREADS - 1) / THREADS, from = min((int)threadIdx.x * own, size), to = min(from + own, size);
-    const int kept = task.top_k && task.top_k < (uint32_t)n ? (int)task.top_k : n;
+    const int kept = task.top_k ? min(n, (int)(task.top_k - state.ahead)) : n;
     u64 mass = 0, total;
     for (int i = from; i < to; i++) mass += i < kept ? entry_mass(shared.list[i]) : 0ull;
-    u64 before = block_scan(mass, shared.partial, total);
+    u64 before = state.ahead_mass + block_scan(mass, shared.partial, total);
+    // With top-k and top-p together nothing is ahead of the list.
     const double goal = goal_of(task, task.top_k ? total : state.total);
     Drawer drawer;
     drawer.start(1.0f);
-    drawer.raise(-2.86f);
+    drawer.raise(LEAST_SUM);
+    if (state.ahead) drawer.best = best_pick(args, row);
     for (int i = from; i < to && i < kept; i++) {
         if (task.top_p < 1.0f && (double)before >= goal) break;
         const float y = entry_value(shared.list[i]);
+        const uint32_t token = entry_token(shared.list[i]);
         if (!meets_min_p(y, task)) break;
-        drawer.offer(y, entry_token(shared.list[i]), task);
+        if (drawer.may_win(y, token, task)) drawer.take(y, token, task);
         before += mass_of(y);
     }
     return block_best(drawer.best, shared.picks);
@@ -350,30 +405,22 @@ TM_DEVICE Pick draw_from_row(const SampleArgs &args, uint32_t row, const Task &t
     }
     Drawer drawer;
     drawer.start(1.0f);
-    drawer.raise(-2.86f);
-    for_each_logit(walk, [&](float x, uint32_t token) {
+    drawer.raise(LEAST_SUM);
+    const auto none = [](int) { return false; };
+    const auto may_win = [&](float x, uint32_t token) {
         const float y = shift.of(x);
-        if (y > -DEPTH && entry_of(y, token) >= least && meets_min_p(y, task)) drawer.offer(y, token, task);
-    });
+        return y > -DEPTH && entry_of(y, token) >= least && meets_min_p(y, task) && drawer.may_win(y, token, task);
+    };
+    for_each_logit(walk, none, may_win, [&](float x, uint32_t token) { drawer.take(shift.of(x), token, task); });
     return block_best(drawer.best, shared.picks);
-}
-
-// The best of what the warps of `sample_scan` drew. Finite picks of a row with infinite logits lose by their order.
-TM_DEVICE Pick best_pick(const SampleArgs &args, uint32_t row, Choose &shared) {
-    const Pick *picks = args.picks + (size_t)row * MAX_CHUNKS * WARPS;
-    Pick best = no_pick();
-    for (int i = threadIdx.x; i < args.chunks * WARPS; i += THREADS) {
-        if (beats(picks[i], best)) best = picks[i];
-    }
-    return block_best(best, shared.picks);
 }
 
 TM_DEVICE uint32_t choose(const SampleArgs &args, uint32_t row, const Task &task, Choose &shared) {
     const RowState &state = args.states[row];
     if (task.flags & SCORE) return task.token;
     if (task.flags & GREEDY) return entry_token(state.best);
-    if (!(task.flags & FILTERED)) return best_pick(args, row, shared).token;
-    if (state.through > LIST) return draw_from_row(args, row, task, shared).token;
+    if (!(task.flags & FILTERED)) return block_best(best_pick(args, row), shared.picks).token;
+    if (state.expected > LIST) return draw_from_row(args, row, task, shared).token;
     return draw_from_list(args, row, task, shared).token;
 }
 
@@ -397,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_choose(SampleArg
     RowState &state = args.states[row];
     uint32_t *result = args.results + (size_t)row * RESULT_WORDS;
     const bool score = task.flags & SCORE;
-    const bool unfiltered = (task.flags & FILTERED) && !state.through;  // launched without the filters' kernels
+    const bool unfiltered = (task.flags & FILTERED) && !state.expected && !state.ahead;  // launched without the filters' kernels
     if (state.bad || !state.best || unfiltered) {
         if (threadIdx.x == 0) {
             result[0] = score ? task.token : 0, result[1] = 0;
@@ -416,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_choose(SampleArg
     __syncthreads();
     if (threadIdx.x == 0) {
         state.alive = 1, state.token = token, state.raw_max = raw_max;
-        state.listed = 0, state.through = 0;
+        state.listed = 0, state.expected = 0;
         // The rank stays 0 until there are log-probabilities.
         result[0] = token, result[1] = 1, result[3] = 0;
         if (!score) args.feedback[row] = token;

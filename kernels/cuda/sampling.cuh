@@ -12,8 +12,10 @@ typedef unsigned long long u64;
 
 static constexpr int THREADS = 256;
 static constexpr int WARPS = THREADS / 32;
-// Groups of four logits that a thread has in flight.
+// Groups of four logits that a thread has in flight; what a warp and the block read in a turn.
 static constexpr int UNROLL = 4;
+static constexpr int SEGMENT = 32 * UNROLL;
+static constexpr int TURN = WARPS * SEGMENT;
 // Histograms over the distance to the largest logit: this many bins of 1/64 nat. What lies further down has a probability below
 // 2^-46, which is 0 in the units used here.
 static constexpr int BINS = 2048;
@@ -50,15 +52,16 @@ struct Task {
 struct RowState {
     u64 best;           // largest entry after edits and mask
     u64 total;          // probability of all tokens after temperature (filtered rows)
+    u64 ahead_mass;     // probability of the tokens ahead of the list
     u64 mass;           // probability of all tokens of the raw row
+    uint32_t ahead;     // tokens ahead of the list; if any, `filter_collect` has drawn among them
+    uint32_t expected;  // entries that the list is to hold; more than LIST: it holds none
+    uint32_t listed;    // entries in the list
     uint32_t bad;       // a logit is NaN
     uint32_t alive;     // a token was chosen
     uint32_t token;
-    float raw_max;      // largest raw logit
     uint32_t above;     // tokens ahead of `token` in the raw row
-    uint32_t listed;    // entries in the list
-    uint32_t through;   // entries that the list was to hold; more than LIST: it holds none
-    uint32_t unused;
+    float raw_max;      // largest raw logit
 };
 
 // The best of a warp's draws.
@@ -77,6 +80,7 @@ struct SampleArgs {
     u64 *masses;            // [R, BINS]
     u64 *lists;             // [R, LIST]
     Pick *picks;            // [R, MAX_CHUNKS, WARPS]
+    float *maxima;          // [R, segments_of(V)] largest logits, as the kernel before left them
     float *saved;           // raw logits of the list entries of all rows
     uint32_t *results;      // [R, RESULT_WORDS]
     uint32_t *feedback;     // [R]
@@ -84,7 +88,7 @@ struct SampleArgs {
     int32_t chunks;         // blocks that share a row
 };
 
-static_assert(sizeof(Task) == 80 && sizeof(RowState) == 56 && sizeof(Pick) == 16, "src/cuda/ops/sampling counts on these");
+static_assert(sizeof(Task) == 80 && sizeof(RowState) == 64 && sizeof(Pick) == 16, "src/cuda/ops/sampling counts on these");
 
 TM_DEVICE const Task &task_of(const SampleArgs &args, uint32_t row) { return ((const Task *)args.block)[row]; }
 
@@ -131,29 +135,35 @@ static constexpr double MASS_UNIT = 1.0 / 17592186044416.0;
 // The bin of y in -DEPTH..0.
 TM_DEVICE int bin_of(float y) { return (int)product(y, -BINS_PER_NAT); }
 
-// ---- Walking along a row. Groups of four logits are aligned to 16 bytes, so a row's first and last group may be incomplete.
+// ---- Walking along a row. Groups of four logits are aligned to 16 bytes, so a row's first and last group may be incomplete. A
+// warp's turn is a segment of SEGMENT groups; segments begin at multiples of SEGMENT in every walk.
 struct Walk {
     const float *row;
     const uint32_t *mask;  // allowed tokens, or null
+    float *maxima;         // largest logit of each segment
     int vocab, skew;       // logits of the row before it in its first group
-    int first, last;       // groups of this walk
+    int first, last;       // groups of this walk; `first` is a multiple of TURN
 };
+
+// Places for the segments of a row: whole turns of the most groups that a row can have.
+TM_DEVICE int segments_of(int vocab) { return WARPS * (((vocab + 6) / 4 + TURN - 1) / TURN); }
 
 TM_DEVICE Walk whole_row(const SampleArgs &args, uint32_t row) {
     const size_t start = (size_t)row * args.vocab;
     Walk walk;
     walk.row = args.logits + start;
     walk.mask = nullptr;
+    walk.maxima = args.maxima + (size_t)row * segments_of(args.vocab);
     walk.vocab = args.vocab;
     walk.skew = (int)(start & 3);
     walk.first = 0;
     walk.last = (walk.skew + args.vocab + 3) / 4;
     return walk;
 }
-// What block `chunk` of `args.chunks` does.
+// What block `chunk` of `args.chunks` does: whole turns.
 TM_DEVICE Walk part_of_row(const SampleArgs &args, uint32_t row, uint32_t chunk) {
     Walk walk = whole_row(args, row);
-    const int share = (walk.last + args.chunks - 1) / args.chunks;
+    const int turns = (walk.last + TURN - 1) / TURN, share = (turns + args.chunks - 1) / args.chunks * TURN;
     walk.first = (int)chunk * share;
     walk.last = min(walk.last, walk.first + share);
     return walk;
@@ -162,48 +172,94 @@ TM_DEVICE void with_mask(Walk &walk, const SampleArgs &args, const Task &task) {
     if (task.flags & MASKED) walk.mask = args.block + task.mask;
 }
 
-// Token of the first logit of a group; may be negative.
+// This thread's group `u` of the turn that begins at `turn`, and the token of its first logit, which may be negative.
+TM_DEVICE int group_of(int turn, int u) {
+    return turn + (int)(threadIdx.x >> 5) * SEGMENT + u * 32 + (int)(threadIdx.x & 31);
+}
 TM_DEVICE int group_token(const Walk &walk, int group) { return 4 * group - walk.skew; }
+TM_DEVICE int segment_of(int turn) { return turn / SEGMENT + (int)(threadIdx.x >> 5); }
 
-// Four logits of a group; -inf outside the walk.
-TM_DEVICE void load_group(float (&x)[4], const Walk &walk, int group) {
-    const int token = group_token(walk, group);
-    if (group < walk.last && token >= 0 && token + 4 <= walk.vocab) {
-        const float4 v = *(const float4 *)(walk.row + token);
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+TM_DEVICE bool inside(const Walk &walk, int group, int token) {
+    return group < walk.last && token >= 0 && token < walk.vocab;
+}
+
+// This thread's logits of a turn; -inf outside the walk.
+TM_DEVICE void load_turn(float (&x)[UNROLL][4], const Walk &walk, int turn) {
+    const bool whole = group_token(walk, turn) >= 0 && turn + TURN <= walk.last && group_token(walk, turn + TURN) <= walk.vocab;
+    if (whole) {
+        TM_UNROLL
+        for (int u = 0; u < UNROLL; u++) {
+            const float4 v = *(const float4 *)(walk.row + group_token(walk, group_of(turn, u)));
+            x[u][0] = v.x, x[u][1] = v.y, x[u][2] = v.z, x[u][3] = v.w;
+        }
         return;
     }
     TM_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const bool inside = group < walk.last && token + j >= 0 && token + j < walk.vocab;
-        x[j] = inside ? walk.row[token + j] : -infinity();
+    for (int u = 0; u < UNROLL; u++) {
+        const int group = group_of(turn, u), token = group_token(walk, group);
+        TM_UNROLL
+        for (int j = 0; j < 4; j++) x[u][j] = inside(walk, group, token + j) ? walk.row[token + j] : -infinity();
     }
 }
 // Tokens that the mask forbids become -inf.
-TM_DEVICE void apply_mask(float (&x)[4], const Walk &walk, int group) {
+TM_DEVICE void apply_mask(float (&x)[UNROLL][4], const Walk &walk, int turn) {
     if (!walk.mask) return;
     TM_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const int token = group_token(walk, group) + j;
-        const bool inside = group < walk.last && token >= 0 && token < walk.vocab;
-        if (inside && !(walk.mask[token >> 5] >> (token & 31) & 1u)) x[j] = -infinity();
-    }
-}
-
-// Calls f(x, token) for the logits of the walk that this thread meets, mask applied, and maybe for some -inf beyond them.
-template <class F>
-TM_DEVICE void for_each_logit(const Walk &walk, F f) {
-    for (int base = walk.first + (int)threadIdx.x; base < walk.last; base += THREADS * UNROLL) {
-        float x[UNROLL][4];
+    for (int u = 0; u < UNROLL; u++) {
+        const int group = group_of(turn, u);
         TM_UNROLL
-        for (int u = 0; u < UNROLL; u++) load_group(x[u], walk, base + u * THREADS);
-        TM_UNROLL
-        for (int u = 0; u < UNROLL; u++) {
-            apply_mask(x[u], walk, base + u * THREADS);
-            TM_UNROLL
-            for (int j = 0; j < 4; j++) f(x[u][j], (uint32_t)(group_token(walk, base + u * THREADS) + j));
+        for (int j = 0; j < 4; j++) {
+            const int token = group_token(walk, group) + j;
+            if (inside(walk, group, token) && !(walk.mask[token >> 5] >> (token & 31) & 1u)) x[u][j] = -infinity();
         }
     }
+}
+// Largest of the warp's logits of a turn.
+TM_DEVICE float segment_max(const float (&x)[UNROLL][4]) {
+    float largest = -infinity();
+    TM_UNROLL
+    for (int u = 0; u < UNROLL; u++) {
+        TM_UNROLL
+        for (int j = 0; j < 4; j++) largest = fmaxf(largest, x[u][j]);
+    }
+    return warp_max(largest);
+}
+
+// Calls f(x, token) for the logits of the walk that this thread meets, mask applied, and for some -inf beyond them; then g(x, token)
+// for those where f was true. `g` is for what few tokens need: its code stands there once.
+template <class F, class G>
+TM_DEVICE void meet(const float (&x)[UNROLL][4], const Walk &walk, int turn, F f, G g) {
+    uint32_t again = 0;
+    TM_UNROLL
+    for (int u = 0; u < UNROLL; u++) {
+        const int first = group_token(walk, group_of(turn, u));
+        TM_UNROLL
+        for (int j = 0; j < 4; j++) again |= f(x[u][j], (uint32_t)(first + j)) ? 1u << (4 * u + j) : 0u;
+    }
+    for (; again; again &= again - 1) {
+        const int i = __ffs((int)again) - 1, token = group_token(walk, group_of(turn, i >> 2)) + (i & 3);
+        g(walk.row[token], (uint32_t)token);
+    }
+}
+// The same for all turns of a walk, but for the segments whose largest logit `skip` refuses.
+template <class S, class F, class G>
+TM_DEVICE void for_each_logit(const Walk &walk, S skip, F f, G g) {
+    for (int turn = walk.first; turn < walk.last; turn += TURN) {
+        if (skip(segment_of(turn))) continue;
+        float x[UNROLL][4];
+        load_turn(x, walk, turn);
+        apply_mask(x, walk, turn);
+        meet(x, walk, turn, f, g);
+    }
+}
+template <class F>
+TM_DEVICE void for_each_logit(const Walk &walk, F f) {
+    const auto none = [](int) { return false; };
+    const auto once = [&](float x, uint32_t token) {
+        f(x, token);
+        return false;
+    };
+    for_each_logit(walk, none, once, [](float, uint32_t) {});
 }
 
 // ---- Over the block.

@@ -87,8 +87,10 @@ impl Bench {
         let shape = BlockShape { rows, vocab, list_words: list_words(&tasks, &allowed) };
         let encoded = encode(shape, &tasks, &allowed).unwrap();
         let sampler = Sampler::new(device, shape).unwrap();
-        assert_eq!(encoded.words.len(), shape.words());
-        let block = upload(driver, &encoded.words);
+        let mut words = encoded.words;
+        assert!(words.len() <= shape.words());
+        words.resize(shape.words(), POISON);
+        let block = upload(driver, &words);
         let feedback = upload(driver, &vec![POISON; rows]);
         Self { tasks, shape, sampler, results: vec![], block, feedback, needs: encoded.needs }
     }
@@ -256,19 +258,21 @@ fn long_rows_agree_with_the_cpu_whether_their_candidates_fit_a_list_or_not() {
             specs(5003).into_iter().enumerate().map(|(i, spec)| drawn(&rows[i % rows.len()], spec)).collect();
         check(device, driver, &ops, &cases);
         // Flat rows, and rows of nothing but ties, have more candidates than a list holds.
-        let equal = [1.5; 5003];
-        let wide = [
-            SampleSpec { top_p: 0.9, ..spec(1) },
-            SampleSpec { top_k: 3000, ..spec(2) },
-            SampleSpec { top_k: 4000, top_p: 0.7, min_p: 0.97, ..spec(3) },
-            SampleSpec { min_p: 0.98, ..spec(4) },
-        ];
-        let cases: Vec<Case> = wide
-            .into_iter()
-            .flat_map(|spec| {
-                [drawn(&rows[0], spec.clone()), drawn(&rows[3], spec.clone()), drawn(&equal, spec)]
-            })
-            .collect();
+        let equal = vec![1.5; 5003];
+        let wide = |seed| {
+            [
+                SampleSpec { top_p: 0.9, ..spec(seed) },
+                SampleSpec { top_p: 0.9, min_p: 0.985, ..spec(seed) },
+                SampleSpec { top_k: 3000, ..spec(seed) },
+                SampleSpec { top_k: 4000, top_p: 0.7, min_p: 0.97, ..spec(seed) },
+                SampleSpec { top_p: 0.97, temperature: 50.0, ..spec(seed) },
+                SampleSpec { min_p: 0.98, ..spec(seed) },
+            ]
+        };
+        let seeded = |seed| {
+            wide(seed).map(|spec| [&rows[0], &rows[1], &rows[3], &equal].map(|r| drawn(r, spec.clone())))
+        };
+        let cases: Vec<Case> = (1..4).flat_map(seeded).flatten().collect();
         check(device, driver, &ops, &cases);
     });
 }

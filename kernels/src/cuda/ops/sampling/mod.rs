@@ -35,6 +35,7 @@ struct SampleArgs {
     masses: DevPtr,
     lists: DevPtr,
     picks: DevPtr,
+    maxima: DevPtr,
     saved: DevPtr,
     results: DevPtr,
     feedback: DevPtr,

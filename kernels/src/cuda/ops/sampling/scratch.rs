@@ -18,7 +18,7 @@ const LIST: usize = 2048;
 const MAX_CHUNKS: usize = 64;
 const WARPS: usize = THREADS as usize / 32;
 /// `sizeof` of the kernels' `RowState` and `Pick`.
-const STATE_BYTES: usize = 56;
+const STATE_BYTES: usize = 64;
 const PICK_BYTES: usize = 16;
 /// Logits that a block reads in one turn: with a smaller share some of its threads would be idle.
 const TURN: usize = 4096;
@@ -27,7 +27,8 @@ const BLOCKS_PER_SM: usize = 8;
 /// Probabilities of a row are added up in units of 2^-44 in 64 bits.
 const MAX_VOCAB: usize = 1 << 20;
 
-/// Scratch memory and results for steps of up to `shape.rows` rows: 49 KiB and 192 bytes per row, and 4 bytes per word of lists.
+/// Scratch memory and results for steps of up to `shape.rows` rows: 49 KiB and
+/// V / 128 bytes per row, and 4 bytes per word of lists.
 pub struct Sampler {
     shape: BlockShape,
     max_chunks: usize,
@@ -79,6 +80,7 @@ impl Sampler {
             masses: at.offset(places.masses),
             lists: at.offset(places.lists),
             picks: at.offset(places.picks),
+            maxima: at.offset(places.maxima),
             saved: at.offset(places.saved),
             results: self.results.ptr(),
             feedback,
@@ -95,6 +97,7 @@ struct Places {
     picks: usize,
     states: usize,
     counts: usize,
+    maxima: usize,
     saved: usize,
     end: usize,
 }
@@ -108,7 +111,10 @@ impl Places {
         let lists = masses + rows * BINS * 8;
         let states = lists + rows * LIST * 8;
         let counts = states + rows * STATE_BYTES;
-        let saved = counts + rows * BINS * 4;
-        Self { masses, lists, picks, states, counts, saved, end: saved + shape.list_words * 4 }
+        let maxima = counts + rows * BINS * 4;
+        // The groups of four of a row that begins in the middle of one, in whole turns.
+        let segments = WARPS * (shape.vocab + 6).div_ceil(TURN);
+        let saved = maxima + rows * segments * 4;
+        Self { masses, lists, picks, states, counts, maxima, saved, end: saved + shape.list_words * 4 }
     }
 }
