@@ -5,5 +5,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod planted;
 mod rmsnorm;
 mod signatures;

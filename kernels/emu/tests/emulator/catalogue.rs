@@ -138,3 +138,28 @@ fn data_of_a_copy_that_was_not_waited_for_is_not_there() {
     assert!(forgotten.iter().flatten().count() <= 1, "only where copies take effect at once");
     assert!(forgotten[1].as_ref().unwrap_err().contains("cp.async that it has not waited for"));
 }
+
+/// For scripts/sanitize-kernels, which requires that ThreadSanitizer ends the process.
+#[test]
+#[ignore = "ends the process where it is meant to be run"]
+fn a_race_between_threads_for_the_sanitizer() {
+    call("no_barrier").run_all();
+}
+
+/// As above. Not a race that the emulator's own check looks for.
+#[test]
+#[ignore = "ends the process where it is meant to be run"]
+fn a_race_between_blocks_for_the_sanitizer() {
+    let mut race = call("global_race");
+    race.grid = 8;
+    race.run_all();
+}
+
+/// As above, for AddressSanitizer.
+#[test]
+#[ignore = "ends the process where it is meant to be run"]
+fn an_overrun_for_the_sanitizer() {
+    let mut overrun = call("static_shared_overrun");
+    overrun.n = 1;
+    overrun.run_all();
+}
