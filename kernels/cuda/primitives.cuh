@@ -27,11 +27,11 @@ TM_DEVICE void cp_async_commit() {
 }
 // Waits until at most `N` of this thread's newest groups are still in flight.
 template <int N>
-TM_DEVICE void cp_async_wait() {
+TM_DEVICE void cp_async_wait(TM_PLACE_ONLY) {
 #if TM_GPU
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 #else
-    emu::cp_wait(N);
+    emu::cp_wait(N, file, line);
 #endif
 }
 

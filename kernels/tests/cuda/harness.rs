@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::bf16;
 use tidemill_kernels::{
     DType,
-    cuda::{Device, memory::DeviceBuffer},
+    cuda::{Device, driver::Pinned, memory::DeviceBuffer},
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
@@ -31,9 +31,14 @@ fn download<T: Copy + Default>(device: &Device, buffer: &DeviceBuffer) -> Vec<T>
     assert_eq!(size_of::<T>(), buffer.dtype().size());
     let mut values = vec![T::default(); buffer.elems()];
     let bytes = size_of_val(values.as_slice());
-    // SAFETY: the vector holds as many elements and lives until the synchronisation.
-    unsafe { device.driver().copy_to_host(values.as_mut_ptr().cast(), buffer.ptr(), bytes) }.unwrap();
-    device.driver().synchronize().unwrap();
+    let staging = device.driver().alloc_pinned(bytes.max(1), Pinned::Readback).unwrap();
+    // SAFETY: the staging memory has as many bytes, lives until the synchronisation, and is freed once.
+    unsafe {
+        device.driver().copy_to_host(staging, buffer.ptr(), bytes).unwrap();
+        device.driver().synchronize().unwrap();
+        std::ptr::copy_nonoverlapping(staging, values.as_mut_ptr().cast(), bytes);
+        device.driver().free_pinned(staging);
+    }
     values
 }
 

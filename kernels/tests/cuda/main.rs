@@ -9,6 +9,7 @@ mod harness;
 mod layernorm;
 mod linear;
 mod moe;
+mod planted;
 mod rmsnorm;
 mod rows;
 mod sampling;
