@@ -360,6 +360,7 @@ impl Driver for GpuDriver {
 
     fn wait(&self, event: EventId) -> Result<()> {
         self.stream()?;
+        self.not_while_recording("cuEventSynchronize")?;
         // SAFETY: as above.
         Ok(unsafe { call!(cuEventSynchronize(event.0 as CUevent)) }?)
     }
@@ -438,6 +439,7 @@ impl Driver for GpuDriver {
 
     fn synchronize(&self) -> Result<()> {
         let stream = self.stream()?;
+        self.not_while_recording("cuStreamSynchronize")?;
         // SAFETY: has no preconditions.
         Ok(unsafe { call!(cuStreamSynchronize(stream)) }?)
     }
