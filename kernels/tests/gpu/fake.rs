@@ -4,6 +4,7 @@ use std::{
     env,
     ffi::{CStr, c_char, c_int, c_void},
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     slice,
@@ -27,6 +28,8 @@ pub enum Libraries {
     Fake,
     /// The fake libcuda; a libnvrtc that cannot be loaded, and no Python to find one with.
     NoNvrtc,
+    /// The same, but among Python's packages there is the fake libnvrtc.
+    PythonsNvrtc,
     /// Files of those names that are no libraries, so that a real driver is not found either.
     Broken,
 }
@@ -42,9 +45,11 @@ pub fn inside(name: &str, libraries: Libraries, variables: &[(&str, &str)], body
     let mut command = Command::new(env::current_exe().unwrap());
     command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(INSIDE, "1");
     command.env("LD_LIBRARY_PATH", folder(libraries)).envs(variables.iter().copied());
-    if libraries != Libraries::Fake {
-        command.env("PATH", "");
-    }
+    match libraries {
+        Libraries::Fake => &mut command,
+        Libraries::PythonsNvrtc => command.env("PATH", folder(libraries).with_file_name("bin")),
+        Libraries::NoNvrtc | Libraries::Broken => command.env("PATH", ""),
+    };
     let output = command.output().unwrap();
     let text =
         [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
@@ -52,46 +57,68 @@ pub fn inside(name: &str, libraries: Libraries, variables: &[(&str, &str)], body
     assert!(output.status.success() && reached, "{name}, inside:\n{text}");
 }
 
-/// A folder with the libraries, made once per process of tests.
+/// A folder with the libraries, made once per process of tests, which may find what another one made.
 fn folder(libraries: Libraries) -> PathBuf {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     let root = ROOT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fake-gpu-{}", std::process::id()));
-        for folder in ["fake", "no-nvrtc", "broken"] {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake-gpu");
+        for folder in ["fake", "no-nvrtc", "broken", "site/nvidia/cuda_nvrtc/lib", "bin"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }
-        compile("cuda.cpp", &root.join("fake/libcuda.so.1"));
-        compile("nvrtc.cpp", &root.join("fake/libnvrtc.so.12"));
-        fs::copy(root.join("fake/libcuda.so.1"), root.join("no-nvrtc/libcuda.so.1")).unwrap();
+        let cuda = compile("cuda.cpp", &root);
+        let nvrtc = compile("nvrtc.cpp", &root);
         for folder in ["fake", "no-nvrtc"] {
+            place(&cuda, &root.join(folder).join("libcuda.so.1"));
             // The name that is looked for first, so that a real one is not found.
-            std::os::unix::fs::symlink("libcuda.so.1", root.join(folder).join("libcuda.so")).unwrap();
+            place(&cuda, &root.join(folder).join("libcuda.so"));
         }
+        place(&nvrtc, &root.join("fake/libnvrtc.so.12"));
+        place(&nvrtc, &root.join("site/nvidia/cuda_nvrtc/lib/libnvrtc.so.12"));
+        place(&nvrtc, &root.join("site/nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.4"));
         for version in ["", ".1", ".9", ".10", ".11", ".12", ".13"] {
             for name in ["cuda", "nvcuda", "nvrtc"] {
-                let folders: &[&str] = if name == "nvrtc" { &["broken", "no-nvrtc"] } else { &["broken"] };
-                for folder in folders {
-                    fs::write(root.join(folder).join(format!("lib{name}.so{version}")), "no library")
-                        .unwrap();
-                }
+                fs::write(root.join(format!("broken/lib{name}.so{version}")), "no library").unwrap();
             }
+            fs::write(root.join(format!("no-nvrtc/libnvrtc.so{version}")), "no library").unwrap();
+        }
+        let python = format!("#!/bin/sh\necho\necho relative\necho {}\n", root.join("site").display());
+        fs::write(root.join("bin/python3"), python).unwrap();
+        fs::set_permissions(root.join("bin/python3"), fs::Permissions::from_mode(0o755)).unwrap();
+        for library in [cuda, nvrtc] {
+            fs::remove_file(library).unwrap();
         }
         root
     });
     root.join(match libraries {
         Libraries::Fake => "fake",
-        Libraries::NoNvrtc => "no-nvrtc",
+        Libraries::NoNvrtc | Libraries::PythonsNvrtc => "no-nvrtc",
         Libraries::Broken => "broken",
     })
 }
 
-fn compile(source: &str, library: &Path) {
+/// Compiles one of the fakes to a file that no other process uses.
+fn compile(source: &str, root: &Path) -> PathBuf {
+    let library = root.join(format!("{source}-{}.so", std::process::id()));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("emu/libcuda").join(source);
     let mut command = Command::new(env::var_os("CXX").unwrap_or_else(|| "c++".into()));
     command.args(["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]);
-    command.arg("-fvisibility=hidden").arg("-o").arg(library).arg(source);
+    command.arg("-fvisibility=hidden").arg("-o").arg(&library).arg(source);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+    library
+}
+
+/// Another name for a library. One that is there already is replaced whole, as it may be in use. Links, so that the loader knows
+/// the names for one library.
+fn place(library: &Path, name: &Path) {
+    let part = name.with_extension(format!("part-{}", std::process::id()));
+    fs::hard_link(library, &part).unwrap();
+    fs::rename(&part, name).unwrap();
+}
+
+/// Whether this machine has an NVRTC where [`Libraries::NoNvrtc`] cannot hide it.
+pub fn has_usual_nvrtc() -> bool {
+    ["/usr/local/cuda/lib64", "/opt/cuda/lib64"].iter().any(|path| Path::new(path).exists())
 }
 
 /// The fake libcuda of this process.

@@ -6,7 +6,11 @@ use std::{fs, path::PathBuf};
 
 use tidemill_kernels::cuda::gpu::{GpuDriver, GpuError, GpuOptions, KernelOrigin, Version, open};
 
-use crate::fake::{Fake, Libraries::Fake as Both, inside};
+use crate::fake::{
+    Fake,
+    Libraries::{Fake as Both, PythonsNvrtc},
+    has_usual_nvrtc, inside,
+};
 
 const DRIVER: (&str, &str) = ("FAKE_CUDA_VERSION", "12040");
 
@@ -49,6 +53,17 @@ fn the_second_start_compiles_nothing_and_a_damaged_image_is_made_anew() {
         assert_eq!(fs::read(&entry).unwrap(), whole);
         assert_eq!(compiled(&open(0, &GpuOptions::default()).unwrap()).0, all, "no cache is used unasked");
         fs::remove_dir_all(cache).unwrap();
+    });
+}
+
+#[test]
+fn nvrtc_is_found_among_the_packages_of_python() {
+    inside("images::nvrtc_is_found_among_the_packages_of_python", PythonsNvrtc, &[DRIVER], || {
+        if has_usual_nvrtc() {
+            return println!("skipped: this machine has an NVRTC in a usual place");
+        }
+        let (_fake, driver) = Fake::open();
+        assert!(compiled(&driver.unwrap()).0 > 0);
     });
 }
 

@@ -115,15 +115,15 @@ impl Drop for Handles {
     fn drop(&mut self) {
         // What fails here fails because the device is lost, and then there is nothing left to give back.
         let _ = self.make_current();
-        for &module in &self.modules {
-            // SAFETY: loaded once, unloaded here alone.
-            let _ = unsafe { call!(cuModuleUnload(module)) };
-        }
         if !self.stream.is_null() {
             // SAFETY: created once, destroyed here alone, after the work on it.
             let _ = unsafe {
                 call!(cuStreamSynchronize(self.stream)).and(call!(cuStreamDestroy_v2(self.stream)))
             };
+        }
+        for &module in &self.modules {
+            // SAFETY: loaded once, unloaded here alone; nothing runs any more.
+            let _ = unsafe { call!(cuModuleUnload(module)) };
         }
     }
 }
