@@ -165,6 +165,11 @@ EXPORT cuGetErrorString(int, const char **text) {
     *text = "the fake driver says so";
     return SUCCESS;
 }
+// A real libnvrtc asks for it, and takes the answer that there is nothing.
+EXPORT cuGetExportTable(const void **table, const void *) {
+    *table = nullptr;
+    return NOT_FOUND;
+}
 EXPORT cuDriverGetVersion(int *version) {
     *version = (int)number("FAKE_CUDA_VERSION", 13000);
     return SUCCESS;
