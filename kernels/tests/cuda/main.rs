@@ -3,18 +3,18 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
 mod layernorm;
 mod linear;
 mod moe;
+mod paged;
 mod planted;
 mod rmsnorm;
+mod rope_kv_write;
 mod rows;
 mod sampling;
-mod attention;
-mod paged;
-mod rope_kv_write;
 mod signatures;
 mod words;
