@@ -138,9 +138,11 @@ pub struct Attention<'a> {
     pub heads: HeadShape,
     /// `[S, max_blocks]`.
     pub block_tables: DeviceWords<'a>,
+    /// S, as the block tables must hold it.
+    pub rows: usize,
     /// Row stride of the block tables.
     pub max_blocks: usize,
-    /// Made by [`attention_plan`] for these heads, this window and this workspace.
+    /// Made by [`attention_plan`] for these heads, this window and this workspace; 16-byte aligned.
     pub plan: DeviceWords<'a>,
     /// The kernels that the plan needs, or more.
     pub kernels: AttentionKernels,
@@ -247,6 +249,11 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         );
         return Err(KernelError::Unsupported { op: OP, detail });
     }
+    let plan = call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?;
+    if !plan.0.is_multiple_of(16) {
+        let detail = format!("the plan begins {} bytes off a multiple of 16", plan.0 % 16);
+        return Err(KernelError::Unsupported { op: OP, detail });
+    }
     let per_head = |what, buffer: Option<&DeviceBuffer>| match buffer {
         Some(buffer) => buffer.at_least(OP, what, DType::F32, num_heads),
         None => Ok(DevPtr::NULL),
@@ -255,8 +262,8 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         out: call.out.at_least(OP, "out", DType::Bf16, call.tokens * num_heads * head_dim)?,
         qkv: call.qkv.at_least(OP, "qkv", DType::Bf16, call.tokens * call.heads.qkv_width())?,
         kv: call.kv.checked(OP, call.heads)?,
-        block_tables: call.block_tables.at_least(OP, "block_tables", call.max_blocks)?,
-        plan: call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?,
+        block_tables: call.block_tables.at_least(OP, "block_tables", call.rows * call.max_blocks)?,
+        plan,
         slopes: per_head("slopes", slopes)?,
         sinks: per_head("sinks", sinks)?,
         partial_o: call.workspace.o.ptr(),
