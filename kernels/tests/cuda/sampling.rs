@@ -150,7 +150,9 @@ fn expected(ops: &CpuOps, case: &Case) -> Sampled {
         spec.forbidden.extend((0..case.logits.len() as u32).filter(refused));
     }
     let mut logits = buffer(ops, &case.logits);
-    ops.sample(&mut logits, case.logits.len(), &[task]).unwrap().remove(0)
+    let batch = ops.upload(Arc::default(), [task].into()).unwrap();
+    ops.sample(&mut logits, case.logits.len(), &batch, 0..1).unwrap();
+    ops.wait(ops.results(batch).unwrap()).unwrap().remove(0)
 }
 
 #[track_caller]
