@@ -17,7 +17,7 @@ use tidemill_kernels_emu::EmuDriver;
 
 use crate::{
     common::{Rng, buffer, devices},
-    harness::f32s,
+    harness::{copy_out, f32s},
     words::{copy_in, device, download, on_every_schedule, upload},
 };
 
@@ -114,7 +114,7 @@ impl Bench {
     fn finish(&mut self, driver: &Arc<EmuDriver>) -> Run {
         let mut words = vec![0; self.shape.rows * RESULT_WORDS];
         let from = self.sampler.results().at_least("test", "results", words.len()).unwrap();
-        copy_out(driver, from, &mut words);
+        copy_out(driver.as_ref(), from, &mut words);
         self.results = words;
         let results = decode_results(&self.results, &self.tasks);
         let words = results.iter().zip(self.results.chunks(RESULT_WORDS)).map(|(result, words)| {
@@ -124,12 +124,6 @@ impl Bench {
         });
         Run { words: words.collect(), results, feedback: download(driver, &self.feedback) }
     }
-}
-
-fn copy_out(driver: &Arc<EmuDriver>, from: tidemill_kernels::cuda::driver::DevPtr, words: &mut [u32]) {
-    use tidemill_kernels::cuda::driver::Driver;
-    // SAFETY: the source holds as many words; the emulator copies at once.
-    unsafe { driver.copy_to_host(words.as_mut_ptr().cast(), from, size_of_val(words)) }.unwrap();
 }
 
 fn run(device: &Device, driver: &Arc<EmuDriver>, cases: &[Case]) -> Run {

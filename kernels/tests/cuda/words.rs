@@ -5,6 +5,8 @@ use std::sync::Arc;
 use tidemill_kernels::cuda::{Device, driver::Driver, memory::DeviceMemory};
 use tidemill_kernels_emu::EmuDriver;
 
+use crate::harness::copy_out;
+
 /// Device memory that holds `words`.
 pub fn upload(driver: &Arc<EmuDriver>, words: &[u32]) -> DeviceMemory {
     let memory = DeviceMemory::new(driver.clone(), 4 * words.len(), "test").unwrap();
@@ -15,15 +17,14 @@ pub fn upload(driver: &Arc<EmuDriver>, words: &[u32]) -> DeviceMemory {
 /// Replaces the first words of `memory`.
 pub fn copy_in(driver: &Arc<EmuDriver>, memory: &DeviceMemory, words: &[u32]) {
     assert!(4 * words.len() <= memory.bytes());
-    // SAFETY: the memory holds as many words; the emulator copies at once.
+    // SAFETY: the memory holds as many words; pageable memory is read before the call returns.
     unsafe { driver.copy_to_device(memory.ptr(), words.as_ptr().cast(), 4 * words.len()) }.unwrap();
 }
 
 /// All words of `memory`.
 pub fn download(driver: &Arc<EmuDriver>, memory: &DeviceMemory) -> Vec<u32> {
     let mut words = vec![0; memory.bytes() / 4];
-    // SAFETY: the vector holds as many words; the emulator copies at once.
-    unsafe { driver.copy_to_host(words.as_mut_ptr().cast(), memory.ptr(), 4 * words.len()) }.unwrap();
+    copy_out(driver.as_ref(), memory.ptr(), &mut words);
     words
 }
 
