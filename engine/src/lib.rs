@@ -20,8 +20,8 @@ pub mod scheduler;
 mod stats;
 pub mod text;
 
-pub use engine::{ComputeDtype, Engine, EngineConfig, Progress};
-pub use error::{ErrorCode, LoadError, RequestError, Violation};
+pub use engine::{ComputeDtype, Engine, EngineConfig, EngineOptions, Progress};
+pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};
 pub use generation::Generation;
 pub use handle::{Drained, EngineHandle};
 pub use info::ModelInfo;

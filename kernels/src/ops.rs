@@ -20,10 +20,16 @@ use crate::{
 /// Result of an op.
 pub type Result<T> = std::result::Result<T, KernelError>;
 
+/// Marks an entry of [`BatchMeta::token_ids`] that is not a token id: see there.
+pub const FEEDBACK: u32 = 1 << 31;
+
 /// What a step computes: flat metadata for T tokens in S rows. No sequence, no request: indices only.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BatchMeta {
-    /// `[T]` input token ids.
+    /// `[T]` input token ids. `FEEDBACK | r` stands for the id that the previous step sampled for row `r` of its logits
+    /// (an index into its `logits_indices`, over all groups in which its logits were computed): the step can be queued before
+    /// that id is known to the host. Vocabularies are below 2^31. The id takes its place before [`Ops::embedding`] reads it; where
+    /// the row had no finite logits it is any id below V, and nobody reads what comes of it.
     pub token_ids: Vec<u32>,
     /// `[T]` position of each token in its own sequence.
     pub positions: Vec<u32>,

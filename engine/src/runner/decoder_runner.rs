@@ -1,60 +1,85 @@
 //! The real runner: a plan becomes batch metadata, goes through the decoder, and comes back as tokens.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use tidemill_kernels::{
     Ops,
-    ops::BatchMeta,
+    ops::{BatchMeta, FEEDBACK},
     sampling::{Logprobs, RowTask, SampleSpec, Sampled},
 };
 
-use super::Runner;
+use super::{Runner, RunnerError};
 use crate::{
     ids::TokenId,
     model::decoder::Decoder,
     output::TokenLogprobs,
-    scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan},
+    scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan, TokenInput},
 };
 
-/// Runs plans on a [`Decoder`].
+/// Runs plans on a [`Decoder`], each when it is launched.
 pub struct DecoderRunner<O: Ops> {
     decoder: Decoder<O>,
     block_size: usize,
+    /// `[R]` what the last step gave for each row of its logits: the input of the step behind it.
+    sampled: Vec<u32>,
+    /// Results that nobody has waited for, oldest first.
+    done: VecDeque<StepOutput>,
 }
 
 impl<O: Ops> DecoderRunner<O> {
     /// A runner for a decoder whose KV cache has blocks of `block_size` tokens.
     pub fn new(decoder: Decoder<O>, block_size: usize) -> Self {
-        Self { decoder, block_size }
+        Self { decoder, block_size, sampled: Vec::new(), done: VecDeque::new() }
     }
 }
 
 impl<O: Ops> Runner for DecoderRunner<O> {
-    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
-        let (meta, tasks) = flatten(plan, self.block_size);
-        let sampled = self.decoder.step(Arc::new(meta), &tasks).map_err(|error| error.to_string())?;
-        let mut sampled = sampled.into_iter();
-        let rows = plan.rows.iter().map(|row| collect(row, &mut sampled)).collect();
-        Ok(StepOutput { rows })
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
+        let (mut meta, tasks) = flatten(plan, self.block_size);
+        feed_back(&mut meta.token_ids, &self.sampled);
+        let results = self.decoder.step(Arc::new(meta), &tasks)?;
+        self.sampled.clear();
+        self.sampled.extend(results.iter().map(|result| result.token));
+        let mut results = results.into_iter();
+        let rows = plan.rows.iter().map(|row| collect(row, &mut results)).collect();
+        self.done.push_back(StepOutput { rows });
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<StepOutput, RunnerError> {
+        self.done.pop_front().ok_or_else(|| RunnerError::Step("no step is in flight".into()))
+    }
+
+    fn is_done(&mut self) -> bool {
+        !self.done.is_empty()
     }
 }
 
-/// The plan as flat metadata, and one task per row of logits: for each plan row its scored positions, then its sample.
+/// Puts the ids that the previous step sampled in the place of their [`FEEDBACK`] marks.
+fn feed_back(token_ids: &mut [u32], sampled: &[u32]) {
+    for id in token_ids.iter_mut().filter(|id| **id & FEEDBACK != 0) {
+        *id = sampled[(*id & !FEEDBACK) as usize];
+    }
+}
+
+/// The plan as flat metadata, and one task per row of logits, in the order of [`StepPlan::samples`].
 fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
     let max_blocks = plan.rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
     let mut meta = BatchMeta { max_blocks, cu_seqlens_q: vec![0], ..BatchMeta::default() };
     let mut tasks = Vec::new();
     for row in &plan.rows {
         let first = meta.token_ids.len();
-        for (i, token) in row.tokens.iter().enumerate() {
-            let position = row.start + i;
+        match &row.input {
+            TokenInput::Known(tokens) => meta.token_ids.extend(tokens.iter().map(|token| token.0)),
+            TokenInput::Sampled(logits_row) => meta.token_ids.push(FEEDBACK | logits_row),
+        }
+        for position in row.start..row.end() {
             let block = row.blocks[position / block_size].0 as usize;
-            meta.token_ids.push(token.0);
             meta.positions.push(position as u32);
             meta.slot_mapping.push((block * block_size + position % block_size) as u32);
         }
         meta.cu_seqlens_q.push(meta.token_ids.len() as u32);
-        meta.context_lens.push((row.start + row.tokens.len()) as u32);
+        meta.context_lens.push(row.end() as u32);
         meta.block_tables.extend(row.blocks.iter().map(|block| block.0));
         meta.block_tables.resize(meta.context_lens.len() * max_blocks, 0);
         for (position, target) in row.score_at.clone().zip(&row.targets) {
