@@ -220,6 +220,8 @@ struct Live {
     seed: u64,
     output: Vec<TokenId>,
     scored: Vec<TokenId>,
+    /// It has had a row of a step.
+    started: bool,
 }
 
 impl Live {
@@ -277,7 +279,7 @@ struct Sim {
     steps: StepQueue<Device>,
     live: BTreeMap<SeqId, Live>,
     next_id: u64,
-    /// Launches in a row that the oldest request had no part in.
+    /// Launches in a row that the oldest request that had started had no part in.
     oldest_left_out: usize,
     failures: Rc<Cell<usize>>,
     seen: Seen,
@@ -333,8 +335,15 @@ impl Sim {
             let new =
                 NewSequence { id, prompt: prompt.clone(), sampling: sampling.clone(), seed: id.0, prompt_of };
             self.scheduler.add(new);
-            let (output, scored) = (Vec::new(), Vec::new());
-            self.live.insert(id, Live { prompt: prompt.clone(), sampling, seed: id.0, output, scored });
+            let live = Live {
+                prompt: prompt.clone(),
+                sampling,
+                seed: id.0,
+                output: Vec::new(),
+                scored: Vec::new(),
+                started: false,
+            };
+            self.live.insert(id, live);
         }
     }
 
@@ -385,13 +394,15 @@ impl Sim {
             assert!(row.input.num_tokens() > 0 && !plan.rows[..at].iter().any(|other| other.seq == row.seq));
             assert!(row.end() < live.prompt.len() + live.sampling.max_tokens, "computed past its last token");
         }
-        let oldest = self.live.keys().next();
-        if oldest.is_none_or(|&oldest| plan.rows.iter().any(|row| row.seq == oldest)) {
+        // One that never had a row may wait for the budget, or for a prompt.
+        let oldest = self.live.iter().find(|(_, live)| live.started).map(|(&id, _)| id);
+        if oldest.is_none_or(|oldest| plan.rows.iter().any(|row| row.seq == oldest)) {
             self.oldest_left_out = 0;
         } else if !plan.rows.is_empty() {
             self.oldest_left_out += 1;
             assert!(self.oldest_left_out <= 2, "the oldest does not advance");
         }
+        plan.rows.iter().for_each(|row| self.live(row.seq).started = true);
     }
 
     fn resolve(&mut self) {
