@@ -222,6 +222,8 @@ struct Live {
     scored: Vec<TokenId>,
     /// It has had a row of a step.
     started: bool,
+    /// Launches in a row that left it out although it was the oldest.
+    left_out: usize,
 }
 
 impl Live {
@@ -279,8 +281,6 @@ struct Sim {
     steps: StepQueue<Device>,
     live: BTreeMap<SeqId, Live>,
     next_id: u64,
-    /// Launches in a row that the oldest request that had started had no part in.
-    oldest_left_out: usize,
     failures: Rc<Cell<usize>>,
     seen: Seen,
 }
@@ -307,7 +307,6 @@ impl Sim {
             pool,
             live: BTreeMap::new(),
             next_id: 0,
-            oldest_left_out: 0,
             seen: Seen::default(),
         }
     }
@@ -342,6 +341,7 @@ impl Sim {
                 output: Vec::new(),
                 scored: Vec::new(),
                 started: false,
+                left_out: 0,
             };
             self.live.insert(id, live);
         }
@@ -395,12 +395,10 @@ impl Sim {
             assert!(row.end() < live.prompt.len() + live.sampling.max_tokens, "computed past its last token");
         }
         // One that never had a row may wait for the budget, or for a prompt.
-        let oldest = self.live.iter().find(|(_, live)| live.started).map(|(&id, _)| id);
-        if oldest.is_none_or(|oldest| plan.rows.iter().any(|row| row.seq == oldest)) {
-            self.oldest_left_out = 0;
-        } else if !plan.rows.is_empty() {
-            self.oldest_left_out += 1;
-            assert!(self.oldest_left_out <= 2, "the oldest does not advance");
+        if let Some((id, live)) = self.live.iter_mut().find(|(_, live)| live.started) {
+            let has_row = plan.rows.iter().any(|row| row.seq == *id);
+            live.left_out = if has_row { 0 } else { live.left_out + usize::from(!plan.rows.is_empty()) };
+            assert!(live.left_out <= 2, "the oldest does not advance");
         }
         plan.rows.iter().for_each(|row| self.live(row.seq).started = true);
     }
