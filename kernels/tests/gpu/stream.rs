@@ -183,22 +183,38 @@ fn a_graph_replays_with_the_memory_of_the_day() {
     inside("stream::a_graph_replays_with_the_memory_of_the_day", Both, &[], || {
         let (fake, driver, device) = opened();
         let mut norm = Norm::new(&device);
-        // SAFETY: the range is that of the buffer.
-        unsafe { driver.fill(norm.out.ptr(), 0, norm.out.elems() * 2) }.unwrap();
+        let bytes = norm.out.elems() * 2;
+        let up = PinnedMemory::new(driver.clone(), bytes, Pinned::Upload).unwrap();
+        let down = PinnedMemory::new(driver.clone(), bytes, Pinned::Readback).unwrap();
+        let read = || {
+            driver.synchronize().unwrap();
+            // SAFETY: the memory is that long, and no copy is queued any more.
+            unsafe { std::slice::from_raw_parts(down.ptr(), bytes) }.to_vec()
+        };
+        // SAFETY: the memory is that long; nothing is queued yet.
+        unsafe { down.ptr().write_bytes(0xaa, bytes) };
         driver.begin_capture().unwrap();
-        norm.run(&device).unwrap();
+        // SAFETY: all ranges are `bytes` long; pinned memory is written only after a synchronisation.
+        unsafe {
+            driver.copy_to_device(norm.x.ptr(), up.ptr(), bytes).unwrap();
+            driver.fill(norm.out.ptr(), 0xff, bytes).unwrap();
+            norm.run(&device).unwrap();
+            driver.copy_to_host(down.ptr(), norm.out.ptr(), bytes).unwrap();
+        }
         let graph = driver.end_capture().unwrap();
         assert!(fake.log().contains("cuGraphUpload\n"));
-        assert_eq!(norm.result(&device), vec![0; ROWS * WIDTH * 2], "recorded, not run");
+        assert_eq!(read(), vec![0xaa; bytes], "recorded, not run");
         for scale in [1.0, -3.0, 0.5] {
-            norm.set_x(&device, scale);
-            // SAFETY: the norm's memory lives.
-            unsafe { driver.launch_graph(graph) }.unwrap();
-            assert_eq!(norm.result(&device), expected(scale));
+            // SAFETY: as above; the memory lives.
+            unsafe {
+                up.ptr().copy_from_nonoverlapping(input(scale).as_ptr(), bytes);
+                driver.launch_graph(graph).unwrap();
+            }
+            assert_eq!(read(), expected(scale));
         }
         // SAFETY: nothing queued uses it.
         unsafe { driver.destroy_graph(graph) };
-        drop((norm, device, driver));
+        drop((norm, up, down, device, driver));
         assert_eq!(fake.live(), 0);
     });
 }

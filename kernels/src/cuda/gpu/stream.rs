@@ -340,7 +340,12 @@ impl Driver for GpuDriver {
                 ptr::null_mut(),
             )
         };
-        Ok(check(kernel.name, code)?)
+        check(kernel.name, code).map_err(|failure| match failure.into() {
+            KernelError::Device { call, detail } => {
+                KernelError::Device { call, detail: format!("{detail}; {config:?}") }
+            }
+            lost => lost,
+        })
     }
 
     fn create_event(&self) -> Result<EventId> {
