@@ -7,18 +7,21 @@
 //
 // qkv [T, (Q + 2K) * D], out [T, Q * D] bf16, 16-byte aligned; slopes, sinks [Q] f32.
 // kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size a power of two >= 16. Slots after the last
-// token of an item, or before its window, are not read.
+// token of an item, or before its first token's window, are not read, whatever they hold. What lies between, and one token of the item
+// sees but another does not, counts for the latter as a product with zero: it is finite, unless the sequence is lost anyway.
 //
-// One order of operations for every token, whatever the launch (batch invariance): its keys are cut into tiles of KV_TILE
-// positions, aligned to position 0. A tile is computed from nothing by an online softmax (Milakov and Gimelshein 2018) over steps of STEP
-// positions, and the tiles are merged in sequence order by `merge_factors`. Positions that a token does not see add exact zeros. So it makes
-// no difference who computes a tile: `attention_split` (a warp, 16 query rows) or `attention_block` (64 rows share what is loaded), nor
-// whether tiles are merged in registers or, after a trip through memory, by `attention_combine`.
+// One order of operations for every token, whatever the launch (batch invariance): its keys are cut into tiles of KV_TILE = 128
+// positions, aligned to position 0. A tile is computed from nothing by an online softmax (Milakov and Gimelshein 2018) over steps of
+// STEP positions, 64 up to D = 128 and 32 beyond, and the tiles are merged in sequence order by `merge_factors`. Positions that a token
+// does not see add exact zeros. So it makes no difference who computes a tile: `attention_split` (a warp, 16 query rows) or
+// `attention_block` (64 rows share what is loaded), nor whether tiles are merged on the spot or, after a trip through memory, by
+// `attention_combine`.
 //
 // Query rows are packed: row r of a sequence and a key/value head is token r / G, query head head * G + r % G.
 //
 // plan, u32, 16-byte aligned: a header of 8 words (count and first word of the items of split, block, combine), then items; written by
-// `AttentionPlan` in ops/attention/plan.rs. Grids are free: every kernel strides over its items.
+// `attention_plan` in ops/attention/plan.rs. Grids are free: every kernel strides over its items. Blocks and dynamic shared memory are
+// those of `Geometry` in ops/attention/mod.rs.
 // partial_o [slots, 16, D], partial_ml [slots, 16, 2] f32: one slot per tile of a split row, `m` and `l` of each query row.
 #include "attention.cuh"
 
@@ -54,7 +57,7 @@ struct Stream {
     int next, end;
 
     TM_DEVICE Stream(const AttentionArgs &a_, const Item &item_, const Span<Shape::STEP> &span_, bf16x8 *ring_)
-        : a(a_), item(item_), span(span_), ring(ring_), next(0), end((span_.end_step - span_.first_step) * 2 * Shape::PIECES) {}
+        : a(a_), item(item_), span(span_), ring(ring_), next(0), end((span.end_step - span.first_step) * 2 * Shape::PIECES) {}
 
     TM_DEVICE void queue() {
         if (next < end) {
@@ -146,8 +149,8 @@ TM_DEVICE void attend_split(const AttentionArgs &a) {
     for (int i = blockIdx.x; i < items.count; i += gridDim.x) attend_split_item<D>(a, items.at[i], group, c, shared);
 }
 
-// ---- A block: 64 query rows, 16 to a warp, that share what is loaded. From D = 192 on two warps share 16 rows, each with the scores of all
-// positions and half of the columns: tile and total would not fit a thread's registers otherwise.
+// ---- A block: 64 query rows, 16 to a warp, that share what is loaded. From D = 192 on two warps share 16 rows, each with the scores of
+// all positions and half of the columns: tile and total would not fit a thread's registers otherwise.
 
 template <int D>
 struct BlockShape {
@@ -170,7 +173,8 @@ TM_DEVICE void merge(Sum<COLS> &total, const Sum<COLS> &tile, float c) {
 
 // Queues one step's keys or values; nothing past the last step.
 template <int D>
-TM_DEVICE void load_step(const AttentionArgs &a, const Item &item, const Span<BlockShape<D>::STEP> &span, int which, int step, bf16x8 *stages) {
+TM_DEVICE void load_step(const AttentionArgs &a, const Item &item, const Span<BlockShape<D>::STEP> &span, int which, int step,
+                         bf16x8 *stages) {
     using Shape = BlockShape<D>;
     if (step < span.end_step) {
         constexpr int ROWS = Shape::STEP / Shape::WARPS;
@@ -249,7 +253,8 @@ TM_DEVICE void attend_block(const AttentionArgs &a) {
 template <int D, int VECTORS>
 TM_DEVICE void combine_tiles(const AttentionArgs &a, size_t first, int tiles, float c, float &m, float &l, float4 (&total)[VECTORS]) {
     const int lane = lane_id();
-    const float2 ml = lane < tiles ? *(const float2 *)(a.partial_ml + (first + (size_t)lane * MMA_ROWS) * 2) : make_float2(empty_max(), 0.0f);
+    float2 ml = make_float2(empty_max(), 0.0f);
+    if (lane < tiles) ml = *(const float2 *)(a.partial_ml + (first + (size_t)lane * MMA_ROWS) * 2);
     // Greatest score after this lane's tile: the greatest over the lanes up to it, and what was there before.
     float after = ml.x;
     for (int offset = 1; offset < 32; offset *= 2) {

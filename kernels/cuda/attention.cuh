@@ -284,7 +284,8 @@ TM_DEVICE void close(Sum<COLS> &tile) {
 }
 
 // Merges m and l of a tile into a total's, and gives the factors for the columns of each row.
-TM_DEVICE void merge_rows(float (&total_m)[2], float (&total_l)[2], const float (&m)[2], const float (&l)[2], float c, float (&factor)[2][2]) {
+TM_DEVICE void merge_rows(float (&total_m)[2], float (&total_l)[2], const float (&m)[2], const float (&l)[2], float c,
+                          float (&factor)[2][2]) {
     TM_UNROLL
     for (int r = 0; r < 2; r++) {
         const float both = fmaxf(total_m[r], m[r]);
@@ -296,8 +297,8 @@ TM_DEVICE void merge_rows(float (&total_m)[2], float (&total_l)[2], const float 
 
 // Writes the results of the lane's two rows, row0 + lane / 4 and 8 further on, columns from `column` on.
 template <int D, int COLS>
-TM_DEVICE void store(const AttentionArgs &a, const Item &item, int row0, const float (&o)[COLS / 8][4], const float (&m)[2], const float (&l)[2],
-                     float c, int column) {
+TM_DEVICE void store(const AttentionArgs &a, const Item &item, int row0, const float (&o)[COLS / 8][4], const float (&m)[2],
+                     const float (&l)[2], float c, int column) {
     const int group = a.num_heads / a.num_kv_heads;
     TM_UNROLL
     for (int i = 0; i < 2; i++) {

@@ -1,16 +1,16 @@
 // What stands between the projection of queries, keys and values and attention, for all heads in one launch:
 //
-//   q, k of qkv: RMS norm over the head (optional, its own weights for q and k; Qwen3), then rotary position embedding (Su et al. 2021, eq.
-//                34) of the first R elements, in place; R = 0 rotates nothing
+//   q, k of qkv: RMS norm over the head (optional, its own weights for q and k; Qwen3), then rotary position embedding (Su et al. 2021,
+//                eq. 34) of the first R elements, in place; R = 0 rotates nothing
 //   k, v of qkv: to slot slot_mapping[t] of the cache; v is copied
 //
 // qkv [T, (Q + 2K) * D] bf16, 16-byte aligned; q_weight, k_weight [D] f32, both or neither; table [positions, R] f32: R/2 cosines, then
-// R/2 sines; positions, slot_mapping [T] u32; D a multiple of 8 up to 256, R even. Pairs are (i, i + R/2), or (2i, 2i + 1) if `interleaved`.
-// kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size = 1 << block_shift. Rounded to bf16 once, at the end.
-// A token with slot 0xffffffff is padding: neither it nor the cache is touched.
+// R/2 sines; positions, slot_mapping [T] u32; D a multiple of 8 up to 256, R even. Pairs are (i, i + R/2), or (2i, 2i + 1) if
+// `interleaved`. kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size = 1 << block_shift.
+// Values are rounded to bf16 once, at the end. A token with slot 0xffffffff is padding: neither it nor the cache is touched.
 //
-// Grid (T, ceil((Q + 2K) / (128 / LANES))), block 128: each head has a team of LANES lanes, D / 8 rounded up to a power of two, eight elements
-// to a lane. The order of the norm's sum depends on D alone.
+// Grid (T, ceil((Q + 2K) / (128 / LANES))), block 128: each head has a team of LANES lanes, D / 8 rounded up to a power of two, eight
+// elements to a lane. The order of the norm's sum depends on D alone.
 #include "primitives.cuh"
 
 using namespace tidemill;

@@ -30,6 +30,7 @@ struct Options {
     sinks: bool,
     /// Room for split tiles, and the multiprocessors that rows are split for.
     split: (usize, usize),
+    block_size: usize,
 }
 
 fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
@@ -37,7 +38,15 @@ fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
 }
 
 fn plain(heads: HeadShape) -> Options {
-    Options { heads, window: None, soft_cap: None, slopes: false, sinks: false, split: (256, 64) }
+    Options {
+        heads,
+        window: None,
+        soft_cap: None,
+        slopes: false,
+        sinks: false,
+        split: (256, 64),
+        block_size: 16,
+    }
 }
 
 impl Options {
@@ -61,7 +70,7 @@ impl Options {
 
 /// Runs a step; tokens of padding rows stay NaN.
 fn run(bed: &Bed, options: &Options, rows: &[Row]) -> Vec<f32> {
-    let step = Step::new(options.heads, rows, options.window);
+    let step = Step::new(options.heads, rows, options.window, options.block_size);
     let mut plan = Vec::new();
     let limits = options.limits(&step);
     let kernels =
@@ -182,6 +191,19 @@ fn attention_agrees_with_f64_for_every_group_size() {
 }
 
 #[test]
+fn attention_agrees_with_f64_and_keeps_its_bits_for_every_block_size() {
+    let bed = Bed::new(Schedule::all()[1]);
+    let rows = [row(1, 1, 139), row(2, 35, 70)];
+    let small = plain(heads(2, 1, 80));
+    let want = run(&bed, &small, &rows);
+    for block_size in [32, 64, 128, 256] {
+        let options = Options { block_size, ..small };
+        agrees(&bed, &options, &rows);
+        assert_same(&run(&bed, &options, &rows), &want, &format!("blocks of {block_size}"));
+    }
+}
+
+#[test]
 fn attention_agrees_with_f64_with_window_soft_cap_slopes_and_sinks() {
     let base = plain(heads(4, 2, 64));
     let rows = [row(1, 1, 5), row(2, 1, 290), row(3, 4, 261), row(4, 70, 150), row(5, 40, 40)];
@@ -296,7 +318,7 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
             ([row(1, 1, 100)], AttentionKernels { split: true, block: false, combine: false }),
             ([row(1, 40, 100)], AttentionKernels { split: false, block: true, combine: false }),
         ] {
-            let step = Step::new(options.heads, &rows, None);
+            let step = Step::new(options.heads, &rows, None, 16);
             let mut plan = Vec::new();
             let needed =
                 attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &options.limits(&step))
@@ -315,7 +337,7 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     let bed = Bed::new(Schedule::all()[2]);
     let options = plain(heads(4, 2, 64));
     let (heads, driver) = (options.heads, bed.device.driver());
-    let step = Step::new(heads, &[row(1, 1, 290), row(2, 1, 3)], None);
+    let step = Step::new(heads, &[row(1, 1, 290), row(2, 1, 3)], None, 16);
     let limits = options.limits(&step);
     let (cache, qkv) = step.upload(&bed);
     let plan = bed.words(&[0; 1024]);
@@ -429,7 +451,7 @@ fn check_plan(plan: &[u32], meta: &BatchMeta, heads: HeadShape, window: Option<u
 fn attention_refuses_what_the_kernels_cannot_take() {
     let bed = Bed::new(Schedule::default());
     let refused = |options: &Options, tamper: &dyn Fn(&mut Attention<'_>)| {
-        let step = Step::new(options.heads, &[row(1, 1, 5)], None);
+        let step = Step::new(options.heads, &[row(1, 1, 5)], None, 16);
         let mut plan = Vec::new();
         let limits = options.limits(&step);
         let kernels = attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &limits).unwrap();

@@ -79,17 +79,16 @@ pub struct Step {
     pub qkv: Vec<f32>,
 }
 
-pub const BLOCK: usize = 16;
 /// The layer in use: not the first, and not the last.
 pub const LAYER: usize = 1;
 
 impl Step {
     /// Lays the rows out over shuffled blocks. What the row's last token does not see is NaN: slots past its context, those before the
     /// oldest position that a `window` shows (whose table entries lead nowhere), and all other layers.
-    pub fn new(heads: HeadShape, rows: &[Row], window: Option<usize>) -> Step {
+    pub fn new(heads: HeadShape, rows: &[Row], window: Option<usize>, block_size: usize) -> Step {
         let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
-        let max_blocks = rows.iter().map(|r| r.context.div_ceil(BLOCK)).max().unwrap_or(0) + 2;
-        let used: usize = rows.iter().map(|r| r.context.div_ceil(BLOCK)).sum();
+        let max_blocks = rows.iter().map(|r| r.context.div_ceil(block_size)).max().unwrap_or(0) + 2;
+        let used: usize = rows.iter().map(|r| r.context.div_ceil(block_size)).sum();
         let num_blocks = used + 3;
         let mut free: Vec<u32> = (0..num_blocks as u32).collect();
         let mut rng = Rng::new(used as u64 + 77);
@@ -99,7 +98,7 @@ impl Step {
         let shape = KvShape {
             num_layers: LAYER + 2,
             num_blocks,
-            block_size: BLOCK,
+            block_size,
             num_kv_heads,
             head_dim,
             dtype: DType::Bf16,
@@ -116,11 +115,11 @@ impl Step {
             let oldest = window.map_or(0, |w| (r.context.saturating_sub(r.new) + 1).saturating_sub(w));
             let mut table = vec![u32::MAX; max_blocks];
             for position in oldest..r.context {
-                let entry = &mut table[position / BLOCK];
+                let entry = &mut table[position / block_size];
                 if *entry == u32::MAX {
                     *entry = free.pop().unwrap();
                 }
-                let slot = *entry as usize * BLOCK + position % BLOCK;
+                let slot = *entry as usize * block_size + position % block_size;
                 for head in 0..num_kv_heads {
                     for which in 0..2 {
                         let at = step.place(slot, which, head);
@@ -136,11 +135,11 @@ impl Step {
                     step.qkv.extend((0..num_kv_heads).flat_map(|h| kv(r.id, position, which, h, head_dim)));
                 }
                 step.meta.positions.push(position as u32);
-                let entry = table[position / BLOCK];
+                let entry = table[position / block_size];
                 let slot = if entry == u32::MAX {
                     u32::MAX
                 } else {
-                    entry * BLOCK as u32 + (position % BLOCK) as u32
+                    entry * block_size as u32 + (position % block_size) as u32
                 };
                 step.meta.slot_mapping.push(slot);
             }
@@ -158,9 +157,10 @@ impl Step {
 
     /// First element of a key (`which` 0) or value (1) in the cache.
     pub fn place(&self, slot: usize, which: usize, head: usize) -> usize {
-        let (block, offset) = (slot / BLOCK, slot % BLOCK);
+        let (block, offset) = (slot / self.shape.block_size, slot % self.shape.block_size);
         let HeadShape { num_kv_heads: k, head_dim: d, .. } = self.heads;
-        ((((LAYER * self.shape.num_blocks + block) * 2 + which) * k + head) * BLOCK + offset) * d
+        ((((LAYER * self.shape.num_blocks + block) * 2 + which) * k + head) * self.shape.block_size + offset)
+            * d
     }
 
     pub fn upload(&self, bed: &Bed) -> (DeviceBuffer, DeviceBuffer) {

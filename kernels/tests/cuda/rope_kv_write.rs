@@ -13,7 +13,7 @@ use tidemill_kernels_emu::Schedule;
 use crate::{
     common::{Rng, assert_same},
     harness::{assert_near, bf16s, f32s, rounded, values},
-    paged::{BLOCK, Bed, LAYER, Row, Step, row},
+    paged::{Bed, LAYER, Row, Step, row},
 };
 
 const EPS: f32 = 1e-6;
@@ -26,6 +26,7 @@ struct Options {
     rotary: usize,
     interleaved: bool,
     norm: bool,
+    block_size: usize,
 }
 
 /// `[512, R]`: cosines and sines of made-up angles.
@@ -88,7 +89,7 @@ fn expected(options: &Options, x: &[f32], position: usize, weight: &[f32]) -> Ve
 
 /// The step with NaN at the slots that are to be written.
 fn unwritten(options: &Options, rows: &[Row]) -> Step {
-    let mut step = Step::new(options.heads, rows, None);
+    let mut step = Step::new(options.heads, rows, None, options.block_size);
     let HeadShape { num_kv_heads, head_dim, .. } = options.heads;
     for slot in step.meta.slot_mapping.clone().into_iter().filter(|&slot| slot != PADDING_SLOT) {
         for (which, head) in (0..2).flat_map(|which| (0..num_kv_heads).map(move |head| (which, head))) {
@@ -137,12 +138,13 @@ fn options(num_heads: usize, num_kv_heads: usize, head_dim: usize, rotary: usize
         rotary,
         interleaved: false,
         norm: false,
+        block_size: 16,
     }
 }
 
 #[test]
 fn rope_and_cache_write_agree_with_f64_for_every_head_size_and_rotation() {
-    let rows = [row(1, 1, 1), row(2, 3, 33), row(3, 1, BLOCK + 1)];
+    let rows = [row(1, 1, 1), row(2, 3, 33), row(3, 1, 17)];
     let cases = [
         options(1, 1, 64, 64),
         options(5, 1, 80, 32),
@@ -156,6 +158,8 @@ fn rope_and_cache_write_agree_with_f64_for_every_head_size_and_rotation() {
         Options { norm: true, ..options(2, 2, 64, 0) },
         options(9, 3, 64, 0),
         options(7, 1, 8, 8),
+        Options { block_size: 32, ..options(2, 1, 64, 64) },
+        Options { block_size: 256, ..options(2, 2, 96, 96) },
     ];
     for schedule in Schedule::all() {
         let bed = Bed::new(schedule);
@@ -181,7 +185,7 @@ fn a_token_is_rotated_alike_alone_and_among_others_and_padding_touches_nothing()
 fn rope_and_cache_write_refuse_what_the_kernel_cannot_take() {
     let bed = Bed::new(Schedule::default());
     let refused = |options: &Options, tamper: &dyn Fn(&mut RopeKvWrite<'_>)| {
-        let step = Step::new(options.heads, &[row(1, 1, 5)], None);
+        let step = Step::new(options.heads, &[row(1, 1, 5)], None, 16);
         let mut qkv = bf16s(&bed.device, &step.qkv);
         let cache = bf16s(&bed.device, &step.cache);
         let words = bed.words(&[0]);

@@ -92,7 +92,8 @@ pub struct RopeKvWrite<'a> {
 /// Queues norm, rotation and cache write of a step's tokens in one launch; see [`crate::Ops::rope_kv_write`].
 ///
 /// # Errors
-/// A head size or rotation that the kernel cannot take; a buffer that is smaller or of another type than the contract says; what the driver reports.
+/// A head size or rotation that the kernel cannot take; a buffer that is smaller or of another type than the contract says; what the
+/// driver reports.
 pub fn rope_kv_write(device: &Device, call: RopeKvWrite<'_>) -> Result<()> {
     let RopeKvWrite { qkv, kv, heads, positions, slot_mapping, norm, rotary, tokens } = call;
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
