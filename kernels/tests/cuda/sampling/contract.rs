@@ -65,6 +65,13 @@ fn broken_rows_are_reported_and_infinite_ones_are_not() {
             let cases: Vec<Case> = tasks.iter().map(|task| case(row, task.clone())).collect();
             check(device, driver, &ops, &cases);
         }
+        // Infinite logits share all the probability, with and without filters.
+        let draws: Vec<Case> = (0..8)
+            .flat_map(|seed| {
+                [spec(seed), SampleSpec { top_p: 0.9, ..spec(seed) }].map(|s| drawn(&infinite, s))
+            })
+            .collect();
+        check(device, driver, &ops, &draws);
         let got = run(device, driver, &[case(&nan, tasks[4].clone()), case(&infinite, tasks[0].clone())]);
         assert_eq!((got.results[0].finite, got.results[1].finite), (false, true));
         // A bias can make a NaN where the model gave none.
