@@ -41,8 +41,8 @@ static constexpr float LEAST_SUM = -2.86f;
 // Noise lies between -2.86 and 17.33 and costs an integer hash and two logarithms in f64, and almost no token can win. `pivot` is a
 // lower bound, in units of logits, of what the row's best sum will be. A token that stays below it with the largest noise is
 // dropped for three instructions. As -ln u >= 1 - u, one with noise of u loses if 1 - u > e^(logit - pivot): that costs the hash and
-// an exponential. The rest, a few per warp, are computed in f64 as the CPU does (`take`). What is dropped cannot win, so the result does not depend
-// on the pivot. Comparisons are written so that a NaN (of infinities) keeps the token.
+// an exponential. The rest, a few per warp, are computed in f64 as the CPU does (`take`). What is dropped cannot win, so the result
+// does not depend on the pivot. Comparisons are written so that a NaN (of infinities) keeps the token.
 struct Drawer {
     float temperature, inverse, pivot, slack;
     Pick best;

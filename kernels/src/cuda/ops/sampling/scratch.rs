@@ -6,7 +6,7 @@ use crate::{
     cuda::{
         Device,
         driver::{DevPtr, Result},
-        memory::DeviceMemory,
+        memory::{DeviceMemory, require_multiple},
         words::DeviceWords,
     },
 };
@@ -25,7 +25,9 @@ const TURN: usize = 4096;
 /// Blocks that fill a multiprocessor.
 const BLOCKS_PER_SM: usize = 8;
 /// Probabilities of a row are added up in units of 2^-44 in 64 bits.
-const MAX_VOCAB: usize = 1 << 20;
+const MAX_VOCAB: usize = (1 << 20) - 1;
+/// Blocks that a grid may have in y.
+const MAX_ROWS: usize = 65_535;
 
 /// Scratch memory and results for steps of up to `shape.rows` rows: 49 KiB and
 /// V / 128 bytes per row, and 4 bytes per word of lists.
@@ -40,12 +42,15 @@ impl Sampler {
     /// Allocates.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a vocabulary of more than 2^20 tokens.
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for no tokens or 2^20 and more, or more than 65,535 rows.
     pub fn new(device: &Device, shape: BlockShape) -> Result<Self> {
-        if shape.vocab == 0 || shape.vocab > MAX_VOCAB {
-            let detail = format!("a vocabulary of {}; the CUDA kernels take up to {MAX_VOCAB}", shape.vocab);
-            return Err(KernelError::Unsupported { op: OP, detail });
+        for (what, extent, most) in [("vocabulary", shape.vocab, MAX_VOCAB), ("rows", shape.rows, MAX_ROWS)] {
+            if extent > most {
+                let detail = format!("{what}: {extent}; the CUDA kernels take up to {most}");
+                return Err(KernelError::Unsupported { op: OP, detail });
+            }
         }
+        require_multiple(OP, "V", shape.vocab, 1)?;
         let places = Places::new(shape);
         let scratch = DeviceMemory::new(device.driver.clone(), places.end, "sampler scratch")?;
         let results =
