@@ -34,6 +34,13 @@ fn main() {
     println!("cargo:rerun-if-env-changed=TIDEMILL_EMU_SANITIZE");
     let checks = Checks::from_env();
 
+    // rustc links with -nodefaultlibs, so the sanitizer's run-time is named here, ahead of all other libraries.
+    match checks {
+        Checks::BuiltIn => {}
+        Checks::Address => println!("cargo:rustc-link-lib=dylib=asan"),
+        Checks::Thread => println!("cargo:rustc-link-lib=dylib=tsan"),
+    }
+
     // Kernels register themselves in static initialisers: the linker must keep them all.
     let mut kernels = kernel_build(checks);
     kernels
@@ -56,13 +63,6 @@ fn main() {
         Checks::Thread => {}
     }
     runtime.compile("tidemill_emu_runtime");
-
-    // rustc links with -nodefaultlibs, so the sanitizer's run-time is named here, ahead of libc.
-    match checks {
-        Checks::BuiltIn => {}
-        Checks::Address => println!("cargo:rustc-link-lib=dylib=asan"),
-        Checks::Thread => println!("cargo:rustc-link-lib=dylib=tsan"),
-    }
 }
 
 fn base() -> cc::Build {
