@@ -17,7 +17,7 @@ use tidemill_kernels_emu::Schedule;
 use crate::{
     common::{Rng, assert_same},
     harness::{assert_near, f32s, poisoned, values},
-    paged::{BLOCK, Bed, CANCELLING, LAYER, Row, Step, kv, query, row},
+    paged::{Bed, CANCELLING, LAYER, Row, Step, kv, query, row},
 };
 
 /// What a test varies beside the rows.
@@ -74,7 +74,8 @@ fn run(bed: &Bed, options: &Options, rows: &[Row]) -> Vec<f32> {
     let mut plan = Vec::new();
     let limits = options.limits(&step);
     let kernels =
-        attention_plan(&mut plan, &step.meta, options.heads, BLOCK, options.window, &limits).unwrap();
+        attention_plan(&mut plan, &step.meta, options.heads, step.shape.block_size, options.window, &limits)
+            .unwrap();
     launch(bed, options, &step, &plan, kernels)
 }
 
@@ -320,9 +321,15 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
         ] {
             let step = Step::new(options.heads, &rows, None, 16);
             let mut plan = Vec::new();
-            let needed =
-                attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &options.limits(&step))
-                    .unwrap();
+            let needed = attention_plan(
+                &mut plan,
+                &step.meta,
+                options.heads,
+                step.shape.block_size,
+                None,
+                &options.limits(&step),
+            )
+            .unwrap();
             assert_eq!(needed, kernels);
             launch(&bed, &options, &step, &plan, kernels);
             let stats = bed.driver.last_stats();
@@ -363,7 +370,7 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     // The same launches with nothing to do, then with the first row as padding, then with all.
     for contexts in [[0, 0], [0, 3], [290, 3]] {
         let meta = BatchMeta { context_lens: contexts.to_vec(), ..step.meta.clone() };
-        attention_plan(&mut words, &meta, heads, BLOCK, None, &limits).unwrap();
+        attention_plan(&mut words, &meta, heads, step.shape.block_size, None, &limits).unwrap();
         bed.rewrite(&plan, &words);
         // SAFETY: all buffers of the recorded launches live.
         unsafe { driver.launch_graph(graph) }.unwrap();
@@ -391,7 +398,7 @@ fn a_plan_has_every_query_row_every_tile_and_every_block_table_once() {
             meta.cu_seqlens_q.push(meta.cu_seqlens_q.last().unwrap() + new as u32);
             meta.context_lens.push(context as u32);
         }
-        meta.max_blocks = 1 + meta.context_lens.iter().max().unwrap().div_ceil(BLOCK as u32) as usize;
+        meta.max_blocks = 1 + meta.context_lens.iter().max().unwrap().div_ceil(16) as usize;
         meta.block_tables = (0..meta.num_rows() * meta.max_blocks).map(|block| block as u32).collect();
         let window = [None, Some(1), Some(300)][rng.below(3)];
         let limits = PlanLimits {
@@ -401,7 +408,7 @@ fn a_plan_has_every_query_row_every_tile_and_every_block_table_once() {
             num_sms: [1, 4, 132][rng.below(3)],
         };
         let mut plan = Vec::new();
-        attention_plan(&mut plan, &meta, heads, BLOCK, window, &limits).unwrap();
+        attention_plan(&mut plan, &meta, heads, 16, window, &limits).unwrap();
         check_plan(&plan, &meta, heads, window, limits.split_tiles);
     }
 }
@@ -420,7 +427,7 @@ fn check_plan(plan: &[u32], meta: &BatchMeta, heads: HeadShape, window: Option<u
         let [table, token, position, head_rows, first, tile, tiles, slot] = item.map(|word| word as usize);
         let starts_here = |ends: &[u32]| ends[0] as usize == token && ends[1] > ends[0];
         let row = meta.cu_seqlens_q.windows(2).position(starts_here).unwrap();
-        let blocks = (meta.context_lens[row] as usize).div_ceil(BLOCK);
+        let blocks = (meta.context_lens[row] as usize).div_ceil(16);
         assert_eq!(plan[table..table + blocks], meta.block_tables[row * meta.max_blocks..][..blocks]);
         let whole = slot == u32::MAX as usize || kind == 2;
         if slot != u32::MAX as usize {
@@ -454,7 +461,9 @@ fn attention_refuses_what_the_kernels_cannot_take() {
         let step = Step::new(options.heads, &[row(1, 1, 5)], None, 16);
         let mut plan = Vec::new();
         let limits = options.limits(&step);
-        let kernels = attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &limits).unwrap();
+        let kernels =
+            attention_plan(&mut plan, &step.meta, options.heads, step.shape.block_size, None, &limits)
+                .unwrap();
         let (cache, qkv) = step.upload(&bed);
         let plan = bed.words(&plan);
         let mut workspace = AttentionWorkspace::new(&bed.device, 1, options.heads.head_dim).unwrap();
@@ -504,7 +513,7 @@ fn a_plan_refuses_steps_beyond_its_limits() {
         let block_tables = vec![0; context_lens.len()];
         let meta =
             BatchMeta { cu_seqlens_q, context_lens, block_tables, max_blocks: 1, ..BatchMeta::default() };
-        attention_plan(&mut Vec::new(), &meta, heads, BLOCK, None, &limits)
+        attention_plan(&mut Vec::new(), &meta, heads, 16, None, &limits)
     };
     assert!(plan(&[0, 2, 4], &[2, 9]).is_ok());
     for refused in [plan(&[0, 5], &[5]), plan(&[0, 1, 2, 3], &[1, 1, 1]), plan(&[0, 3], &[2])] {
