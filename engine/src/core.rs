@@ -22,9 +22,7 @@ use crate::{
     request::ValidatedRequest,
     runner::{Finished, RunnerThread},
     sampling::Sampling,
-    scheduler::{
-        Effect, MAX_IN_FLIGHT, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan,
-    },
+    scheduler::{Effect, MAX_IN_FLIGHT, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
     stats::{Counters, Published, SharedStats},
 };
 

@@ -195,10 +195,8 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        let options = EngineOptions {
-            max_num_queued_reqs: config.max_num_queued_reqs,
-            look_ahead: config.look_ahead,
-        };
+        let options =
+            EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: config.look_ahead };
         Self::with_runner(runner, info, text, options)
     }
 

@@ -10,9 +10,9 @@ mod thread;
 
 pub use decoder_runner::DecoderRunner;
 pub use queue::StepQueue;
-use tidemill_kernels::KernelError;
 pub(crate) use thread::panic_message;
 pub use thread::{Finished, RunnerThread};
+use tidemill_kernels::KernelError;
 
 use crate::scheduler::{StepOutput, StepPlan};
 

@@ -144,9 +144,7 @@ impl<R: Runner> StepQueue<R> {
         let plan = self.with_known_tokens(std::slice::from_ref(row));
         let result = self.attempt(|runner| runner.launch(&plan)).and_then(|()| self.attempt(Runner::wait));
         match result {
-            Ok(output) => {
-                Ok(output.rows.into_iter().next().unwrap_or(RowResult::Failed("no result".into())))
-            }
+            Ok(output) => Ok(output.rows.into_iter().next().unwrap_or(RowResult::Failed("no result".into()))),
             Err(RunnerError::Step(error)) => Ok(RowResult::Failed(error)),
             Err(RunnerError::DeviceLost(lost)) => Err(lost),
         }

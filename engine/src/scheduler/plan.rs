@@ -114,7 +114,10 @@ impl Scheduler {
     /// back. Rows that find no block sit out, and nothing more is planned until nothing is in flight and the
     /// rule above decides. That costs the look-ahead once per shortage and can starve nobody.
     pub fn plan(&mut self) -> StepPlan {
-        assert!(self.num_in_flight < MAX_IN_FLIGHT, "a plan reads only what the step right before it samples");
+        assert!(
+            self.num_in_flight < MAX_IN_FLIGHT,
+            "a plan reads only what the step right before it samples"
+        );
         let mut plan = StepPlan::default();
         if self.num_in_flight == 0 {
             self.short_of_blocks = false;
