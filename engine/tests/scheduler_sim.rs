@@ -633,6 +633,17 @@ fn a_shortage_behind_a_step_in_flight_preempts_nobody_until_nothing_is_in_flight
 }
 
 #[test]
+fn in_a_shortage_behind_a_step_in_flight_nobody_is_admitted() {
+    let (mut scheduler, mut steps, pool) = scheduler(3, 8, 4);
+    scheduler.add(sequence(0, 5, 9));
+    scheduler.add(sequence(1, 11, 2));
+    assert_eq!(shape(&launch(&mut scheduler, &mut steps)), [(0, 0, 5), (1, 0, 3)]);
+    scheduler.add(sequence(2, 3, 2));
+    assert_eq!(shape(&launch(&mut scheduler, &mut steps)), [(0, 5, 1)], "seven tokens need two more blocks");
+    assert_eq!(pool.counts().free, 1, "the newcomer would take what the prompt needs");
+}
+
+#[test]
 fn completions_of_one_prompt_share_its_full_blocks() {
     let (mut scheduler, mut steps, pool) = scheduler(3, 64, 64);
     scheduler.add(sequence(0, 13, 9));

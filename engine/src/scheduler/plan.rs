@@ -111,8 +111,8 @@ impl Scheduler {
     /// admits nobody: the blocks would only change hands.
     ///
     /// While a step is in flight nobody is preempted: what it computes would be lost, and it may end sequences and so give blocks
-    /// back. Rows that find no block sit out, and nothing more is planned until nothing is in flight and the
-    /// rule above decides. That costs the look-ahead once per shortage and can starve nobody.
+    /// back. A row that finds no block sits this step out, nobody is admitted, and the step after it is planned when nothing is in
+    /// flight and the rule above decides. That costs the look-ahead once per shortage and can starve nobody.
     pub fn plan(&mut self) -> StepPlan {
         assert!(
             self.num_in_flight < MAX_IN_FLIGHT,
@@ -206,9 +206,7 @@ impl Scheduler {
 
     fn reserve(&mut self, id: SeqId, chunk: usize) -> bool {
         let seq = self.seqs.get_mut(&id).expect("only live sequences are planned");
-        let tokens = seq.num_planned + chunk;
-        // Once a row went short, blocks are not for those behind it.
-        (!self.short_of_blocks || seq.table.capacity() >= tokens) && seq.table.reserve(tokens)
+        seq.table.reserve(seq.num_planned + chunk)
     }
 
     fn preempt(&mut self, id: SeqId) {
