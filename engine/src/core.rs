@@ -74,7 +74,6 @@ struct Draining {
 pub(crate) struct Core {
     scheduler: Scheduler,
     ledger: Ledger,
-    runner: RunnerThread,
     commands: Receiver<Command>,
     stats: Arc<SharedStats>,
     counters: Counters,
@@ -84,6 +83,8 @@ pub(crate) struct Core {
     /// The runner knows that nothing is to run behind the step in flight.
     said_no_more: bool,
     draining: Vec<Draining>,
+    /// Dropped last: it waits for a thread that a lost device may hold up, and whoever sent a command shall not.
+    runner: RunnerThread,
 }
 
 /// Whether the loop goes on.
