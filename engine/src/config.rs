@@ -67,8 +67,9 @@ pub struct EngineConfig {
     pub kernel_cache: Option<PathBuf>,
     /// Threads of the CPU backend; `None` takes one per core.
     pub threads: Option<usize>,
-    /// Plans a step while the one before it runs. The same tokens come out either way.
-    pub look_ahead: bool,
+    /// Plans a step while the one before it runs; the same tokens come out either way. `None` does so on a GPU, which would wait for
+    /// its host otherwise; a CPU gains nothing by it.
+    pub look_ahead: Option<bool>,
 }
 
 impl EngineConfig {
@@ -91,7 +92,7 @@ impl EngineConfig {
             enforce_eager: false,
             kernel_cache: None,
             threads: None,
-            look_ahead: true,
+            look_ahead: None,
         }
     }
 }

@@ -97,6 +97,7 @@ impl Engine {
         let table = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
         let looked_up = if spec.tie_word_embeddings { 0 } else { table.data.len() as u64 };
         let weight_bytes_per_step = checkpoint.total_bytes().saturating_sub(looked_up);
+        let look_ahead = config.look_ahead.unwrap_or(driver.is_some());
         let (runner_config, runner_spec) = (config.clone(), spec.clone());
         let (runner, facts) = RunnerThread::start(move || {
             let total = runner_spec.num_layers;
@@ -126,8 +127,7 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        let options =
-            EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: config.look_ahead };
+        let options = EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead };
         Self::with_runner(runner, info, text, options)
     }
 

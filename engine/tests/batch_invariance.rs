@@ -23,7 +23,7 @@ fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>, look_ahead: b
         max_num_batched_tokens: Some(max_num_batched_tokens),
         kv_cache_memory: kv_blocks.map(|blocks| blocks * block_bytes),
         threads: Some(2),
-        look_ahead,
+        look_ahead: Some(look_ahead),
         ..EngineConfig::new(ModelSource::Builtin)
     };
     Engine::start(config, |_| ()).unwrap()

@@ -111,7 +111,7 @@ fn alone_or_together_from_graphs_or_not_in_chunks_or_whole_the_bits_are_the_same
     assert!(alone.iter().all(|(tokens, bits)| tokens.len() == 5 && bits.len() == 10));
     assert_eq!(run(config(), true), alone, "together");
     assert_eq!(run(EngineConfig { enforce_eager: true, ..config() }, true), alone, "without graphs");
-    let chunks = EngineConfig { max_num_batched_tokens: Some(5), look_ahead: false, ..config() };
+    let chunks = EngineConfig { max_num_batched_tokens: Some(5), look_ahead: Some(false), ..config() };
     assert_eq!(run(chunks, true), alone, "in chunks of 5 tokens, one step at a time");
 }
 

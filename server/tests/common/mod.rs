@@ -82,8 +82,7 @@ impl Runner for Frail {
 
 /// An engine whose device is lost when the flag is set.
 pub fn frail_engine(lost: Arc<AtomicBool>, config: EngineConfig) -> Engine {
-    let options =
-        EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: config.look_ahead };
+    let options = EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: true };
     let like = Engine::start(config, |_| ()).unwrap().handle();
     let (runner, ()) = RunnerThread::start(move || Ok((Frail { lost, steps: VecDeque::new() }, ()))).unwrap();
     Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap()
