@@ -1,6 +1,8 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
+mod config;
 mod core;
+mod device;
 mod engine;
 pub mod error;
 mod event;
@@ -17,11 +19,13 @@ pub mod request;
 pub mod runner;
 pub mod sampling;
 pub mod scheduler;
+mod sizes;
 mod stats;
 pub mod text;
 
-pub use engine::{ComputeDtype, Engine, EngineConfig, Progress};
-pub use error::{ErrorCode, LoadError, RequestError, Violation};
+pub use config::{ComputeDtype, DeviceChoice, EngineConfig};
+pub use engine::{Engine, EngineOptions, Progress};
+pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};
 pub use generation::Generation;
 pub use handle::{Drained, EngineHandle};
 pub use info::ModelInfo;

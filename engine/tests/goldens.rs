@@ -77,13 +77,11 @@ impl Model {
         let limits = DecoderLimits {
             max_num_batched_tokens: 384,
             max_model_len: 384.min(spec.max_position_embeddings),
-            kv,
         };
         let ops = CpuOps::new(CpuConfig { compute, isa: Some(isa), threads: Some(2) }).unwrap();
-        Self {
-            decoder: Decoder::load(ops, &spec, &checkpoint, limits, |_| ()).unwrap(),
-            vocab: spec.vocab_size,
-        }
+        let mut decoder = Decoder::load(ops, &spec, &checkpoint, limits, |_| ()).unwrap();
+        decoder.allocate_kv(kv).unwrap();
+        Self { decoder, vocab: spec.vocab_size }
     }
 
     /// Computes `tokens` at positions from `start` on, in blocks that do not lie in order, and gives the logits of all of them.

@@ -21,7 +21,7 @@ use tidemill_kernels::{
 
 /// One engine for all tests; chunks are small, so prompts take several steps.
 static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
-    let config = EngineConfig { max_num_batched_tokens: 16, ..EngineConfig::new(ModelSource::Builtin) };
+    let config = EngineConfig { max_num_batched_tokens: Some(16), ..EngineConfig::new(ModelSource::Builtin) };
     Engine::start(config, |_| ()).unwrap()
 });
 
@@ -173,9 +173,10 @@ fn reference_logprobs(tokens: &[TokenId]) -> Vec<Vec<f64>> {
         dtype: DType::Bf16,
     };
     let count = tokens.len() as u32;
-    let limits = DecoderLimits { max_num_batched_tokens: 256, max_model_len: 256, kv };
+    let limits = DecoderLimits { max_num_batched_tokens: 256, max_model_len: 256 };
     let ops = CpuOps::new(CpuConfig { compute: Compute::Bf16, isa: None, threads: Some(1) }).unwrap();
     let mut decoder = Decoder::load(ops, &spec, &checkpoint, limits, |_| ()).unwrap();
+    decoder.allocate_kv(kv).unwrap();
     let meta = BatchMeta {
         token_ids: tokens.iter().map(|token| token.0).collect(),
         positions: (0..count).collect(),

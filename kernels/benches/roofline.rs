@@ -4,12 +4,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{hint::black_box, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
-    cpu::{Compute, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
+    cpu::{Compute, CpuBatch, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
     ops::{BatchMeta, Epilogue, HeadShape, KvShape},
     sampling::{RowTask, SampleSpec},
 };
@@ -254,8 +254,8 @@ fn attention(ops: &CpuOps) {
             for storage in kv.storage_mut() {
                 storage.fill(0);
             }
-            let batch = ops.upload(Arc::new(meta)).unwrap();
-            let tokens = batch.num_tokens();
+            let batch = ops.upload(Arc::new(meta), tasks(rows)).unwrap();
+            let tokens = batch.meta().num_tokens();
             let qkv = filled(ops, tokens * HEADS.qkv_width());
             let mut out = filled(ops, tokens * HIDDEN);
             let mut layer = 0;
@@ -265,7 +265,7 @@ fn attention(ops: &CpuOps) {
                     layer = (layer + 1) % LAYERS;
                 })
             });
-            let pairs: usize = batch.positions.iter().map(|&p| p as usize + 1).sum();
+            let pairs: usize = batch.meta().positions.iter().map(|&p| p as usize + 1).sum();
             println!(
                 "  {dtype:?} {rows} row(s) {:>22} {tokens:>6} {:8.1} {:7.0} {:7.1}",
                 before + new,
@@ -340,7 +340,7 @@ fn step(ops: &CpuOps, limits: &Limits) {
         let meta = batch(rows, before, new);
         let tokens = meta.num_tokens();
         let mut kv = ops.kv_cache(cache(rows * meta.max_blocks, DType::Bf16)).unwrap();
-        let batch = ops.upload(Arc::new(meta)).unwrap();
+        let batch = ops.upload(Arc::new(meta), tasks(rows)).unwrap();
         let b = |width: usize| filled(ops, tokens * width);
         let mut x = [
             b(HIDDEN),
@@ -378,11 +378,11 @@ fn forward(
     m: &Model,
     x: &mut [CpuBuffer; 8],
     kv: &mut <CpuOps as Ops>::KvCache,
-    batch: &Arc<BatchMeta>,
+    batch: &CpuBatch,
     clock: &mut Clock,
 ) {
     let [h, normed, qkv, attn, gate_up, act, last, logits] = x;
-    let t = batch.num_tokens();
+    let t = batch.meta().num_tokens();
     let check = |r: tidemill_kernels::ops::Result<()>| r.unwrap();
     check(ops.embedding(h, &m.head, batch));
     clock.lap("embedding");
@@ -401,16 +401,22 @@ fn forward(
         clock.lap("rmsnorm");
         check(ops.linear(gate_up, normed, &layer.gate_up, t, Epilogue::Store));
         clock.lap("gate_up");
-        check(ops.silu_mul(act, gate_up, INTER, t));
+        ops.silu_mul(act, gate_up, INTER, t);
         clock.lap("silu");
         check(ops.linear(h, act, &layer.down, t, Epilogue::Add));
         clock.lap("down");
     }
-    check(ops.gather_rows(last, h, batch, HIDDEN));
-    let rows = batch.logits_indices.len();
+    let rows = batch.meta().logits_indices.len();
+    check(ops.gather_rows(last, h, batch, 0..rows, HIDDEN));
     check(ops.rmsnorm(normed, last, &m.norm, 1e-5, rows));
     check(ops.linear(logits, normed, &m.head, rows, Epilogue::Store));
     clock.lap("head");
+    check(ops.sample(logits, VOCAB, batch, 0..rows));
+    clock.lap("sample");
+}
+
+/// One sampled token per row.
+fn tasks(rows: usize) -> Arc<[RowTask]> {
     let spec = SampleSpec {
         temperature: 0.8,
         top_k: 0,
@@ -425,7 +431,5 @@ fn forward(
         logit_bias: vec![],
         forbidden: vec![],
     };
-    let tasks: Vec<RowTask> = (0..rows).map(|_| RowTask::Sample(spec.clone(), None)).collect();
-    black_box(ops.sample(logits, VOCAB, &tasks).unwrap());
-    clock.lap("sample");
+    (0..rows).map(|_| RowTask::Sample(spec.clone(), None)).collect()
 }

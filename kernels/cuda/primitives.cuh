@@ -146,4 +146,35 @@ TM_DEVICE void store_shared4(void *p, uint32_t v TM_PLACE) {
     *(uint32_t *)p = v;
 }
 
+// ---- cp.async through L1, for what several blocks of an SM read. Not `valid`: writes zeros and reads nothing.
+TM_DEVICE void cp_async16_cached(void *shared, const void *global, bool valid = true) {
+#if TM_GPU
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+#else
+    emu::cp_async(shared, global, 16, valid ? 16 : 0);
+#endif
+}
+
+// ---- 2^x and 1/x of the special function unit: about 2 ulp, subnormals flushed; 2^0 is exactly 1, 2^-inf exactly 0.
+TM_DEVICE float exp2_approx(float x) {
+#if TM_GPU
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+TM_DEVICE float reciprocal_approx(float x) {
+#if TM_GPU
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
 }  // namespace tidemill

@@ -9,7 +9,7 @@
 //! fixed by the shape of the row. Matrices are row-major. Storage is the device's choice (f32 on the CPU);
 //! accumulation is always f32.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     error::KernelError,
@@ -20,10 +20,16 @@ use crate::{
 /// Result of an op.
 pub type Result<T> = std::result::Result<T, KernelError>;
 
+/// Marks an entry of [`BatchMeta::token_ids`] that is not a token id: see there.
+pub const FEEDBACK: u32 = 1 << 31;
+
 /// What a step computes: flat metadata for T tokens in S rows. No sequence, no request: indices only.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BatchMeta {
-    /// `[T]` input token ids.
+    /// `[T]` input token ids. `FEEDBACK | r` stands for the id that the previous step sampled for row `r` of its logits
+    /// (an index into its `logits_indices`, over all groups in which its logits were computed): the step can be queued before
+    /// that id is known to the host. Vocabularies are below 2^31. Where
+    /// the row had no finite logits it is any id below V, and nobody reads what comes of it.
     pub token_ids: Vec<u32>,
     /// `[T]` position of each token in its own sequence.
     pub positions: Vec<u32>,
@@ -104,11 +110,23 @@ pub enum Epilogue {
     Add,
 }
 
+/// Extents to compute a step with: the batch's own, or larger where a device pads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// T.
+    pub tokens: usize,
+    /// R.
+    pub logits_rows: usize,
+}
+
 /// A device: its memory and its ops.
 ///
 /// Buffers are allocated once for the largest step; every op takes the extents that are in use from the batch or as an
 /// argument. An op panics only on a bug of its caller inside this workspace (a buffer smaller than the contract says),
 /// never on data.
+///
+/// Ops are queued in order and may run later than their call returns; [`Ops::wait`] and [`Ops::download`] wait. A step is
+/// [`Ops::upload`], [`Ops::run`] around its ops, [`Ops::results`], and later [`Ops::wait`]; the next step may be queued before that.
 pub trait Ops: Send + Sync {
     /// Activation memory of a fixed number of elements.
     type Buffer: Send;
@@ -118,11 +136,26 @@ pub trait Ops: Send + Sync {
     type Vector: Send + Sync;
     /// Keys and values of all layers.
     type KvCache: Send;
-    /// A step's metadata, resident on the device.
+    /// A step's metadata and tasks, resident on the device.
     type Batch: Send + Sync;
+    /// A step's results on their way to the host.
+    type Pending: Send;
 
     /// Allocates an activation buffer of `elems` elements, contents unspecified.
     fn buffer(&self, elems: usize) -> Result<Self::Buffer>;
+
+    /// Allocates an f32 buffer for logits of `elems` elements, contents unspecified.
+    fn logits_buffer(&self, elems: usize) -> Result<Self::Buffer>;
+
+    /// Allocates the `scratch` of [`Ops::linear_silu_mul`]; a device that fuses the two needs none.
+    fn scratch_buffer(&self, elems: usize) -> Result<Self::Buffer>;
+
+    /// Rows of logits that a step may ask for in one group: bounds the memory of prompt log-probabilities, where every position of
+    /// a chunk wants the whole vocabulary.
+    fn max_logits_rows(&self) -> usize;
+
+    /// Rows of the decode steps that are worth computing once before the first request.
+    fn decode_sizes(&self) -> Vec<usize>;
 
     /// Makes the matrix that stacks `parts`, each `[N_i, K]`, along N. `bias` holds as many `[N_i]` vectors, or none.
     ///
@@ -141,12 +174,15 @@ pub trait Ops: Send + Sync {
     /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a dtype or head size without an implementation.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
 
-    /// Brings a step's metadata to the device.
-    fn upload(&self, meta: Arc<BatchMeta>) -> Result<Self::Batch>;
+    /// Brings a step's metadata to the device, with one task per entry of `meta.logits_indices`.
+    fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<Self::Batch>;
 
-    /// Runs `f` where this device's ops are cheapest to call (inside the CPU's thread pool; with the CUDA context
-    /// current). Every op also works outside of it.
-    fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T;
+    /// The extents to give to the ops of a step.
+    fn extent(&self, batch: &Self::Batch) -> Extent;
+
+    /// Runs `ops`, which queues the ops of a step, where they are cheapest to call (inside the CPU's thread pool). A device may
+    /// record them and replay the record for a later batch of the same extent, so `ops` must depend on nothing else.
+    fn run(&self, batch: &Self::Batch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()>;
 
     /// `out[t, :] = table[token_ids[t], :]`; `out` is `[T, H]`, `table` `[V, H]`. Ids were validated: all are below V.
     fn embedding(&self, out: &mut Self::Buffer, table: &Self::Weight, batch: &Self::Batch) -> Result<()>;
@@ -208,27 +244,46 @@ pub trait Ops: Send + Sync {
         layer: usize,
     ) -> Result<()>;
 
-    /// `out[r, i] = silu(gate_up[r, i]) * gate_up[r, I + i]`; `gate_up` is `[rows, 2 I]`, `out` `[rows, I]`.
-    fn silu_mul(
+    /// The gated half of the feed-forward layer (Shazeer 2020, SwiGLU): with `y = x · Wᵀ + bias`, `[rows, 2 I]`,
+    /// `out[r, i] = silu(y[r, i]) * y[r, I + i]`. `x` is `[rows, K]`, `weight` `[2 I, K]`: gate first, then up; `out` `[rows, I]`;
+    /// `scratch` comes from [`Ops::scratch_buffer`] with `rows * 2 I` elements.
+    fn linear_silu_mul(
         &self,
         out: &mut Self::Buffer,
-        gate_up: &Self::Buffer,
-        intermediate: usize,
+        scratch: &mut Self::Buffer,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
         rows: usize,
     ) -> Result<()>;
 
-    /// `out[r, :] = x[logits_indices[r], :]`; `x` is `[T, H]`, `out` `[R, H]`.
+    /// `out[r, :] = x[logits_indices[rows.start + r], :]`; `x` is `[T, H]`, `out` `[rows.len(), H]`.
     fn gather_rows(
         &self,
         out: &mut Self::Buffer,
         x: &Self::Buffer,
         batch: &Self::Batch,
+        rows: Range<usize>,
         width: usize,
     ) -> Result<()>;
 
-    /// Turns `logits` `[R, V]` into one result per task, in order: penalties, bias, sampling and log-probabilities as
+    /// Does the batch's tasks `rows` on `logits` `[rows.len(), V]`: penalties, bias, sampling and log-probabilities as
     /// [`crate::sampling`] defines them. Reads and overwrites `logits`.
-    fn sample(&self, logits: &mut Self::Buffer, vocab: usize, tasks: &[RowTask]) -> Result<Vec<Sampled>>;
+    fn sample(
+        &self,
+        logits: &mut Self::Buffer,
+        vocab: usize,
+        batch: &Self::Batch,
+        rows: Range<usize>,
+    ) -> Result<()>;
+
+    /// Ends a step: sends what [`Ops::sample`] found to the host. The tokens stay on the device too, for [`FEEDBACK`].
+    fn results(&self, batch: Self::Batch) -> Result<Self::Pending>;
+
+    /// Whether [`Ops::wait`] would return at once.
+    fn is_done(&self, pending: &Self::Pending) -> bool;
+
+    /// Waits for a step's results: one per task, in order.
+    fn wait(&self, pending: Self::Pending) -> Result<Vec<Sampled>>;
 
     /// Copies the first `elems` elements of a buffer to the host as f32.
     fn download(&self, buffer: &Self::Buffer, elems: usize) -> Result<Vec<f32>>;

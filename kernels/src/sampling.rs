@@ -38,6 +38,26 @@ pub struct SampleSpec {
     pub forbidden: Vec<u32>,
 }
 
+impl SampleSpec {
+    /// The most likely token, without penalties.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            position: 0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            token_counts: Vec::new(),
+            logit_bias: Vec::new(),
+            forbidden: Vec::new(),
+        }
+    }
+}
+
 /// What to do with one row of logits.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RowTask {

@@ -106,8 +106,9 @@ fn run(ops: &CpuOps, s: &Setup, steps: &[Vec<(usize, usize, usize)>]) -> Vec<Vec
         let mut qkv = buffer(ops, &qkv);
         let rope = ops.vector(&s.rope).unwrap();
         let mut out = poisoned(ops, meta.num_tokens() * width);
-        ops.rope_kv_write(&mut qkv, &mut kv, &rope, &meta, s.heads, 1).unwrap();
-        ops.paged_attention(&mut out, &qkv, &kv, &meta, s.heads, SCALE, 1).unwrap();
+        let batch = ops.upload(meta, Arc::default()).unwrap();
+        ops.rope_kv_write(&mut qkv, &mut kv, &rope, &batch, s.heads, 1).unwrap();
+        ops.paged_attention(&mut out, &qkv, &kv, &batch, s.heads, SCALE, 1).unwrap();
         let mut at = 0;
         for &(i, from, to) in parts {
             all[i].extend(&out.as_slice()[at * width..(at + to - from) * width]);
@@ -237,8 +238,8 @@ fn other_layers_stay_untouched() {
     for ops in devices(Compute::F32, 1) {
         let mut kv = cache(&ops, &s);
         let (meta, qkv) = step(&s, &[(0, 0, 9)]);
-        ops.rope_kv_write(&mut buffer(&ops, &qkv), &mut kv, &ops.vector(&s.rope).unwrap(), &meta, s.heads, 1)
-            .unwrap();
+        let (rope, batch) = (ops.vector(&s.rope).unwrap(), ops.upload(meta, Arc::default()).unwrap());
+        ops.rope_kv_write(&mut buffer(&ops, &qkv), &mut kv, &rope, &batch, s.heads, 1).unwrap();
         for storage in kv.storage_mut() {
             let half = storage.len() / 2;
             assert!(storage[..half].iter().all(|&b| b == 0xff));

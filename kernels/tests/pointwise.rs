@@ -49,7 +49,7 @@ fn silu_mul_agrees_with_f64_and_rows_stand_alone() {
                 let run = |x: &[f32]| {
                     let rows = x.len() / (2 * i);
                     let mut out = poisoned(&ops, rows * i);
-                    ops.silu_mul(&mut out, &buffer(&ops, x), i, rows).unwrap();
+                    ops.silu_mul(&mut out, &buffer(&ops, x), i, rows);
                     ops.download(&out, rows * i).unwrap()
                 };
                 let all = run(&x);
@@ -74,7 +74,7 @@ fn silu_mul_keeps_its_head_at_the_ends_of_the_range() {
         let gate = [-1e4, -100.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 100.0, 1e4, f32::NAN];
         let x: Vec<f32> = gate.into_iter().chain([1.0; 10]).collect();
         let mut out = poisoned(&ops, 10);
-        ops.silu_mul(&mut out, &buffer(&ops, &x), 10, 1).unwrap();
+        ops.silu_mul(&mut out, &buffer(&ops, &x), 10, 1);
         let out = out.as_slice();
         assert!(out[9].is_nan());
         for (g, y) in gate.iter().zip(out).take(9) {
@@ -99,16 +99,18 @@ fn embedding_and_gather_copy_rows() {
                 logits_indices: vec![4, 1],
                 ..BatchMeta::default()
             };
-            let batch = ops.upload(Arc::new(meta.clone())).unwrap();
+            let batch = ops.upload(Arc::new(meta.clone()), Arc::default()).unwrap();
             let mut out = poisoned(&ops, 45);
             ops.embedding(&mut out, &table, &batch).unwrap();
             for (t, &id) in meta.token_ids.iter().enumerate() {
                 assert_same(&out.as_slice()[t * 9..(t + 1) * 9], &rows[id as usize * 9..][..9], "embedding");
             }
             let mut last = poisoned(&ops, 18);
-            ops.gather_rows(&mut last, &out, &batch, 9).unwrap();
+            ops.gather_rows(&mut last, &out, &batch, 0..2, 9).unwrap();
             assert_same(&last.as_slice()[..9], &rows[72..81], "gather");
             assert_same(&last.as_slice()[9..18], &rows[..9], "gather");
+            ops.gather_rows(&mut last, &out, &batch, 1..2, 9).unwrap();
+            assert_same(&last.as_slice()[..9], &rows[..9], "gather the second row alone");
         }
     }
 }

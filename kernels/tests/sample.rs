@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Rng, buffer, devices};
 use tidemill_kernels::{
     Ops,
@@ -34,7 +36,9 @@ fn greedy() -> SampleSpec {
 
 fn sample(ops: &CpuOps, row: &[f32], tasks: &[RowTask]) -> Vec<Sampled> {
     let rows: Vec<f32> = tasks.iter().flat_map(|_| row).copied().collect();
-    ops.sample(&mut buffer(ops, &rows), row.len(), tasks).unwrap()
+    let batch = ops.upload(Arc::default(), tasks.into()).unwrap();
+    ops.sample(&mut buffer(ops, &rows), row.len(), &batch, 0..tasks.len()).unwrap();
+    ops.wait(ops.results(batch).unwrap()).unwrap()
 }
 
 fn one(ops: &CpuOps, row: &[f32], spec: SampleSpec) -> u32 {

@@ -9,7 +9,7 @@ use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
 use clap::{
     Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser,
 };
-use tidemill_engine::{EngineConfig, model::files::ModelSource};
+use tidemill_engine::{DeviceChoice, EngineConfig, model::files::ModelSource};
 
 use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure};
 
@@ -75,18 +75,6 @@ pub enum DtypeArg {
     Float32,
 }
 
-/// Devices that can be asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DeviceArg {
-    /// The best that this build supports here.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU; not in this build yet.
-    #[value(hide = true)]
-    Cuda,
-}
-
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -109,25 +97,38 @@ pub struct ModelArgs {
     /// Arithmetic of the matrix products.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DTYPE")]
     pub dtype: DtypeArg,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DEVICE")]
-    pub device: DeviceArg,
+    /// Where to compute: the CPU, an NVIDIA GPU (`cuda` is `cuda:0`), or the first GPU if there is one that can be used.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", env = "TIDEMILL_DEVICE", value_parser = device)]
+    pub device: DeviceChoice,
+    /// Share of the GPU's memory to take for weights, activations and KV cache.
+    #[arg(long, value_name = "SHARE", default_value_t = engine_defaults().gpu_memory_utilization, env = "TIDEMILL_GPU_MEMORY_UTILIZATION", value_parser = share)]
+    pub gpu_memory_utilization: f64,
+    /// Launch every kernel by itself on a GPU, without CUDA graphs: slower, easier to debug.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
+          env = "TIDEMILL_ENFORCE_EAGER")]
+    pub enforce_eager: bool,
+    /// Folder for kernels compiled on this machine, by builds that carry no precompiled ones. Default: tidemill/kernels in the
+    /// user's cache folder.
+    #[arg(long, value_name = "DIR", env = "TIDEMILL_KERNEL_CACHE")]
+    pub kernel_cache: Option<PathBuf>,
     /// Threads of the CPU backend. Default: one per core.
     #[arg(long, value_name = "N", env = "TIDEMILL_THREADS")]
     pub threads: Option<NonZeroUsize>,
     /// Tokens of prompt and completion together. Default: what the model was made for, or what the KV cache holds.
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_MODEL_LEN")]
     pub max_model_len: Option<NonZeroUsize>,
-    /// Tokens that a step of the engine computes at most; long prompts are read in chunks of this.
-    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_batched_tokens), env = "TIDEMILL_MAX_NUM_BATCHED_TOKENS")]
-    pub max_num_batched_tokens: NonZeroUsize,
+    /// Tokens that a step of the engine computes at most; long prompts are read in chunks of this. Default: 512, on a GPU 2048.
+    #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_BATCHED_TOKENS")]
+    pub max_num_batched_tokens: Option<NonZeroUsize>,
     /// Tokens per block of the KV cache.
     #[arg(long, value_name = "N", default_value_t = size(engine_defaults().block_size), env = "TIDEMILL_BLOCK_SIZE")]
     pub block_size: NonZeroUsize,
     /// Storage of keys and values; `auto` follows --dtype.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_KV_CACHE_DTYPE")]
     pub kv_cache_dtype: DtypeArg,
-    /// Memory for keys and values: bytes, or with KiB, MiB, GiB, KB, MB, GB. Default: what a full batch needs, at most 2GiB.
+    /// Memory for keys and values: bytes, or with KiB, MiB, GiB, KB, MB, GB. Default: what a full batch needs, at most 2GiB; on a
+    /// GPU at most what --gpu-memory-utilization leaves.
     #[arg(long, value_name = "SIZE", env = "TIDEMILL_KV_CACHE_MEMORY")]
     pub kv_cache_memory: Option<ByteSize>,
 }
@@ -159,9 +160,9 @@ pub struct LimitArgs {
     /// The name clients use for the model. Default: the folder's name.
     #[arg(long, value_name = "NAME", env = "TIDEMILL_SERVED_MODEL_NAME", value_parser = NonEmptyStringValueParser::new())]
     pub served_model_name: Option<String>,
-    /// Sequences in the batch at once.
-    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_seqs), env = "TIDEMILL_MAX_NUM_SEQS")]
-    pub max_num_seqs: NonZeroUsize,
+    /// Sequences in the batch at once. Default: 64, on a GPU 256.
+    #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
+    pub max_num_seqs: Option<NonZeroUsize>,
     /// Requests that may wait for a place in the batch; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
     pub max_num_queued_reqs: NonZeroUsize,
@@ -301,6 +302,30 @@ fn model_source(value: &str) -> Result<ModelSource, String> {
         "builtin" => Ok(ModelSource::Builtin),
         dir => Ok(ModelSource::Dir(dir.into())),
     }
+}
+
+/// The user's cache folder for compiled kernels, by the XDG base directory specification.
+pub fn user_cache() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+    Some(cache.join("tidemill").join("kernels"))
+}
+
+fn device(value: &str) -> Result<DeviceChoice, String> {
+    match value {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => {
+            let ordinal = value.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+            ordinal.map(DeviceChoice::Cuda).ok_or_else(|| "write auto, cpu, cuda or cuda:N".into())
+        }
+    }
+}
+
+fn share(value: &str) -> Result<f64, String> {
+    let share = value.parse().ok().filter(|&share: &f64| share > 0.0 && share <= 1.0);
+    share.ok_or_else(|| "a share is above 0 and at most 1".into())
 }
 
 fn seconds(value: &str) -> Result<Duration, String> {

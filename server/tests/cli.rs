@@ -53,11 +53,12 @@ fn fails(args: &[&str], code: i32, words: &[&str]) {
 #[test]
 fn wrong_usage_is_2_and_says_what_to_do() {
     fails(&["serve", "--frobnicate"], 2, &["--frobnicate"]);
-    fails(&["serve", "--gpu-memory-utilization", "0.9"], 2, &["unexpected argument"]);
+    fails(&["serve", "--gpu-memory-utilization", "1.5"], 2, &["--gpu-memory-utilization", "at most 1"]);
     fails(&["serve", "--max-num-seqs", "0"], 2, &["--max-num-seqs"]);
     fails(&["serve", "--max-num-seqs", "many"], 2, &["--max-num-seqs"]);
     fails(&["serve", "--kv-cache-memory", "4 parsecs"], 2, &["--kv-cache-memory", "4GiB"]);
     fails(&["serve", "--device", "cuda"], 2, &["--device cpu"]);
+    fails(&["serve", "--device", "cuda:x"], 2, &["cuda:N"]);
     fails(&["serve", "--dtype", "int3"], 2, &["bfloat16", "float32"]);
     fails(&["serve", "--host", "0.0.0.0"], 2, &["--api-key", "--insecure-bind"]);
     fails(&["serve", "--host", "no.such.host.invalid"], 2, &["--host"]);

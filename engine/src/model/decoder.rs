@@ -3,20 +3,16 @@
 //! Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP (Touvron et al. 2023, LLaMA). It sees
 //! batch metadata and its own tensors; it knows no sequence and no scheduler.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
     ops::{BatchMeta, Epilogue, HeadShape, KvShape},
-    sampling::{RowTask, Sampled},
+    sampling::{RowTask, SampleSpec, Sampled},
 };
 
 use super::{checkpoint::Checkpoint, rope::rope_table, spec::ModelSpec};
 use crate::error::LoadError;
-
-/// Logits are computed for so many rows at a time: bounds the memory of prompt log-probabilities, where every position of a
-/// chunk wants the whole vocabulary.
-const MAX_LOGITS_ROWS: usize = 64;
 
 struct Layer<O: Ops> {
     input_layernorm: O::Vector,
@@ -37,13 +33,13 @@ struct Scratch<O: Ops> {
     qkv: O::Buffer,
     /// `[T, Q * D]`.
     attention: O::Buffer,
-    /// `[T, 2 I]`.
+    /// `[T, 2 I]`, where the device needs it.
     gate_up: O::Buffer,
     /// `[T, I]`.
     mlp: O::Buffer,
     /// `[T, H]` the rows whose logits are wanted.
     gathered: O::Buffer,
-    /// `[MAX_LOGITS_ROWS, V]`.
+    /// `[max_logits_rows, V]` in f32.
     logits: O::Buffer,
 }
 
@@ -54,26 +50,26 @@ pub struct DecoderLimits {
     pub max_num_batched_tokens: usize,
     /// Positions of the RoPE table.
     pub max_model_len: usize,
-    /// The KV cache.
-    pub kv: KvShape,
 }
 
 /// A loaded model on a device.
 pub struct Decoder<O: Ops> {
     ops: O,
     spec: ModelSpec,
+    limits: DecoderLimits,
     embed_tokens: O::Weight,
     layers: Vec<Layer<O>>,
     norm: O::Vector,
     /// `None`: tied to `embed_tokens`.
     lm_head: Option<O::Weight>,
     rope: O::Vector,
-    kv: O::KvCache,
+    /// With its shape; absent until [`Decoder::allocate_kv`].
+    kv: Option<(O::KvCache, KvShape)>,
     scratch: Scratch<O>,
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Takes the weights over from the checkpoint and allocates everything a step needs. Calls `progress` after each layer
+    /// Takes the weights over from the checkpoint and allocates everything a step needs but the KV cache. Calls `progress` after each layer
     /// with the number of layers done.
     ///
     /// # Errors
@@ -105,40 +101,91 @@ impl<O: Ops> Decoder<O> {
             norm: vector("model.norm.weight")?,
             lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
             rope: ops.vector(&rope)?,
-            kv: ops.kv_cache(limits.kv)?,
+            kv: None,
             scratch: Scratch {
                 hidden: ops.buffer(tokens * hidden)?,
                 normed: ops.buffer(tokens * hidden)?,
                 qkv: ops.buffer(tokens * heads.qkv_width())?,
                 attention: ops.buffer(tokens * heads.num_heads * heads.head_dim)?,
-                gate_up: ops.buffer(tokens * 2 * spec.intermediate_size)?,
+                gate_up: ops.scratch_buffer(tokens * 2 * spec.intermediate_size)?,
                 mlp: ops.buffer(tokens * spec.intermediate_size)?,
                 gathered: ops.buffer(tokens * hidden)?,
-                logits: ops.buffer(MAX_LOGITS_ROWS * vocab)?,
+                logits: ops.logits_buffer(ops.max_logits_rows() * vocab)?,
             },
             layers,
+            limits,
             spec: spec.clone(),
             ops,
         })
     }
 
-    /// Computes one token whose result nobody wants, so that the first request finds weights, threads and buffers in place.
-    /// What it writes to slot 0 is overwritten before it is ever read.
+    /// Allocates the KV cache, in place of the one there was.
+    ///
+    /// # Errors
+    /// What the device returned.
+    pub fn allocate_kv(&mut self, shape: KvShape) -> Result<(), KernelError> {
+        // The old one first: both may not fit.
+        self.kv = None;
+        self.kv = Some((self.ops.kv_cache(shape)?, shape));
+        Ok(())
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &O {
+        &self.ops
+    }
+
+    /// Computes the largest step there can be, so that whatever is allocated late is allocated.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn profile(&mut self, max_num_seqs: usize) -> Result<(), KernelError> {
+        let Some((_, kv)) = &self.kv else { return Ok(()) };
+        let rows = max_num_seqs.min(self.limits.max_num_batched_tokens);
+        let tokens = self.limits.max_num_batched_tokens.min(rows * self.limits.max_model_len);
+        let batch = largest_batch(tokens, rows, kv.block_size);
+        self.step(Arc::new(batch), &vec![greedy(); rows]).map(drop)
+    }
+
+    /// Computes decode steps whose results nobody wants, of every size that the device prepares for, so that the first request
+    /// finds weights, threads, buffers and graphs in place. What they write is overwritten before it is ever read.
     ///
     /// # Errors
     /// What an op returned.
     pub fn warm_up(&mut self) -> Result<(), KernelError> {
-        let meta = BatchMeta {
-            token_ids: vec![0],
-            positions: vec![0],
-            slot_mapping: vec![0],
-            cu_seqlens_q: vec![0, 1],
-            context_lens: vec![1],
-            block_tables: vec![0],
-            max_blocks: 1,
-            logits_indices: vec![0],
-        };
-        self.logits(Arc::new(meta)).map(drop)
+        let Some((_, kv)) = &self.kv else { return Ok(()) };
+        let (num_blocks, block_size) = (kv.num_blocks, kv.block_size as u32);
+        for rows in self.ops.decode_sizes() {
+            // A pool with fewer blocks than rows never holds so many rows.
+            let rows = rows.min(num_blocks) as u32;
+            self.step(Arc::new(decode_batch(rows, block_size)), &vec![greedy(); rows as usize])?;
+        }
+        Ok(())
+    }
+
+    /// Queues a step, with one task per entry of `meta.logits_indices`.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn launch(&mut self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<O::Pending, KernelError> {
+        debug_assert_eq!(meta.logits_indices.len(), tasks.len(), "one task per row of logits");
+        let vocab = self.spec.vocab_size;
+        let batch = self.ops.upload(meta, tasks)?;
+        self.forward(&batch, |ops, logits, rows| ops.sample(logits, vocab, &batch, rows))?;
+        self.ops.results(batch)
+    }
+
+    /// Whether [`Decoder::wait`] would return at once.
+    pub fn is_done(&self, pending: &O::Pending) -> bool {
+        self.ops.is_done(pending)
+    }
+
+    /// Waits for a step's results: one per task, in order.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn wait(&self, pending: O::Pending) -> Result<Vec<Sampled>, KernelError> {
+        self.ops.wait(pending)
     }
 
     /// Computes one step and does one task per entry of `meta.logits_indices`, in order.
@@ -146,14 +193,8 @@ impl<O: Ops> Decoder<O> {
     /// # Errors
     /// What an op returned.
     pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<Vec<Sampled>, KernelError> {
-        debug_assert_eq!(meta.logits_indices.len(), tasks.len(), "one task per row of logits");
-        let mut sampled = Vec::with_capacity(tasks.len());
-        let vocab = self.spec.vocab_size;
-        self.forward(meta, |ops, logits, rows| {
-            sampled.extend(ops.sample(logits, vocab, &tasks[rows])?);
-            Ok(())
-        })?;
-        Ok(sampled)
+        let pending = self.launch(meta, tasks.into())?;
+        self.wait(pending)
     }
 
     /// Computes one step and returns the logits `[R, V]` of `meta.logits_indices`: what a test compares with a reference.
@@ -163,63 +204,50 @@ impl<O: Ops> Decoder<O> {
     pub fn logits(&mut self, meta: Arc<BatchMeta>) -> Result<Vec<f32>, KernelError> {
         let vocab = self.spec.vocab_size;
         let mut all = Vec::with_capacity(meta.logits_indices.len() * vocab);
-        self.forward(meta, |ops, logits, rows| {
+        // Whoever wants logits wants no token: the tasks are never done.
+        let tasks = vec![RowTask::Score(0, 0); meta.logits_indices.len()];
+        let batch = self.ops.upload(meta, tasks.into())?;
+        self.forward(&batch, |ops, logits, rows| {
             all.extend(ops.download(logits, rows.len() * vocab)?);
             Ok(())
         })?;
         Ok(all)
     }
 
-    /// All layers, then the logits in groups of at most [`MAX_LOGITS_ROWS`] rows, each handed to `each`.
+    /// All layers, then the logits in groups of at most `max_logits_rows` rows, each handed to `each`.
     fn forward(
         &mut self,
-        meta: Arc<BatchMeta>,
-        mut each: impl FnMut(&O, &mut O::Buffer, std::ops::Range<usize>) -> Result<(), KernelError> + Send,
+        batch: &O::Batch,
+        mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch } = self;
+        let Self { ops, spec, limits: _, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
+        let (kv, _) = kv.as_mut().expect("whoever loads a decoder allocates its KV cache before any step");
         let heads = head_shape(spec);
-        let (tokens, eps) = (meta.num_tokens(), spec.rms_norm_eps as f32);
-        let groups: Vec<Arc<BatchMeta>> = logits_groups(&meta);
-        let batch = ops.upload(meta)?;
-        ops.enter(|| {
-            let s = scratch;
-            ops.embedding(&mut s.hidden, embed_tokens, &batch)?;
+        let scale = (heads.head_dim as f32).powf(-0.5);
+        let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
+        let tokens = extent.tokens;
+        ops.run(batch, || {
+            ops.embedding(&mut s.hidden, embed_tokens, batch)?;
             for (index, layer) in layers.iter().enumerate() {
                 ops.rmsnorm(&mut s.normed, &s.hidden, &layer.input_layernorm, eps, tokens)?;
                 ops.linear(&mut s.qkv, &s.normed, &layer.qkv_proj, tokens, Epilogue::Store)?;
-                ops.rope_kv_write(&mut s.qkv, kv, rope, &batch, heads, index)?;
-                let scale = (heads.head_dim as f32).powf(-0.5);
-                ops.paged_attention(&mut s.attention, &s.qkv, kv, &batch, heads, scale, index)?;
+                ops.rope_kv_write(&mut s.qkv, kv, rope, batch, heads, index)?;
+                ops.paged_attention(&mut s.attention, &s.qkv, kv, batch, heads, scale, index)?;
                 ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, tokens, Epilogue::Add)?;
                 ops.rmsnorm(&mut s.normed, &s.hidden, &layer.post_attention_layernorm, eps, tokens)?;
-                ops.linear(&mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens, Epilogue::Store)?;
-                ops.silu_mul(&mut s.mlp, &s.gate_up, spec.intermediate_size, tokens)?;
+                ops.linear_silu_mul(&mut s.mlp, &mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens)?;
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
             }
             let head = lm_head.as_ref().unwrap_or(embed_tokens);
-            let mut done = 0;
-            for group in groups {
-                let rows = group.logits_indices.len();
-                ops.gather_rows(&mut s.gathered, &s.hidden, &ops.upload(group)?, spec.hidden_size)?;
-                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows)?;
-                ops.linear(&mut s.logits, &s.normed, head, rows, Epilogue::Store)?;
-                each(ops, &mut s.logits, done..done + rows)?;
-                done += rows;
+            for first in (0..extent.logits_rows).step_by(ops.max_logits_rows()) {
+                let rows = first..extent.logits_rows.min(first + ops.max_logits_rows());
+                ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows.clone(), spec.hidden_size)?;
+                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows.len())?;
+                ops.linear(&mut s.logits, &s.normed, head, rows.len(), Epilogue::Store)?;
+                each(ops, &mut s.logits, rows)?;
             }
             Ok(())
         })
-    }
-}
-
-/// The rows of logits in groups that fit the buffer. Nearly always one group: the step's own metadata.
-fn logits_groups(meta: &Arc<BatchMeta>) -> Vec<Arc<BatchMeta>> {
-    match meta.logits_indices.len() {
-        0 => Vec::new(),
-        rows if rows <= MAX_LOGITS_ROWS => vec![meta.clone()],
-        _ => {
-            let group = |rows: &[u32]| BatchMeta { logits_indices: rows.to_vec(), ..BatchMeta::default() };
-            meta.logits_indices.chunks(MAX_LOGITS_ROWS).map(|rows| Arc::new(group(rows))).collect()
-        }
     }
 }
 
@@ -257,6 +285,42 @@ impl<O: Ops> Layer<O> {
             down_proj: stacked(&[("mlp.down_proj", hidden)], inter, mlp_bias)?,
         })
     }
+}
+
+/// One new token in each of `rows` rows, each the first of its own block.
+fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
+    BatchMeta {
+        token_ids: vec![0; rows as usize],
+        positions: vec![0; rows as usize],
+        slot_mapping: (0..rows).map(|row| row * block_size).collect(),
+        cu_seqlens_q: (0..=rows).collect(),
+        context_lens: vec![1; rows as usize],
+        block_tables: (0..rows).collect(),
+        max_blocks: 1,
+        logits_indices: (0..rows).collect(),
+    }
+}
+
+/// As many tokens and rows as there can be, all of them in block 0: what they read and write means nothing.
+fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
+    let starts: Vec<usize> = (0..=rows).map(|row| row * tokens / rows).collect();
+    let lens = || starts.windows(2).map(|pair| pair[1] - pair[0]);
+    let max_blocks = lens().max().unwrap_or(0).div_ceil(block_size);
+    let positions: Vec<u32> = lens().flat_map(|len| 0..len as u32).collect();
+    BatchMeta {
+        token_ids: vec![0; tokens],
+        slot_mapping: positions.iter().map(|&p| p % block_size as u32).collect(),
+        positions,
+        cu_seqlens_q: starts.iter().map(|&start| start as u32).collect(),
+        context_lens: lens().map(|len| len as u32).collect(),
+        block_tables: vec![0; rows * max_blocks],
+        max_blocks,
+        logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
+    }
+}
+
+fn greedy() -> RowTask {
+    RowTask::Sample(SampleSpec::greedy(), None)
 }
 
 fn head_shape(spec: &ModelSpec) -> HeadShape {

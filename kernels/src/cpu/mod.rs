@@ -11,6 +11,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod attention;
+mod batch;
 mod buffer;
 mod embedding;
 mod gather;
@@ -26,19 +27,20 @@ mod silu_mul;
 mod simd;
 mod weight;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 pub use self::{
+    batch::CpuBatch,
     buffer::{CpuBuffer, resident},
     isa::Isa,
     kv_cache::CpuKvCache,
     linear::Compute,
     weight::CpuWeight,
 };
-use self::{isa::Host, linear::Linear, pool::Pool};
+use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, Epilogue, HeadShape, KvShape, Ops, Result},
+    ops::{BatchMeta, Epilogue, Extent, HeadShape, KvShape, Ops, Result},
     sampling::{RowTask, Sampled},
     tensor::HostTensor,
 };
@@ -59,6 +61,7 @@ pub struct CpuOps {
     host: Host,
     pool: Pool,
     linear: Linear,
+    feedback: Feedback,
 }
 
 impl CpuOps {
@@ -72,7 +75,8 @@ impl CpuOps {
         let host = Host::new(isa)
             .ok_or_else(|| unsupported(format!("this CPU has no {isa}; leave the choice open")))?;
         let pool = Pool::new(config.threads).map_err(|e| unsupported(format!("no threads: {e}")))?;
-        Ok(CpuOps { host, pool, linear: Linear::new(host, config.compute)? })
+        let linear = Linear::new(host, config.compute)?;
+        Ok(CpuOps { host, pool, linear, feedback: Feedback::default() })
     }
 
     /// The instruction set in use.
@@ -84,17 +88,47 @@ impl CpuOps {
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
+
+    /// Runs `f` on one of the device's threads, where its ops start fastest. Every op also works outside.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        self.pool.enter(f)
+    }
+
+    /// `out[r, i] = silu(gate_up[r, i]) * gate_up[r, I + i]`; `gate_up` is `[rows, 2 I]`, `out` `[rows, I]`.
+    pub fn silu_mul(&self, out: &mut CpuBuffer, gate_up: &CpuBuffer, intermediate: usize, rows: usize) {
+        silu_mul::run(self.host, &self.pool, out, gate_up, intermediate, rows);
+    }
 }
+
+/// More rows than this share a weight just as well.
+const MAX_LOGITS_ROWS: usize = 64;
 
 impl Ops for CpuOps {
     type Buffer = CpuBuffer;
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type KvCache = CpuKvCache;
-    type Batch = Arc<BatchMeta>;
+    type Batch = CpuBatch;
+    type Pending = Vec<Sampled>;
 
     fn buffer(&self, elems: usize) -> Result<CpuBuffer> {
         CpuBuffer::new(elems)
+    }
+
+    fn logits_buffer(&self, elems: usize) -> Result<CpuBuffer> {
+        CpuBuffer::new(elems)
+    }
+
+    fn scratch_buffer(&self, elems: usize) -> Result<CpuBuffer> {
+        CpuBuffer::new(elems)
+    }
+
+    fn max_logits_rows(&self) -> usize {
+        MAX_LOGITS_ROWS
+    }
+
+    fn decode_sizes(&self) -> Vec<usize> {
+        vec![1]
     }
 
     fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CpuWeight> {
@@ -109,16 +143,20 @@ impl Ops for CpuOps {
         CpuKvCache::new(shape)
     }
 
-    fn upload(&self, meta: Arc<BatchMeta>) -> Result<Arc<BatchMeta>> {
-        Ok(meta)
+    fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<CpuBatch> {
+        Ok(CpuBatch::new(self.feedback.resolve(meta), tasks))
     }
 
-    fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        self.pool.enter(f)
+    fn extent(&self, batch: &CpuBatch) -> Extent {
+        Extent { tokens: batch.meta.num_tokens(), logits_rows: batch.meta.logits_indices.len() }
     }
 
-    fn embedding(&self, out: &mut CpuBuffer, table: &CpuWeight, batch: &Arc<BatchMeta>) -> Result<()> {
-        embedding::run(&self.pool, out, table, &batch.token_ids);
+    fn run(&self, _batch: &CpuBatch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        self.enter(ops)
+    }
+
+    fn embedding(&self, out: &mut CpuBuffer, table: &CpuWeight, batch: &CpuBatch) -> Result<()> {
+        embedding::run(&self.pool, out, table, &batch.meta.token_ids);
         Ok(())
     }
 
@@ -150,11 +188,11 @@ impl Ops for CpuOps {
         qkv: &mut CpuBuffer,
         kv: &mut CpuKvCache,
         rope: &Vec<f32>,
-        batch: &Arc<BatchMeta>,
+        batch: &CpuBatch,
         heads: HeadShape,
         layer: usize,
     ) -> Result<()> {
-        rope::run(self.host, &self.pool, rope::Call { qkv, kv, rope, meta: batch, heads, layer });
+        rope::run(self.host, &self.pool, rope::Call { qkv, kv, rope, meta: &batch.meta, heads, layer });
         Ok(())
     }
 
@@ -163,7 +201,7 @@ impl Ops for CpuOps {
         out: &mut CpuBuffer,
         qkv: &CpuBuffer,
         kv: &CpuKvCache,
-        batch: &Arc<BatchMeta>,
+        batch: &CpuBatch,
         heads: HeadShape,
         scale: f32,
         layer: usize,
@@ -171,19 +209,21 @@ impl Ops for CpuOps {
         attention::run(
             self.host,
             &self.pool,
-            attention::Call { out, qkv, kv, meta: batch, heads, scale, layer },
+            attention::Call { out, qkv, kv, meta: &batch.meta, heads, scale, layer },
         );
         Ok(())
     }
 
-    fn silu_mul(
+    fn linear_silu_mul(
         &self,
         out: &mut CpuBuffer,
-        gate_up: &CpuBuffer,
-        intermediate: usize,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
         rows: usize,
     ) -> Result<()> {
-        silu_mul::run(self.host, &self.pool, out, gate_up, intermediate, rows);
+        self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        self.silu_mul(out, scratch, weight.n / 2, rows);
         Ok(())
     }
 
@@ -191,21 +231,39 @@ impl Ops for CpuOps {
         &self,
         out: &mut CpuBuffer,
         x: &CpuBuffer,
-        batch: &Arc<BatchMeta>,
+        batch: &CpuBatch,
+        rows: Range<usize>,
         width: usize,
     ) -> Result<()> {
-        gather::run(out, x, &batch.logits_indices, width);
+        gather::run(out, x, &batch.meta.logits_indices[rows], width);
         Ok(())
     }
 
-    fn sample(&self, logits: &mut CpuBuffer, vocab: usize, tasks: &[RowTask]) -> Result<Vec<Sampled>> {
-        Ok(sample::run(
-            self.host,
-            &self.pool,
-            &mut logits.as_mut_slice()[..tasks.len() * vocab],
-            vocab,
-            tasks,
-        ))
+    fn sample(
+        &self,
+        logits: &mut CpuBuffer,
+        vocab: usize,
+        batch: &CpuBatch,
+        rows: Range<usize>,
+    ) -> Result<()> {
+        let tasks = &batch.tasks[rows];
+        let logits = &mut logits.as_mut_slice()[..tasks.len() * vocab];
+        batch.sampled.lock().extend(sample::run(self.host, &self.pool, logits, vocab, tasks));
+        Ok(())
+    }
+
+    fn results(&self, batch: CpuBatch) -> Result<Vec<Sampled>> {
+        let sampled = batch.sampled.into_inner();
+        self.feedback.keep(&sampled);
+        Ok(sampled)
+    }
+
+    fn is_done(&self, _pending: &Vec<Sampled>) -> bool {
+        true
+    }
+
+    fn wait(&self, pending: Vec<Sampled>) -> Result<Vec<Sampled>> {
+        Ok(pending)
     }
 
     fn download(&self, buffer: &CpuBuffer, elems: usize) -> Result<Vec<f32>> {

@@ -2,9 +2,19 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod activation;
+mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod layernorm;
+mod linear;
+mod moe;
+mod paged;
 mod planted;
 mod rmsnorm;
+mod rope_kv_write;
+mod rows;
+mod sampling;
 mod signatures;
+mod words;

@@ -11,7 +11,7 @@ pub use serve::{GrpcConfig, ServeConfig, TlsConfig};
 use tidemill_engine::{ComputeDtype, DType, EngineConfig};
 
 use crate::{
-    args::{Cli, Command, DeviceArg, DtypeArg, ModelArgs},
+    args::{Cli, Command, DtypeArg, ModelArgs, user_cache},
     exit::Failure,
 };
 
@@ -42,11 +42,6 @@ impl Invocation {
 
 /// The engine's configuration as far as the model's options determine it.
 fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
-    if args.device == DeviceArg::Cuda {
-        return Err(Failure::usage(
-            "--device: cuda is not in this build yet; use --device cpu, or leave it out",
-        ));
-    }
     let mut config = EngineConfig::new(args.model);
     config.chat_template = args.chat_template;
     config.dtype = match args.dtype {
@@ -61,8 +56,12 @@ fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
     };
     config.threads = args.threads.map(Into::into);
     config.max_model_len = args.max_model_len.map(Into::into);
-    config.max_num_batched_tokens = args.max_num_batched_tokens.into();
+    config.max_num_batched_tokens = args.max_num_batched_tokens.map(Into::into);
     config.block_size = args.block_size.into();
+    config.device = args.device;
+    config.gpu_memory_utilization = args.gpu_memory_utilization;
+    config.enforce_eager = args.enforce_eager;
+    config.kernel_cache = args.kernel_cache.or_else(user_cache);
     config.kv_cache_memory = args.kv_cache_memory.map(|size| size.0);
     Ok(config)
 }

@@ -37,7 +37,7 @@ impl RunConfig {
     pub fn from_args(args: RunArgs) -> Result<Self, Failure> {
         let mut engine = engine_config(args.model)?;
         // One prompt is one row of the batch.
-        engine.max_num_seqs = 1;
+        engine.max_num_seqs = Some(1);
         let prompt = if args.prompt == "-" { PromptSource::Stdin } else { PromptSource::Text(args.prompt) };
         let sampling = SamplingParams {
             temperature: args.sampling.temperature,

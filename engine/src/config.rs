@@ -1,0 +1,97 @@
+//! How an engine is to be started.
+
+use std::path::PathBuf;
+
+use tidemill_kernels::DType;
+
+use crate::model::files::ModelSource;
+
+/// Arithmetic of the matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ComputeDtype {
+    /// `bfloat16` for checkpoints in bfloat16, `float32` for all others.
+    #[default]
+    Auto,
+    /// Activations are rounded to bfloat16 before each product; sums are float32.
+    Bf16,
+    /// Everything in float32.
+    F32,
+}
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first GPU, or the CPU where there is none that can be used.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU with this ordinal.
+    Cuda(usize),
+}
+
+/// How to start an engine. [`EngineConfig::new`] fills in the defaults.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// What to load.
+    pub source: ModelSource,
+    /// The name clients use; `None` takes the folder's name.
+    pub served_model_name: Option<String>,
+    /// A chat template that replaces the model's own.
+    pub chat_template: Option<PathBuf>,
+    /// Arithmetic of the matrix products.
+    pub dtype: ComputeDtype,
+    /// Storage of keys and values; `None` follows `dtype`.
+    pub kv_cache_dtype: Option<DType>,
+    /// Tokens of prompt and completion together; `None` takes the model's own, or what the KV cache holds.
+    pub max_model_len: Option<usize>,
+    /// Rows of the batch; `None` takes 64 on a CPU, 256 on a GPU.
+    pub max_num_seqs: Option<usize>,
+    /// Tokens per step; `None` takes 512 on a CPU, 2048 on a GPU.
+    pub max_num_batched_tokens: Option<usize>,
+    /// Requests that may wait for a row.
+    pub max_num_queued_reqs: usize,
+    /// Tokens per KV block.
+    pub block_size: usize,
+    /// Bytes for keys and values; `None` takes what `max_num_seqs` full contexts need: on a CPU at most 2 GiB, on a GPU
+    /// at most what `gpu_memory_utilization` leaves.
+    pub kv_cache_memory: Option<usize>,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// Share of a GPU's memory that this engine may take, in (0, 1].
+    pub gpu_memory_utilization: f64,
+    /// Launch every kernel by itself on a GPU, without CUDA graphs.
+    pub enforce_eager: bool,
+    /// Folder for kernels that were compiled on this machine; `None` compiles them at every start. Only used by builds without
+    /// precompiled kernels.
+    pub kernel_cache: Option<PathBuf>,
+    /// Threads of the CPU backend; `None` takes one per core.
+    pub threads: Option<usize>,
+    /// Plans a step while the one before it runs. The same tokens come out either way.
+    pub look_ahead: bool,
+}
+
+impl EngineConfig {
+    /// The defaults for a model.
+    pub fn new(source: ModelSource) -> Self {
+        Self {
+            source,
+            served_model_name: None,
+            chat_template: None,
+            dtype: ComputeDtype::Auto,
+            kv_cache_dtype: None,
+            max_model_len: None,
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
+            max_num_queued_reqs: 1024,
+            block_size: 16,
+            kv_cache_memory: None,
+            device: DeviceChoice::Auto,
+            gpu_memory_utilization: 0.9,
+            enforce_eager: false,
+            kernel_cache: None,
+            threads: None,
+            look_ahead: true,
+        }
+    }
+}

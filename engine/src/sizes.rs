@@ -1,0 +1,108 @@
+//! Sizes that depend on model, options and memory together.
+
+use tidemill_kernels::{DType, ops::KvShape};
+
+use crate::{config::EngineConfig, error::LoadError, model::spec::ModelSpec};
+
+/// Defaults that differ between devices.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Defaults {
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+}
+
+/// What the options ask for, checked against the model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    /// The longest context wanted; the KV cache may hold less.
+    pub max_model_len: usize,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub block_size: usize,
+    /// Whether `max_model_len` is the user's own wish.
+    len_is_explicit: bool,
+}
+
+impl Asked {
+    /// # Errors
+    /// The option that is out of range.
+    pub fn check(config: &EngineConfig, spec: &ModelSpec, defaults: Defaults) -> Result<Self, LoadError> {
+        let longest = spec.max_position_embeddings;
+        let asked = Self {
+            max_model_len: config.max_model_len.unwrap_or(longest),
+            max_num_seqs: config.max_num_seqs.unwrap_or(defaults.max_num_seqs),
+            max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
+            block_size: config.block_size,
+            len_is_explicit: config.max_model_len.is_some(),
+        };
+        for (name, value) in [
+            ("--max-num-seqs", asked.max_num_seqs),
+            ("--max-num-batched-tokens", asked.max_num_batched_tokens),
+            ("--block-size", asked.block_size),
+            ("--max-num-queued-reqs", config.max_num_queued_reqs),
+        ] {
+            if value == 0 || value > 1 << 20 {
+                return option(name, format!("{value} is not in [1, {}]", 1 << 20));
+            }
+        }
+        if !(2..=longest).contains(&asked.max_model_len) {
+            let detail =
+                format!("{} is not in [2, {longest}], what the model was made for", asked.max_model_len);
+            return option("--max-model-len", detail);
+        }
+        Ok(asked)
+    }
+
+    /// The KV cache that `budget` bytes hold, at most what a full batch needs, and the longest context that fits into it.
+    ///
+    /// # Errors
+    /// When it holds no block, or less than the `--max-model-len` asked for.
+    pub fn kv(&self, spec: &ModelSpec, dtype: DType, budget: usize) -> Result<(KvShape, usize), LoadError> {
+        let mut kv = self.kv_shape(spec, dtype, 0);
+        let block_bytes = kv.block_bytes();
+        let per_seq = self.max_model_len.div_ceil(self.block_size);
+        let full = per_seq.saturating_mul(self.max_num_seqs);
+        // Slots are numbered in 32 bits.
+        let addressable = u32::MAX as usize / self.block_size;
+        kv.num_blocks = (budget / block_bytes).min(full).min(addressable);
+        if kv.num_blocks == 0 {
+            let detail = format!("{budget} bytes hold no block of {block_bytes} bytes");
+            return option("--kv-cache-memory", detail);
+        }
+        let capacity = kv.num_blocks * self.block_size;
+        if self.max_model_len <= capacity {
+            return Ok((kv, self.max_model_len));
+        }
+        if self.len_is_explicit {
+            let detail = format!(
+                "{} tokens need {} bytes of KV cache, but only {capacity} tokens fit; raise --kv-cache-memory (on a GPU, \
+                 --gpu-memory-utilization), or ask for fewer",
+                self.max_model_len,
+                per_seq * block_bytes
+            );
+            return option("--max-model-len", detail);
+        }
+        tracing::warn!(
+            capacity,
+            model = self.max_model_len,
+            "the KV cache holds less than the model's context; max_model_len is lowered"
+        );
+        Ok((kv, capacity))
+    }
+
+    /// A KV cache of `num_blocks` blocks.
+    pub fn kv_shape(&self, spec: &ModelSpec, dtype: DType, num_blocks: usize) -> KvShape {
+        KvShape {
+            num_layers: spec.num_layers,
+            num_blocks,
+            block_size: self.block_size,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+            dtype,
+        }
+    }
+}
+
+fn option<T>(option: &'static str, detail: String) -> Result<T, LoadError> {
+    Err(LoadError::Option { option, detail })
+}
