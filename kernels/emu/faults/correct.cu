@@ -70,8 +70,8 @@ FAULT(through_bf16) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = f32_to_bits(to_f32(to_bf16(bits_to_f32(in[i]))));
 }
 
-// D[16][8] f32 = A[16][16] * B[16][8], bf16 in f32 words of `in`: A, then B; `n` 0. One warp. A goes through ldmatrix, B through
-// its transposing form.
+// D[16][8] f32 = A[16][16] * B[16][8], bf16 in f32 words of `in`: A, then B; `n` 0. One warp. A goes through ldmatrix,
+// B through its transposing form.
 FAULT(matrix_product) {
     SHARED(bf16, a, [16][16]);
     SHARED(bf16, b, [16][8]);

@@ -1,4 +1,5 @@
-// A matrix product with TMA, mbarriers and wgmma, right and with one fault; and a cluster that reads its neighbour's memory.
+// A matrix product with TMA, mbarriers and wgmma, right and with one fault; and a cluster that reads its neighbour's
+// memory.
 #include "fault.cuh"
 
 static constexpr int STAGES = 4, TILE = 64 * 64;
@@ -18,7 +19,8 @@ TM_DEVICE void multiply(float *d, const bf16 *a, const bf16 *b TM_PLACE) {
     emu::wgmma_commit();
 }
 
-// C[M, N] f32 = A[M, K] * B[N, K]^T, bf16. Block 160: a warpgroup that multiplies 64x64 tiles and a warp that loads them.
+// C[M, N] f32 = A[M, K] * B[N, K]^T, bf16. Block 160: a warpgroup that multiplies 64x64 tiles and a warp that loads
+// them.
 template <Fault BUG>
 TM_DEVICE void gemm(const emu::TensorMap &map_a, const emu::TensorMap &map_b, float *c, int m, int n, int k) {
     DYN_SHARED(unsigned char, raw);
@@ -56,17 +58,19 @@ TM_DEVICE void gemm(const emu::TensorMap &map_a, const emu::TensorMap &map_b, fl
         if (tid == 0) emu::mbar_arrive(&empty[s], 1, 0);
     }
     for (int i = 0; i < 32; i++) {
-        const int row = row0 + warp * 16 + lane / 4 + i / 2 % 2 * 8, column = column0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const int row = row0 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = column0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
         if (row < m && column < n) c[(size_t)row * n + column] = d[i];
     }
     if (BUG == NO_WGMMA_WAIT) emu::wgmma_wait(0, __FILE__, __LINE__);
 }
 
-#define GEMM(NAME, BUG)                                                                                               \
-    extern "C" __global__ void NAME(const __grid_constant__ emu::TensorMap a, const __grid_constant__ emu::TensorMap b, \
-                                    float *c, int m, int n, int k) {                                                 \
-        gemm<BUG>(a, b, c, m, n, k);                                                                               \
-    }                                                                                                                \
+#define GEMM(NAME, BUG)                                                                      \
+    extern "C" __global__ void NAME(const __grid_constant__ emu::TensorMap a,                \
+                                    const __grid_constant__ emu::TensorMap b, float *c,      \
+                                    int m, int n, int k) {                                   \
+        gemm<BUG>(a, b, c, m, n, k);                                                         \
+    }                                                                                        \
     KERNEL(NAME)
 GEMM(hopper_gemm, NONE);
 GEMM(hopper_tile_not_aligned, TILE_NOT_ALIGNED);

@@ -7,8 +7,8 @@ namespace emu {
 
 namespace {
 
-// The word in shared memory: [0] phase, [1..20] arrivals pending, [21..40] arrivals per phase, [41..61] bytes still expected
-// (signed), [62..63] a mark.
+// The word in shared memory: [0] phase, [1..20] arrivals pending, [21..40] arrivals per phase, [41..61] bytes still
+// expected (signed), [62..63] a mark.
 struct Mbarrier {
     unsigned phase, pending, expected;
     int bytes;
@@ -66,7 +66,8 @@ void mbar_arrive(void *barrier, unsigned arrivals, int bytes) {
     Mbarrier m = load(barrier);
     m.bytes += bytes;
     if (arrivals > m.pending)
-        fail("mbarrier at shared offset %u: more arrivals than its count %u in one phase", smem_offset(barrier), m.expected);
+        fail("mbarrier at shared offset %u: more arrivals than its count %u in one phase", smem_offset(barrier),
+             m.expected);
     m.pending -= arrivals;
     update(barrier, m);
     maybe_yield();
@@ -159,7 +160,8 @@ void tma_load(void *dst, const void *map, void *barrier, const int *coordinate, 
     if (m.magic != MAP_MAGIC) fail("TMA: not a tensor map made by emu_tensor_map");
     if (m.rank != rank) fail("TMA: rank %d, the tensor map has %d", rank, m.rank);
     if (offset & 127) fail("TMA: the destination is not 128-byte aligned");
-    if (m.swizzle_bytes && m.box[0] * m.element_bytes > m.swizzle_bytes) fail("TMA: a box row is wider than the swizzle");
+    if (m.swizzle_bytes && m.box[0] * m.element_bytes > m.swizzle_bytes)
+        fail("TMA: a box row is wider than the swizzle");
     if (m.swizzle_bytes && offset & (8 * m.swizzle_bytes - 1))
         fail("TMA: a %d-byte swizzle needs a %d-byte aligned tile, the shared offset is %u", m.swizzle_bytes,
              8 * m.swizzle_bytes, offset);

@@ -1,5 +1,5 @@
-// Bank conflicts in shared memory: 32 banks of 4 bytes, one pass moves at most 128 bytes, and lanes that want different words of
-// one bank need a pass each (CUDA C++ Programming Guide, "Shared Memory" of the compute capabilities).
+// Bank conflicts in shared memory: 32 banks of 4 bytes, one pass moves at most 128 bytes, and lanes that want different
+// words of one bank need a pass each (CUDA C++ Programming Guide, "Shared Memory" of the compute capabilities).
 #include "scheduler.h"
 
 namespace emu {

@@ -40,7 +40,8 @@ void block_barrier(int id, unsigned count, bool wait, const char *file, int line
     barrier.file = file;
     barrier.line = line;
     barrier.arrived++;
-    // A barrier of the whole block needs no edges for the built-in race check, which has a cheaper way: races_order_all.
+    // A barrier of the whole block needs no edges for the built-in race check, which has a cheaper way:
+    // races_order_all.
     const bool whole = need == block->num_threads && wait;
     const bool edges = !whole || __tsan_release;
     char *order = &barrier.order[barrier.epoch & 1];

@@ -20,8 +20,8 @@ void sync_warp(uint32_t mask, const char *file, int line);
 inline void __syncthreads(EMU_PLACE) { emu::block_barrier(0, 0, true, file, line); }
 inline void __syncwarp(uint32_t mask = ~0u, EMU_PLACE) { emu::sync_warp(mask, file, line); }
 
-// Fences order this thread's accesses for whoever learns of them through an atomic. The race checks do not follow values, so
-// a fence counts as meeting every earlier fence of the device.
+// Fences order this thread's accesses for whoever learns of them through an atomic. The race checks do not follow
+// values, so a fence counts as meeting every earlier fence of the device.
 void __threadfence();
 inline void __threadfence_block() { __threadfence(); }
 inline void __nanosleep(unsigned) { emu::maybe_yield(); }

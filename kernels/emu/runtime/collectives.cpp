@@ -4,7 +4,8 @@
 namespace emu {
 
 void warp_meet(uint32_t mask, int op, const void *value, unsigned bytes, const char *file, int line) {
-    if (bytes > SLOT_BYTES) fail("%s:%d: a lane brings %u bytes to a meeting, at most %u", file, line, bytes, SLOT_BYTES);
+    if (bytes > SLOT_BYTES)
+        fail("%s:%d: a lane brings %u bytes to a meeting, at most %u", file, line, bytes, SLOT_BYTES);
     meet(mask, op, value, bytes, file, line, [op](Group &group, unsigned buffer) {
         if (op == LDMATRIX) count_matrix_rows(group, buffer);
     });

@@ -15,7 +15,9 @@ const Kernel *find_kernel(const char *name) {
     return nullptr;
 }
 
-// ---- Workers are kept, since their stacks and arenas are large. Never destroyed: a thread may run while the process ends.
+// ---- Workers are kept, since their stacks and arenas are large.
+
+// Never destroyed: a thread may run while the process ends.
 std::mutex pool_mutex;
 std::vector<Worker *> &pool = *new std::vector<Worker *>();
 
@@ -146,7 +148,8 @@ int emu_launch(const emu_request *request, emu_report *report) {
     report_sites(launch, report);
     if (!launch.failed) return 0;
     if (launch.error_code[0])
-        launch.error += "\n  now:    " + describe_code(launch.error_code[0]) + "\n  before: " + describe_code(launch.error_code[1]);
+        launch.error += "\n  now:    " + describe_code(launch.error_code[0]) +
+                        "\n  before: " + describe_code(launch.error_code[1]);
     snprintf(report->error, report->error_bytes, "%s", launch.error.c_str());
     return 1;
 }

@@ -49,7 +49,8 @@ void *emu_alloc(size_t bytes);
 // Gives it back. 0 when the few bytes between its end and the guard page were overwritten, else 1.
 int emu_free(void *address);
 
-// Makes a tensor map. `stride_bytes` has one entry less than the rank. 0, or 1 on what cuTensorMapEncodeTiled would refuse.
+// Makes a tensor map. `stride_bytes` has one entry less than the rank. 0, or 1 on what cuTensorMapEncodeTiled would
+// refuse.
 struct emu_tensor {
     const void *base;
     unsigned rank, element_bytes, swizzle_bytes;

@@ -21,8 +21,8 @@ inline Group *find_group(Warp &warp, uint32_t mask) {
     return group;
 }
 
-// Deposits a lane's bytes and waits for all lanes of the mask. Whoever comes last runs `last(group, buffer)` on what all have
-// brought, before anybody goes on.
+// Deposits a lane's bytes and waits for all lanes of the mask. Whoever comes last runs `last(group, buffer)` on what
+// all have brought, before anybody goes on.
 template <class Last>
 inline void meet(uint32_t mask, int op, const void *value, unsigned bytes, const char *file, int line, Last last) {
     Thread *t = me();

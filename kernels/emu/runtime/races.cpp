@@ -1,10 +1,11 @@
-// A race check of shared memory, by happens-before (the method of FastTrack, Flanagan and Freund 2009, with the shadow words of
-// ThreadSanitizer): it reports two accesses that no barrier orders, whichever order they happened to run in.
+// A race check of shared memory, by happens-before (the method of FastTrack, Flanagan and Freund 2009, with the shadow
+// words of ThreadSanitizer): it reports two accesses that no barrier orders, whichever order they happened to run in.
 //
-// The kernels are compiled with -fsanitize=thread but linked without its run-time: the compiler's calls before each access land
-// here. Time is counted in generations, which a barrier of the whole block ends: what happened in an earlier one is ordered
-// before everything in this one. Only within a generation do threads keep clocks, which __syncwarp, named barriers and
-// mbarriers pass on. Not checked: global memory (scripts/sanitize-kernels does that), clusters, and what TMA and wgmma touch.
+// The kernels are compiled with -fsanitize=thread but linked without its run-time: the compiler's calls before each
+// access land here. Time is counted in generations, which a barrier of the whole block ends: what happened in an
+// earlier one is ordered before everything in this one. Only within a generation do threads keep clocks, which
+// __syncwarp, named barriers and mbarriers pass on. Not checked: global memory (scripts/sanitize-kernels does that),
+// clusters, and what TMA and wgmma touch.
 #include "scheduler.h"
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -29,7 +30,8 @@ using Access = uint64_t;
 
 template <class T>
 T *zero_pages(size_t count) {
-    void *memory = mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *memory = mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, FLAGS, -1, 0);
     return memory == MAP_FAILED ? nullptr : (T *)memory;
 }
 
@@ -111,9 +113,11 @@ void races_begin_block(Block *block) {
 
 // ---- Accesses
 
-// From the top: generation (30 bits), the thread's time (16), its rank (10), the bytes of the word (4), 2 unused, atomic, write.
+// From the top: generation (30 bits), the thread's time (16), its rank (10), the bytes of the word (4), 2 unused,
+// atomic, write.
 static Access encode(uint32_t generation, uint16_t time, unsigned rank, unsigned bytes, bool atomic, bool write) {
-    return (Access)generation << 34 | (Access)time << 18 | (Access)rank << 8 | bytes << 4 | (unsigned)atomic << 1 | (unsigned)write;
+    return (Access)generation << 34 | (Access)time << 18 | (Access)rank << 8 | bytes << 4 | (unsigned)atomic << 1 |
+           (unsigned)write;
 }
 static uint32_t generation_of(Access a) { return (uint32_t)(a >> 34); }
 static uint16_t time_of(Access a) { return (uint16_t)(a >> 18); }
@@ -122,14 +126,15 @@ static unsigned bytes_of(Access a) { return a >> 4 & 15; }
 static bool is_atomic(Access a) { return a & 2; }
 static bool is_write(Access a) { return a & 1; }
 
-[[noreturn]] static void report(Block *block, size_t offset, Access mine, Access theirs, uintptr_t code, uint32_t their_code) {
+[[noreturn]] static void report(Block *block, size_t offset, Access mine, Access theirs, uintptr_t code,
+                                uint32_t their_code) {
     const Thread *other = &block->threads[rank_of(theirs)];
     const uint3 i = other->thread_index, m = me()->thread_index;
     const dim3 b = me()->block_index;
     char text[400];
     snprintf(text, sizeof text,
-             "kernel %s, block (%u,%u,%u): race on %s: thread (%u,%u,%u) %s it, thread (%u,%u,%u) has %s it, and no barrier "
-             "lies between",
+             "kernel %s, block (%u,%u,%u): race on %s: thread (%u,%u,%u) %s it, thread (%u,%u,%u) has %s it, and no "
+             "barrier lies between",
              worker->launch->kernel->name, b.x, b.y, b.z, describe_shared(block, offset).c_str(), m.x, m.y, m.z,
              is_write(mine) ? "writes" : "reads", i.x, i.y, i.z, is_write(theirs) ? "written" : "read");
     worker->launch->set_error(text, code, (code & ~(uintptr_t)UINT32_MAX) | their_code);
@@ -141,7 +146,8 @@ static bool is_write(Access a) { return a & 1; }
 static void check_word(Races &races, const Clock &clock, size_t offset, Access mine, uintptr_t code) {
     Access *known = races.accesses + offset / WORD_BYTES * ACCESSES_PER_WORD;
     uint32_t *codes = races.code + offset / WORD_BYTES * ACCESSES_PER_WORD;
-    // Where to put it: over an access of the same thread that it makes superfluous, else over one that is over, else anywhere.
+    // Where to put it: over an access of the same thread that it makes superfluous, else over one that is over, else
+    // anywhere.
     int over = -1, superfluous = -1;
     for (unsigned i = 0; i < ACCESSES_PER_WORD; i++) {
         const Access other = known[i];
@@ -152,7 +158,8 @@ static void check_word(Races &races, const Clock &clock, size_t offset, Access m
         }
         if (rank_of(other) == rank_of(mine)) {
             const bool covered = (bytes_of(other) & ~bytes_of(mine)) == 0;
-            if (covered && is_atomic(other) == is_atomic(mine) && (is_write(mine) || !is_write(other))) superfluous = (int)i;
+            const bool says_as_much = is_atomic(other) == is_atomic(mine) && (is_write(mine) || !is_write(other));
+            if (covered && says_as_much) superfluous = (int)i;
             continue;
         }
         if (!(bytes_of(other) & bytes_of(mine)) || !(is_write(other) || is_write(mine))) continue;
@@ -165,8 +172,8 @@ static void check_word(Races &races, const Clock &clock, size_t offset, Access m
     codes[slot] = (uint32_t)code;
 }
 
-__attribute__((noinline)) static void check_access(const Thread *t, size_t offset, size_t bytes, bool write, bool atomic,
-                                                   uintptr_t code) {
+__attribute__((noinline)) static void check_access(const Thread *t, size_t offset, size_t bytes, bool write,
+                                                   bool atomic, uintptr_t code) {
     Races &races = *t->block->races;
     if (!races.active) return;
     const Clock &clock = clock_of(races, t->rank);
@@ -191,7 +198,9 @@ static inline void on_access(const volatile void *address, size_t bytes, bool wr
 
 void sync_release(void *object) { release(object); }
 void sync_acquire(void *object) { acquire(object); }
-void announce_write(void *address, unsigned bytes) { on_access(address, bytes, true, false, __builtin_return_address(0)); }
+void announce_write(void *address, unsigned bytes) {
+    on_access(address, bytes, true, false, __builtin_return_address(0));
+}
 
 extern "C" {
 #define EMU_ON_ACCESS(BYTES)                                                                                        \
@@ -208,8 +217,12 @@ EMU_ON_ACCESS(2)
 EMU_ON_ACCESS(4)
 EMU_ON_ACCESS(8)
 EMU_ON_ACCESS(16)
-void __tsan_read_range(void *address, size_t bytes) { on_access(address, bytes, false, false, __builtin_return_address(0)); }
-void __tsan_write_range(void *address, size_t bytes) { on_access(address, bytes, true, false, __builtin_return_address(0)); }
+void __tsan_read_range(void *address, size_t bytes) {
+    on_access(address, bytes, false, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void *address, size_t bytes) {
+    on_access(address, bytes, true, false, __builtin_return_address(0));
+}
 void __tsan_vptr_update(void *, void *) {}
 void __tsan_vptr_read(void *) {}
 void __tsan_func_entry(void *) {}

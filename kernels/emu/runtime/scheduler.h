@@ -42,7 +42,8 @@ constexpr unsigned MAX_GROUPS = 6, SLOT_BYTES = 48;
 
 enum class Wait { None, Warp, Barrier, Cluster, Mbarrier };
 
-// Lanes of a warp that meet. Two buffers, since a lane may read the last meeting while another already comes to the next.
+// Lanes of a warp that meet. Two buffers, since a lane may read the last meeting while another already comes to the
+// next.
 struct Group {
     uint32_t mask, arrived, present[2];
     int op, line;
@@ -153,7 +154,8 @@ struct Launch {
     uintptr_t error_code[2] = {0, 0};
     emu_stats stats{};
     std::vector<Site> sites;
-    // One layout of static shared memory per launch, so that a variable lies at the same offset in every block of a cluster.
+    // One layout of static shared memory per launch, so that a variable lies at the same offset in every block of a
+    // cluster.
     std::vector<StaticVariable> layout;
     size_t layout_end = RESERVED_BYTES + SHARED_BYTES, static_bytes = 0;
 
@@ -277,7 +279,8 @@ struct Quiet {
 // Loops that GCC may not turn into memcpy and memset, which ThreadSanitizer would intercept.
 inline void copy_quietly(void *dst, const void *src, unsigned bytes) {
     unsigned i = 0;
-    for (; i + 4 <= bytes; i += 4) *(volatile uint32_t *)((char *)dst + i) = *(const volatile uint32_t *)((const char *)src + i);
+    for (; i + 4 <= bytes; i += 4)
+        *(volatile uint32_t *)((char *)dst + i) = *(const volatile uint32_t *)((const char *)src + i);
     for (; i < bytes; i++) ((volatile char *)dst)[i] = ((const volatile char *)src)[i];
 }
 inline void fill_quietly(void *dst, unsigned char value, size_t bytes) {

@@ -9,7 +9,9 @@ constexpr size_t GAP_BYTES = 64;
 constexpr unsigned char GAP_VALUE = 0xa5, UNINITIALISED = 0xff;
 constexpr size_t SHARED_END = RESERVED_BYTES + SHARED_BYTES;
 
-static size_t dynamic_end(const Block *block) { return (block->dynamic_offset + block->dynamic_bytes + 7) & ~(size_t)7; }
+static size_t dynamic_end(const Block *block) {
+    return (block->dynamic_offset + block->dynamic_bytes + 7) & ~(size_t)7;
+}
 
 void prepare_shared(Block *block) {
     const Launch *launch = block->worker->launch;
@@ -77,8 +79,9 @@ void *static_shared(const void *tag, size_t bytes, size_t align, const char *nam
     Launch *launch = block->worker->launch;
     const StaticVariable variable = lay_out(launch, block, {tag, 0, bytes, name}, align);
     if (!variable.offset)
-        fail("shared memory exhausted: %s (%zu bytes) does not fit beside %zu static bytes (at most %zu) and %zu dynamic "
-             "ones", name, bytes, launch->static_bytes, STATIC_BYTES, block->dynamic_bytes);
+        fail("shared memory exhausted: %s (%zu bytes) does not fit beside %zu static bytes (at most %zu) and %zu "
+             "dynamic ones",
+             name, bytes, launch->static_bytes, STATIC_BYTES, block->dynamic_bytes);
     block->statics.push_back(variable);
     __asan_unpoison_memory_region(block->arena + variable.offset, bytes);
     if (!EMU_ASAN) fill_quietly(block->arena + variable.offset + bytes, GAP_VALUE, GAP_BYTES);
@@ -99,16 +102,11 @@ unsigned smem_offset(const void *address) {
     fail("address %p is not in shared memory", address);
 }
 
-void *smem_ptr(unsigned offset, unsigned bytes) {
-    if (offset < RESERVED_BYTES || offset + bytes > SHARED_END)
-        fail("shared memory offset %u (+%u) is out of range", offset, bytes);
-    return me()->block->arena + offset;
-}
-
 std::string describe_shared(const Block *block, size_t offset) {
     for (const StaticVariable &variable : block->statics)
         if (offset >= variable.offset && offset < variable.offset + variable.bytes)
-            return std::string("shared variable ") + variable.name + ", byte " + std::to_string(offset - variable.offset);
+            return std::string("shared variable ") + variable.name + ", byte " +
+                   std::to_string(offset - variable.offset);
     return "dynamic shared memory, byte " + std::to_string((ptrdiff_t)(offset - block->dynamic_offset));
 }
 

@@ -44,9 +44,8 @@ void announce_write(void *address, unsigned bytes);
 // ---- Shared memory
 void *static_shared(const void *tag, size_t bytes, size_t align, const char *name);
 void *dyn_shared();
-// A generic address in the shared window, and back; both fail on what is not shared memory.
+// A generic address in the shared window; fails on what is not shared memory.
 unsigned smem_offset(const void *address);
-void *smem_ptr(unsigned offset, unsigned bytes);
 // Counts bank conflicts of an access, and checks that it is aligned and in shared memory.
 void shared_access(const void *address, unsigned bytes, const char *file, int line);
 

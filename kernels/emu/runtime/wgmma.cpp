@@ -1,4 +1,5 @@
-// wgmma m64nNk16, bf16 x bf16 + f32, both operands in shared memory (PTX ISA, "Asynchronous warpgroup matrix multiplication").
+// wgmma m64nNk16, bf16 x bf16 + f32, both operands in shared memory (PTX ISA, "Asynchronous warpgroup matrix
+// multiplication").
 #include "meeting.h"
 
 namespace emu {
@@ -40,8 +41,8 @@ float read_element(const Block *block, uint32_t offset) {
     return bf2f(*(volatile uint16_t *)(block->arena + offset));
 }
 
-// The 16 rows of this warp: D(16xN) (+)= A(16x16) * B(16xN). Lane l holds of each group of eight columns the elements of
-// rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+// The 16 rows of this warp: D(16xN) (+)= A(16x16) * B(16xN). Lane l holds of each group of eight columns the elements
+// of rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 void run(const Block *block, unsigned warp, const PendingWgmma &op) {
     const Descriptor a = unpack(op.operands.a), b = unpack(op.operands.b);
     const unsigned columns = (unsigned)op.columns, first_row = warp % 4 * 16;
@@ -68,8 +69,8 @@ void check_descriptor(uint64_t bits, const char *file, int line) {
     // Steps along K move the start by less than the swizzle's width.
     const uint32_t misaligned = d.start & (8 * d.swizzle_bytes - 1) & ~(d.swizzle_bytes - 1);
     if (d.swizzle_bytes && misaligned && !d.base_offset)
-        fail("%s:%d: wgmma: the swizzled tile of a descriptor is not %u-byte aligned, and its base offset is 0", file, line,
-             8 * d.swizzle_bytes);
+        fail("%s:%d: wgmma: the swizzled tile of a descriptor is not %u-byte aligned, and its base offset is 0", file,
+             line, 8 * d.swizzle_bytes);
 }
 
 }  // namespace

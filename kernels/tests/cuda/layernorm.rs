@@ -42,6 +42,13 @@ fn run(device: &Device, case: &Case) -> (Vec<f32>, Vec<f32>) {
     (values(device, &out), residual.map(|r| values(device, &r)).unwrap_or_default())
 }
 
+/// A run for the tests of planted faults.
+pub fn sample(device: &Device) -> Vec<f32> {
+    let mut rng = Rng::new(7);
+    let (x, weight) = (rng.units(2 * 512), rng.units(512));
+    run(device, &Case { x, residual: None, weight, bias: None }).0
+}
+
 fn expected(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f64> {
     let n = weight.len() as f64;
     x.chunks(weight.len())

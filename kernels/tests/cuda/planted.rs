@@ -13,7 +13,7 @@ use std::{
 use tidemill_kernels::cuda::Device;
 use tidemill_kernels_emu::{EmuDriver, Schedule, Site};
 
-use crate::rmsnorm;
+use crate::{layernorm, rmsnorm};
 
 /// Random schedules that are tried after the four of every test.
 const MORE_SCHEDULES: u64 = 8;
@@ -22,7 +22,7 @@ const MORE_SCHEDULES: u64 = 8;
 type Sample = fn(&Device) -> Vec<f32>;
 
 /// One line per kernel file (or per variant of one).
-const SAMPLES: &[(&str, Sample)] = &[("rmsnorm", rmsnorm::sample)];
+const SAMPLES: &[(&str, Sample)] = &[("layernorm", layernorm::sample), ("rmsnorm", rmsnorm::sample)];
 
 /// A barrier that nothing here can miss.
 struct Undetected {
