@@ -1,19 +1,72 @@
 //! What all CUDA tests share.
 #![allow(dead_code)]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use half::bf16;
 use tidemill_kernels::{
     DType,
-    cuda::{Device, memory::DeviceBuffer},
+    cuda::{
+        Device,
+        driver::Driver,
+        gpu::{self, GpuOptions},
+        memory::DeviceBuffer,
+    },
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
-/// Runs `test` on a device under each schedule.
+/// The variable that names a real device for all tests: `cuda:N`. Unset, the emulator runs them.
+const TEST_DEVICE: &str = "TIDEMILL_TEST_DEVICE";
+
+/// Runs `test` on the emulator under each schedule; or once on the GPU that [`TEST_DEVICE`] names.
 pub fn on_every_schedule(test: impl Fn(&Device)) {
-    for schedule in Schedule::all() {
-        test(&Device::new(Arc::new(EmuDriver::new(schedule))));
+    match Gpu::named() {
+        Some(gpu) => gpu.run(test),
+        None => Schedule::all().into_iter().for_each(|schedule| test(&emulated(schedule))),
+    }
+}
+
+/// Runs `test` on the emulator alone: it counts or checks what no GPU tells, which `what` names.
+pub fn on_the_emulator(what: &str, test: impl Fn(&Device)) {
+    match Gpu::named() {
+        Some(gpu) => println!("skipped on {}: only the emulator can tell {what}", gpu.name),
+        None => Schedule::all().into_iter().for_each(|schedule| test(&emulated(schedule))),
+    }
+}
+
+fn emulated(schedule: Schedule) -> Device {
+    Device::new(Arc::new(EmuDriver::new(schedule)))
+}
+
+/// A real GPU, opened once for all tests of the process.
+struct Gpu {
+    name: String,
+    device: Device,
+    /// Tests take turns: the driver has one stream, and one test's error must not fall into another.
+    turn: Mutex<()>,
+}
+
+impl Gpu {
+    /// The GPU that the environment names. Whoever names one that cannot be used gets no emulator in its place.
+    fn named() -> Option<&'static Gpu> {
+        static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+        let open = || {
+            let name = std::env::var(TEST_DEVICE).ok()?;
+            let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+            let ordinal = ordinal.unwrap_or_else(|| panic!("{TEST_DEVICE} is {name:?}, not cuda:N"));
+            let driver = gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            println!("{name}: {}", driver.info().name);
+            Some(Gpu { name, device: Device::new(Arc::new(driver)), turn: Mutex::new(()) })
+        };
+        GPU.get_or_init(open).as_ref()
+    }
+
+    fn run(&self, test: impl Fn(&Device)) {
+        // A test that failed left nothing behind but its own buffers.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        test(&self.device);
+        // What went wrong on the device after the last comparison belongs to this test.
+        self.device.driver().synchronize().unwrap();
     }
 }
 
