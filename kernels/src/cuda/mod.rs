@@ -1,11 +1,13 @@
 //! The CUDA backend: hand-written kernels (`kernels/cuda/*.cu`) behind one table, launched through a [`driver::Driver`].
 //!
 //! - [`driver`]: what a device must do; implemented over cudarc and by the emulator of the tests.
+//! - [`gpu`]: a real GPU, over the CUDA driver API.
 //! - [`table`]: the kernels and their signatures.
 //! - [`memory`]: owned device memory.
 //! - [`ops`]: one file per op: checks its contract and launches.
 
 pub mod driver;
+pub mod gpu;
 pub mod memory;
 pub mod ops;
 pub mod table;
