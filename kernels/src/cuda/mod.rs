@@ -3,7 +3,7 @@
 //! - [`driver`]: what a device must do; implemented over cudarc and by the emulator of the tests.
 //! - [`gpu`]: a real GPU, over the CUDA driver API.
 //! - [`table`]: the kernels and their signatures.
-//! - [`memory`]: owned device memory.
+//! - [`memory`]: owned device memory; [`words`]: index tensors in it.
 //! - [`ops`]: one file per op: checks its contract and launches.
 
 pub mod driver;
@@ -11,6 +11,7 @@ pub mod gpu;
 pub mod memory;
 pub mod ops;
 pub mod table;
+pub mod words;
 
 use std::sync::Arc;
 

@@ -3,9 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod activation;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
 mod probe;
+mod layernorm;
 mod rmsnorm;
+mod rows;
 mod signatures;
+mod words;
