@@ -115,4 +115,46 @@ TM_DEVICE uint4 load_streaming16(const void *p) {
 #endif
 }
 
+// ---- Accesses to shared memory whose bank conflicts the emulator counts (`Stats::shared_phases`, `shared_conflicts`); on a GPU
+// plain loads and stores. The hardware serves a warp's 16-byte access in four phases, lanes 0-7, 8-15, 16-23, 24-31, and a
+// 4-byte access in one. A phase without conflicts takes one pass over the 32 banks of 4 bytes; it takes as many passes as the
+// most distinct words that its lanes want of one bank (the same word is broadcast), and each pass beyond the first counts as a
+// conflict. The lanes need not meet: the emulator takes the n-th access of each lane at one place in the source, counted
+// since the whole warp last met, for one instruction of the warp. Lanes that take no part cause no conflict.
+TM_DEVICE uint4 load_shared16(const void *p TM_PLACE) {
+#if !TM_GPU
+    emu::shared_access(p, 16, file, line);
+#endif
+    return *(const uint4 *)p;
+}
+TM_DEVICE void store_shared16(void *p, uint4 v TM_PLACE) {
+#if !TM_GPU
+    emu::shared_access(p, 16, file, line);
+#endif
+    *(uint4 *)p = v;
+}
+TM_DEVICE uint32_t load_shared4(const void *p TM_PLACE) {
+#if !TM_GPU
+    emu::shared_access(p, 4, file, line);
+#endif
+    return *(const uint32_t *)p;
+}
+TM_DEVICE void store_shared4(void *p, uint32_t v TM_PLACE) {
+#if !TM_GPU
+    emu::shared_access(p, 4, file, line);
+#endif
+    *(uint32_t *)p = v;
+}
+
+// ---- cp.async through L1, for what several blocks of an SM read. Not `valid`: writes zeros and reads nothing.
+TM_DEVICE void cp_async16_cached(void *shared, const void *global, bool valid = true) {
+#if TM_GPU
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+#else
+    emu::cp_async(shared, global, 16, valid ? 16 : 0);
+#endif
+}
+
 }  // namespace tidemill

@@ -37,6 +37,10 @@ pub struct Stats {
     pub ldmatrix_phases: u64,
     /// Bank conflicts in them: extra passes over shared memory.
     pub ldmatrix_conflicts: u64,
+    /// Phases of `load_shared*` and `store_shared*`: groups of lanes that together move at most 128 bytes.
+    pub shared_phases: u64,
+    /// Bank conflicts in them: extra passes over shared memory.
+    pub shared_conflicts: u64,
 }
 
 #[repr(C)]
