@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::driver::{DevPtr, Driver, Pinned, Result};
+use super::driver::{DevPtr, Driver, EventId, GraphId, Pinned, Result};
 use crate::{error::KernelError, tensor::DType};
 
 /// Device memory that is freed when it is dropped.
@@ -65,9 +65,13 @@ impl PinnedMemory {
         self.ptr
     }
 
-    /// Its size.
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    /// Its bytes, for a host that writes.
+    ///
+    /// # Safety
+    /// No queued copy uses them.
+    pub unsafe fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with this size and initialised by the driver or before any read; exclusive through `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
     }
 }
 
@@ -75,6 +79,94 @@ impl Drop for PinnedMemory {
     fn drop(&mut self) {
         // SAFETY: allocated by this driver, owned here alone; copies on it were waited for.
         unsafe { self.driver.free_pinned(self.ptr) }
+    }
+}
+
+/// An event that is destroyed when it is dropped.
+pub struct Event {
+    driver: Arc<dyn Driver>,
+    id: EventId,
+}
+
+impl Event {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn new(driver: Arc<dyn Driver>) -> Result<Self> {
+        let id = driver.create_event()?;
+        Ok(Self { driver, id })
+    }
+
+    /// Queues its recording.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn record(&self) -> Result<()> {
+        self.driver.record(self.id)
+    }
+
+    /// Blocks until the last recording has been reached.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn wait(&self) -> Result<()> {
+        self.driver.wait(self.id)
+    }
+
+    /// Milliseconds from `start` to this event; both were recorded and waited for.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn elapsed_ms(&self, start: &Event) -> Result<f32> {
+        self.driver.elapsed_ms(start.id, self.id)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created by this driver, owned here alone.
+        unsafe { self.driver.destroy_event(self.id) }
+    }
+}
+
+/// A graph that is destroyed when it is dropped. Whoever drops it has waited for its last launch.
+pub struct Graph {
+    driver: Arc<dyn Driver>,
+    id: GraphId,
+}
+
+impl Graph {
+    /// Records what `queue` queues.
+    ///
+    /// # Errors
+    /// What `queue` returned, or the driver.
+    pub fn capture(driver: Arc<dyn Driver>, queue: impl FnOnce() -> Result<()>) -> Result<Self> {
+        driver.begin_capture()?;
+        let queued = queue();
+        // The capture must end even when queueing failed.
+        let graph = driver.end_capture().map(|id| Self { driver, id });
+        queued?;
+        graph
+    }
+
+    /// Queues everything that was recorded.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    ///
+    /// # Safety
+    /// All memory that it was recorded with still lives.
+    pub unsafe fn launch(&self) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.launch_graph(self.id) }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: captured by this driver, owned here alone, not running any more.
+        unsafe { self.driver.destroy_graph(self.id) }
     }
 }
 

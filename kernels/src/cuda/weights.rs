@@ -1,0 +1,170 @@
+//! Weights on their way to the device: through two pinned buffers in turn, so that reading the file and copying overlap.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::{
+    Device,
+    driver::{DevPtr, Pinned, Result},
+    memory::{DeviceBuffer, Event, PinnedMemory},
+};
+use crate::{
+    error::KernelError,
+    tensor::{DType, HostTensor},
+};
+
+/// Bytes of one staging buffer: some milliseconds of PCIe.
+const STAGING_BYTES: usize = 16 << 20;
+/// Elements that one thread converts at a time.
+const PIECE: usize = 64 << 10;
+
+/// A matrix `[N, K]` in bf16 with an optional bias `[N]` in f32.
+pub struct CudaWeight {
+    pub(super) matrix: DeviceBuffer,
+    pub(super) bias: Option<DeviceBuffer>,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+impl CudaWeight {
+    /// N, the number of rows.
+    pub fn rows(&self) -> usize {
+        self.n
+    }
+
+    /// K, the length of a row.
+    pub fn width(&self) -> usize {
+        self.k
+    }
+}
+
+/// Copies host tensors to a device.
+pub(super) struct Uploader {
+    device: Device,
+    staging: [Staging; 2],
+    next: usize,
+}
+
+struct Staging {
+    memory: PinnedMemory,
+    copied: Event,
+    in_flight: bool,
+}
+
+impl Uploader {
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        let staging = || -> Result<Staging> {
+            let memory = PinnedMemory::new(device.driver.clone(), STAGING_BYTES, Pinned::Upload)?;
+            Ok(Staging { memory, copied: Event::new(device.driver.clone())?, in_flight: false })
+        };
+        Ok(Self { device: device.clone(), staging: [staging()?, staging()?], next: 0 })
+    }
+
+    /// `Ops::weight`.
+    pub(super) fn weight(&mut self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CudaWeight> {
+        let width = parts.first().and_then(|part| part.shape.last()).copied().unwrap_or(0);
+        for part in parts {
+            check(part, &[part.shape.first().copied().unwrap_or(0), width])?;
+        }
+        if !bias.is_empty() && bias.len() != parts.len() {
+            return Err(KernelError::Shape {
+                op: "weight",
+                what: "bias".into(),
+                got: vec![bias.len()],
+                expected: vec![parts.len()],
+            });
+        }
+        bias.iter().zip(parts).try_for_each(|(bias, part)| check(bias, &part.shape[..1]))?;
+        let rows = parts.iter().map(|part| part.shape[0]).sum();
+        let matrix = self.device.buffer(DType::Bf16, rows * width, "weights")?;
+        let mut at = matrix.ptr();
+        for part in parts {
+            self.copy(at, part)?;
+            at = at.offset(part.elems() * DType::Bf16.size());
+        }
+        let bias = match bias {
+            [] => None,
+            _ => {
+                let values: Vec<f32> = bias.iter().flat_map(HostTensor::to_f32).collect();
+                Some(self.vector(&values)?)
+            }
+        };
+        Ok(CudaWeight { matrix, bias, n: rows, k: width })
+    }
+
+    /// `Ops::vector`.
+    pub(super) fn vector(&mut self, values: &[f32]) -> Result<DeviceBuffer> {
+        let buffer = self.device.buffer(DType::F32, values.len(), "weights")?;
+        let per_copy = STAGING_BYTES / 4;
+        for (i, piece) in values.chunks(per_copy).enumerate() {
+            self.stage(buffer.ptr().offset(i * STAGING_BYTES), 4 * piece.len(), |out| {
+                out.chunks_exact_mut(4).zip(piece).for_each(|(out, v)| out.copy_from_slice(&v.to_le_bytes()));
+            })?;
+        }
+        Ok(buffer)
+    }
+
+    /// Copies a tensor as bf16, rounding to nearest even where it is stored in more bits.
+    fn copy(&mut self, dst: DevPtr, tensor: &HostTensor) -> Result<()> {
+        let size = tensor.dtype.size();
+        let per_copy = STAGING_BYTES / 2;
+        for (i, source) in tensor.data.chunks(per_copy * size).enumerate() {
+            let bytes = source.len() / size * 2;
+            self.stage(dst.offset(i * STAGING_BYTES), bytes, |out| {
+                out.par_chunks_mut(2 * PIECE)
+                    .zip(source.par_chunks(size * PIECE))
+                    .for_each(|(out, source)| to_bf16(out, source, tensor.dtype));
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Fills the next staging buffer and queues its copy.
+    fn stage(&mut self, dst: DevPtr, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<()> {
+        let staging = &mut self.staging[self.next];
+        self.next = 1 - self.next;
+        if staging.in_flight {
+            staging.copied.wait()?;
+        }
+        // SAFETY: the last copy from it was waited for.
+        fill(&mut unsafe { staging.memory.bytes_mut() }[..bytes]);
+        // SAFETY: both sides hold `bytes` bytes; the source is left alone until the event is waited for.
+        unsafe { self.device.driver().copy_to_device(dst, staging.memory.ptr(), bytes) }?;
+        staging.in_flight = true;
+        staging.copied.record()
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        // The staging buffers must outlive their copies. A lost device copies nothing any more.
+        let _ = self.device.driver().synchronize();
+    }
+}
+
+fn check(tensor: &HostTensor, expected: &[usize]) -> Result<()> {
+    if tensor.shape == expected {
+        return Ok(());
+    }
+    Err(KernelError::Shape {
+        op: "weight",
+        what: tensor.name.clone(),
+        got: tensor.shape.clone(),
+        expected: expected.to_vec(),
+    })
+}
+
+/// Converts elements of `dtype` to bf16; both sides little-endian, as the device is.
+fn to_bf16(out: &mut [u8], source: &[u8], dtype: DType) {
+    match dtype {
+        DType::Bf16 => out.copy_from_slice(source),
+        DType::F16 => out.chunks_exact_mut(2).zip(source.chunks_exact(2)).for_each(|(out, b)| {
+            let value = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            out.copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+        }),
+        DType::F32 => out.chunks_exact_mut(2).zip(source.chunks_exact(4)).for_each(|(out, b)| {
+            let value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            out.copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+        }),
+    }
+}
