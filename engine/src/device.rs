@@ -1,13 +1,20 @@
 //! From options to a runner on a device: which device, what precision, how much memory.
 
+use std::sync::Arc;
+
 use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
-    ops::KvShape,
+    cuda::{
+        CudaConfig, CudaOps, Device,
+        driver::Driver,
+        gpu::{self, GpuDriver, GpuError, GpuOptions},
+    },
+    ops::{HeadShape, KvShape},
 };
 
 use crate::{
-    config::{ComputeDtype, EngineConfig},
+    config::{ComputeDtype, DeviceChoice, EngineConfig},
     error::LoadError,
     model::{
         checkpoint::Checkpoint,
@@ -21,6 +28,43 @@ use crate::{
 /// Default bound of the CPU's KV cache in bytes.
 const CPU_KV_BYTES: usize = 2 << 30;
 const CPU_DEFAULTS: Defaults = Defaults { max_num_seqs: 64, max_num_batched_tokens: 512 };
+const CUDA_DEFAULTS: Defaults = Defaults { max_num_seqs: 256, max_num_batched_tokens: 2048 };
+
+/// The GPU to use; `None` is the CPU.
+///
+/// # Errors
+/// When a GPU was asked for and cannot be used.
+pub(crate) fn choose(config: &EngineConfig) -> Result<Option<Arc<dyn Driver>>, LoadError> {
+    let open = |ordinal| -> Result<Arc<dyn Driver>, GpuError> {
+        let driver = gpu::open(ordinal, &GpuOptions { cache_dir: config.kernel_cache.clone() })?;
+        log_kernels(&driver);
+        Ok(Arc::new(driver))
+    };
+    match config.device {
+        DeviceChoice::Cpu => Ok(None),
+        DeviceChoice::Cuda(ordinal) => match open(ordinal) {
+            Ok(driver) => Ok(Some(driver)),
+            Err(error) => Err(LoadError::Option { option: "--device", detail: error.to_string() }),
+        },
+        // What only the CPU computes is no reason to refuse.
+        DeviceChoice::Auto if config.dtype == ComputeDtype::F32 => Ok(None),
+        DeviceChoice::Auto => match open(0) {
+            Ok(driver) => Ok(Some(driver)),
+            Err(error @ (GpuError::NoDriver | GpuError::NoDevice)) => {
+                tracing::debug!(%error, "computing on the CPU");
+                Ok(None)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "there is a GPU, but it cannot be used; computing on the CPU");
+                Ok(None)
+            }
+        },
+    }
+}
+
+fn log_kernels(driver: &GpuDriver) {
+    tracing::info!(device = driver.info().name, kernels = %driver.kernel_origin(), "opened a GPU");
+}
 
 /// A model that is loaded, warm and ready to run, and what it came to.
 pub(crate) struct Built {
@@ -75,6 +119,55 @@ impl Model<'_> {
         Ok(Built { runner: Box::new(DecoderRunner::new(decoder, kv.block_size)), facts })
     }
 
+    /// Loads onto a GPU. `progress` gets the number of layers done.
+    pub fn on_cuda(&self, driver: Arc<dyn Driver>, progress: impl FnMut(usize)) -> Result<Built, LoadError> {
+        let Self { config, spec, .. } = *self;
+        let asked = Asked::check(config, spec, CUDA_DEFAULTS)?;
+        refuse_what_cuda_lacks(config)?;
+        if self.stored_dtype()? != DType::Bf16 {
+            tracing::info!("the weights are rounded to bfloat16 on their way to the GPU");
+        }
+        let device = format!("cuda ({})", driver.info().name);
+        let ops = CudaOps::new(
+            Device::new(driver),
+            CudaConfig {
+                max_tokens: asked.max_num_batched_tokens,
+                max_rows: asked.max_num_seqs,
+                max_model_len: asked.max_model_len,
+                block_size: asked.block_size,
+                heads: HeadShape {
+                    num_heads: spec.num_heads,
+                    num_kv_heads: spec.num_kv_heads,
+                    head_dim: spec.head_dim,
+                },
+                vocab: spec.vocab_size,
+                graphs: !config.enforce_eager,
+            },
+        )?;
+        let mut decoder = self.decoder(ops, asked.max_num_batched_tokens, asked.max_model_len, progress)?;
+        let budget = match config.kv_cache_memory {
+            Some(bytes) => bytes,
+            None => {
+                // Whatever the largest step still needs is allocated by it.
+                decoder.allocate_kv(asked.kv_shape(spec, DType::Bf16, 1))?;
+                decoder.profile(asked.max_num_seqs)?;
+                decoder.ops().memory_left(config.gpu_memory_utilization)?
+            }
+        };
+        let (kv, max_model_len) = asked.kv(spec, DType::Bf16, budget)?;
+        decoder.allocate_kv(kv)?;
+        decoder.warm_up()?;
+        let facts = Facts {
+            device,
+            dtype: name(DType::Bf16),
+            kv,
+            max_model_len,
+            max_num_seqs: asked.max_num_seqs,
+            max_num_batched_tokens: asked.max_num_batched_tokens,
+        };
+        Ok(Built { runner: Box::new(DecoderRunner::new(decoder, kv.block_size)), facts })
+    }
+
     fn decoder<O: Ops>(
         &self,
         ops: O,
@@ -91,6 +184,23 @@ impl Model<'_> {
         let shape = [self.spec.vocab_size, self.spec.hidden_size];
         Ok(self.checkpoint.tensor("model.embed_tokens.weight", &shape)?.dtype)
     }
+}
+
+fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {
+    let option = |option, detail: &str| Err(LoadError::Option { option, detail: detail.into() });
+    if config.dtype == ComputeDtype::F32 {
+        return option("--dtype", "float32 is computed on the CPU alone; take bfloat16, or --device cpu");
+    }
+    if config.kv_cache_dtype.is_some_and(|dtype| dtype != DType::Bf16) {
+        return option(
+            "--kv-cache-dtype",
+            "a GPU keeps keys and values in bfloat16 alone; take bfloat16, or --device cpu",
+        );
+    }
+    if !config.block_size.is_power_of_two() || !(16..=256).contains(&config.block_size) {
+        return option("--block-size", "on a GPU a block holds 16, 32, 64, 128 or 256 tokens");
+    }
+    Ok(())
 }
 
 /// The name of an arithmetic, as in options.

@@ -10,6 +10,7 @@ use std::{
 };
 
 use crossbeam_channel::unbounded;
+use tidemill_kernels::cuda::driver::Driver;
 
 use crate::{
     config::EngineConfig,
@@ -58,6 +59,19 @@ impl Engine {
     /// Whatever is wrong with the model or the options.
     pub fn start(
         config: EngineConfig,
+        progress: impl FnMut(Progress) + Send + 'static,
+    ) -> Result<Self, LoadError> {
+        let driver = device::choose(&config)?;
+        Self::start_on(driver, config, progress)
+    }
+
+    /// As [`Engine::start`], on a GPU that is open already, or on the CPU; `config.device` is not asked.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the model or the options.
+    pub fn start_on(
+        driver: Option<Arc<dyn Driver>>,
+        config: EngineConfig,
         mut progress: impl FnMut(Progress) + Send + 'static,
     ) -> Result<Self, LoadError> {
         let mut files = ModelFiles::open(&config.source)?;
@@ -78,7 +92,11 @@ impl Engine {
         let (runner, facts) = RunnerThread::start(move || {
             let total = runner_spec.num_layers;
             let model = Model { config: &runner_config, spec: &runner_spec, checkpoint: &checkpoint };
-            let built = model.on_cpu(|done| progress(Progress::Layers { done, total }))?;
+            let progress = |done| progress(Progress::Layers { done, total });
+            let built = match driver {
+                Some(driver) => model.on_cuda(driver, progress)?,
+                None => model.on_cpu(progress)?,
+            };
             Ok((built.runner, built.facts))
         })?;
         let info = ModelInfo {

@@ -149,5 +149,7 @@ SKINNY(linear_skinny_32x64, 2, 8, 3, false, 1);
 SKINNY(linear_skinny_64x64, 4, 8, 2, false, 1);
 SKINNY(grouped_skinny_16x8, 1, 1, 4, true, 4);
 SKINNY(grouped_skinny_16x16, 1, 2, 4, true, 3);
+SKINNY(grouped_skinny_32x16, 2, 2, 4, true, 2);
 SKINNY(grouped_skinny_32x32, 2, 4, 4, true, 1);
+SKINNY(grouped_skinny_32x64, 2, 8, 3, true, 1);
 SKINNY(grouped_skinny_64x64, 4, 8, 2, true, 1);

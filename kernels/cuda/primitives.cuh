@@ -27,11 +27,11 @@ TM_DEVICE void cp_async_commit() {
 }
 // Waits until at most `N` of this thread's newest groups are still in flight.
 template <int N>
-TM_DEVICE void cp_async_wait() {
+TM_DEVICE void cp_async_wait(TM_PLACE_ONLY) {
 #if TM_GPU
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 #else
-    emu::cp_wait(N);
+    emu::cp_wait(N, file, line);
 #endif
 }
 
@@ -154,6 +154,26 @@ TM_DEVICE void cp_async16_cached(void *shared, const void *global, bool valid = 
                  : "memory");
 #else
     emu::cp_async(shared, global, 16, valid ? 16 : 0);
+#endif
+}
+
+// ---- 2^x and 1/x of the special function unit: about 2 ulp, subnormals flushed; 2^0 is exactly 1, 2^-inf exactly 0.
+TM_DEVICE float exp2_approx(float x) {
+#if TM_GPU
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+TM_DEVICE float reciprocal_approx(float x) {
+#if TM_GPU
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
 #endif
 }
 

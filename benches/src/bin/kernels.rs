@@ -6,7 +6,7 @@ use clap::Parser;
 use serde_json::json;
 use tidemill_benches::speed::{
     Error,
-    // cuda::CudaMachine,
+    cuda::CudaMachine,
     kernels,
     machine::{CpuMachine, Machine, Place},
     shapes::{Options, Shapes},
@@ -39,7 +39,7 @@ struct Args {
 fn main() -> Result<(), Error> {
     let args = Args::parse();
     match args.device {
-        Place::Cuda(ordinal) => todo!(),
+        Place::Cuda(ordinal) => run(&CudaMachine::open(ordinal)?, &args),
         Place::Cpu => run(&CpuMachine, &args),
     }
 }

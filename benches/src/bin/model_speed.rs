@@ -6,7 +6,7 @@ use clap::Parser;
 use serde_json::json;
 use tidemill_benches::speed::{
     Error,
-    // cuda::CudaMachine,
+    cuda::CudaMachine,
     machine::{CpuMachine, Machine, Place},
     model::{self, Options},
     table::Table,
@@ -41,7 +41,7 @@ struct Args {
 fn main() -> Result<(), Error> {
     let args = Args::parse();
     match args.device {
-        Place::Cuda(ordinal) => todo!(),
+        Place::Cuda(ordinal) => run(&CudaMachine::open(ordinal)?, &args),
         Place::Cpu => run(&CpuMachine, &args),
     }
 }

@@ -8,7 +8,7 @@
 //! - [`table`]: how results are printed and written.
 
 pub mod clock;
-// pub mod cuda;
+pub mod cuda;
 pub mod kernels;
 pub mod limits;
 pub mod loop_cost;

@@ -56,6 +56,7 @@ pub struct DecoderLimits {
 pub struct Decoder<O: Ops> {
     ops: O,
     spec: ModelSpec,
+    limits: DecoderLimits,
     embed_tokens: O::Weight,
     layers: Vec<Layer<O>>,
     norm: O::Vector,
@@ -112,6 +113,7 @@ impl<O: Ops> Decoder<O> {
                 logits: ops.logits_buffer(ops.max_logits_rows() * vocab)?,
             },
             layers,
+            limits,
             spec: spec.clone(),
             ops,
         })
@@ -131,6 +133,18 @@ impl<O: Ops> Decoder<O> {
     /// The device.
     pub fn ops(&self) -> &O {
         &self.ops
+    }
+
+    /// Computes the largest step there can be, so that whatever is allocated late is allocated.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn profile(&mut self, max_num_seqs: usize) -> Result<(), KernelError> {
+        let Some((_, kv)) = &self.kv else { return Ok(()) };
+        let rows = max_num_seqs.min(self.limits.max_num_batched_tokens);
+        let tokens = self.limits.max_num_batched_tokens.min(rows * self.limits.max_model_len);
+        let batch = largest_batch(tokens, rows, kv.block_size);
+        self.step(Arc::new(batch), &vec![greedy(); rows]).map(drop)
     }
 
     /// Computes decode steps whose results nobody wants, of every size that the device prepares for, so that the first request
@@ -201,7 +215,7 @@ impl<O: Ops> Decoder<O> {
         batch: &O::Batch,
         mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
+        let Self { ops, spec, limits: _, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
         let (kv, _) = kv.as_mut().expect("whoever loads a decoder allocates its KV cache before any step");
         let heads = head_shape(spec);
         let scale = (heads.head_dim as f32).powf(-0.5);
@@ -279,6 +293,24 @@ fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
         block_tables: (0..rows).collect(),
         max_blocks: 1,
         logits_indices: (0..rows).collect(),
+    }
+}
+
+/// As many tokens and rows as there can be, all of them in block 0: what they read and write means nothing.
+fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
+    let starts: Vec<usize> = (0..=rows).map(|row| row * tokens / rows).collect();
+    let lens = || starts.windows(2).map(|pair| pair[1] - pair[0]);
+    let max_blocks = lens().max().unwrap_or(0).div_ceil(block_size);
+    let positions: Vec<u32> = lens().flat_map(|len| 0..len as u32).collect();
+    BatchMeta {
+        token_ids: vec![0; tokens],
+        slot_mapping: positions.iter().map(|&p| p % block_size as u32).collect(),
+        positions,
+        cu_seqlens_q: starts.iter().map(|&start| start as u32).collect(),
+        context_lens: lens().map(|len| len as u32).collect(),
+        block_tables: vec![0; rows * max_blocks],
+        max_blocks,
+        logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
     }
 }
 

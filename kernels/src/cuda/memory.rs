@@ -65,6 +65,11 @@ impl PinnedMemory {
         self.ptr
     }
 
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Its bytes, for a host that writes.
     ///
     /// # Safety

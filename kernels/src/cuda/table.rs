@@ -7,13 +7,18 @@ use super::{driver::Kernel, ops};
 macro_rules! kernels {
     (file $file:literal; $($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?);)+) => {
         /// The kernels of this file.
-        pub(in crate::cuda) static KERNELS: &[$crate::cuda::driver::Kernel] = &[$(
-            $crate::cuda::driver::Kernel {
-                file: $file,
-                name: stringify!($name),
-                parameter_sizes: &[$(size_of::<$type>()),*],
-            }
-        ),+];
+        pub(in crate::cuda) static KERNELS: &[$crate::cuda::driver::Kernel] = {
+            // A static of its own, and not a literal behind the reference: only a static has one address in the whole program,
+            // and drivers look kernels up by it.
+            static ENTRIES: [$crate::cuda::driver::Kernel; [$(stringify!($name)),+].len()] = [$(
+                $crate::cuda::driver::Kernel {
+                    file: $file,
+                    name: stringify!($name),
+                    parameter_sizes: &[$(size_of::<$type>()),*],
+                }
+            ),+];
+            &ENTRIES
+        };
         $crate::cuda::table::kernels!(@launch 0usize; $($(#[$doc])* fn $name($($arg: $type),*);)+);
     };
     (@launch $index:expr; $(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*); $($rest:tt)*) => {

@@ -27,7 +27,7 @@ fn erf(x: f64) -> f64 {
     sum * 2.0 / std::f64::consts::PI.sqrt()
 }
 
-fn exact(kind: ActivationKind, x: f64) -> f64 {
+pub fn exact(kind: ActivationKind, x: f64) -> f64 {
     match kind {
         ActivationKind::Silu => x / (1.0 + (-x).exp()),
         ActivationKind::Gelu => 0.5 * x * (1.0 + erf(x / 2_f64.sqrt())),

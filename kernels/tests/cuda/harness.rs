@@ -1,14 +1,14 @@
 //! What all CUDA tests share.
 #![allow(dead_code)]
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::{cell::OnceCell, sync::Arc};
 
 use half::bf16;
 use tidemill_kernels::{
     DType,
     cuda::{
         Device,
-        driver::Driver,
+        driver::{Driver, Pinned},
         gpu::{self, GpuOptions},
         memory::DeviceBuffer,
     },
@@ -20,54 +20,38 @@ const TEST_DEVICE: &str = "TIDEMILL_TEST_DEVICE";
 
 /// Runs `test` on the emulator under each schedule; or once on the GPU that [`TEST_DEVICE`] names.
 pub fn on_every_schedule(test: impl Fn(&Device)) {
-    match Gpu::named() {
-        Some(gpu) => gpu.run(test),
-        None => Schedule::all().into_iter().for_each(|schedule| test(&emulated(schedule))),
+    for schedule in schedules() {
+        let driver = driver(schedule);
+        test(&Device::new(driver.clone()));
+        // What went wrong on a GPU after the last comparison belongs to this test.
+        driver.synchronize().unwrap();
     }
 }
 
-/// Runs `test` on the emulator alone: it counts or checks what no GPU tells, which `what` names.
-pub fn on_the_emulator(what: &str, test: impl Fn(&Device)) {
-    match Gpu::named() {
-        Some(gpu) => println!("skipped on {}: only the emulator can tell {what}", gpu.name),
-        None => Schedule::all().into_iter().for_each(|schedule| test(&emulated(schedule))),
-    }
+/// The schedules that a test runs under: on a GPU there is one, and nobody chooses it.
+pub fn schedules() -> Vec<Schedule> {
+    if gpu_ordinal().is_some() { vec![Schedule::default()] } else { Schedule::all().into() }
 }
 
-fn emulated(schedule: Schedule) -> Device {
-    Device::new(Arc::new(EmuDriver::new(schedule)))
+/// An emulator that runs kernels under `schedule`; or the GPU that [`TEST_DEVICE`] names. Whoever names one that cannot be used
+/// gets no emulator in its place.
+pub fn driver(schedule: Schedule) -> Arc<dyn Driver> {
+    thread_local! {
+        // One per thread, as tests run on threads of their own and a driver has one stream.
+        static GPU: OnceCell<Arc<dyn Driver>> = const { OnceCell::new() };
+    }
+    let Some(ordinal) = gpu_ordinal() else { return Arc::new(EmuDriver::new(schedule)) };
+    let open = || -> Arc<dyn Driver> {
+        let gpu = gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}"));
+        Arc::new(gpu)
+    };
+    GPU.with(|gpu| gpu.get_or_init(open).clone())
 }
 
-/// A real GPU, opened once for all tests of the process.
-struct Gpu {
-    name: String,
-    device: Device,
-    /// Tests take turns: the driver has one stream, and one test's error must not fall into another.
-    turn: Mutex<()>,
-}
-
-impl Gpu {
-    /// The GPU that the environment names. Whoever names one that cannot be used gets no emulator in its place.
-    fn named() -> Option<&'static Gpu> {
-        static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
-        let open = || {
-            let name = std::env::var(TEST_DEVICE).ok()?;
-            let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
-            let ordinal = ordinal.unwrap_or_else(|| panic!("{TEST_DEVICE} is {name:?}, not cuda:N"));
-            let driver = gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
-            println!("{name}: {}", driver.info().name);
-            Some(Gpu { name, device: Device::new(Arc::new(driver)), turn: Mutex::new(()) })
-        };
-        GPU.get_or_init(open).as_ref()
-    }
-
-    fn run(&self, test: impl Fn(&Device)) {
-        // A test that failed left nothing behind but its own buffers.
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        test(&self.device);
-        // What went wrong on the device after the last comparison belongs to this test.
-        self.device.driver().synchronize().unwrap();
-    }
+fn gpu_ordinal() -> Option<usize> {
+    let name = std::env::var(TEST_DEVICE).ok()?;
+    let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+    Some(ordinal.unwrap_or_else(|| panic!("{TEST_DEVICE} is {name:?}, not cuda:N")))
 }
 
 fn upload<T: Copy>(device: &Device, dtype: DType, values: &[T]) -> DeviceBuffer {
@@ -84,9 +68,14 @@ fn download<T: Copy + Default>(device: &Device, buffer: &DeviceBuffer) -> Vec<T>
     assert_eq!(size_of::<T>(), buffer.dtype().size());
     let mut values = vec![T::default(); buffer.elems()];
     let bytes = size_of_val(values.as_slice());
-    // SAFETY: the vector holds as many elements and lives until the synchronisation.
-    unsafe { device.driver().copy_to_host(values.as_mut_ptr().cast(), buffer.ptr(), bytes) }.unwrap();
-    device.driver().synchronize().unwrap();
+    let staging = device.driver().alloc_pinned(bytes.max(1), Pinned::Readback).unwrap();
+    // SAFETY: the staging memory has as many bytes, lives until the synchronisation, and is freed once.
+    unsafe {
+        device.driver().copy_to_host(staging, buffer.ptr(), bytes).unwrap();
+        device.driver().synchronize().unwrap();
+        std::ptr::copy_nonoverlapping(staging, values.as_mut_ptr().cast(), bytes);
+        device.driver().free_pinned(staging);
+    }
     values
 }
 

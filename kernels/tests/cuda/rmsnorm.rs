@@ -37,6 +37,13 @@ fn expected(x: &[f32], weight: &[f32]) -> Vec<f64> {
         .collect()
 }
 
+/// A run for the tests of planted faults.
+pub fn sample(device: &Device) -> Vec<f32> {
+    let mut rng = Rng::new(7);
+    let (x, residual, weight) = (rng.units(2 * 512), rng.units(2 * 512), rng.units(512));
+    run(device, &x, Some(&residual), &weight).0
+}
+
 #[test]
 fn agrees_with_f64_with_and_without_residual_and_rows_stand_alone() {
     on_every_schedule(|device| {

@@ -33,16 +33,15 @@ pub enum GpuError {
         "no NVIDIA driver was found (libcuda.so.1 cannot be loaded): install the driver, or use --device cpu"
     )]
     NoDriver,
-    /// The driver runs no kernels of this binary's CUDA version, and there is no NVRTC of an older one.
+    /// The driver runs no kernels of this binary's CUDA version, and no NVRTC of an older one was found.
     #[error(
-        "the NVIDIA driver supports CUDA {found}, but the kernels need CUDA {needed} or newer: update the driver \
-         (CUDA 12 comes with release 525, CUDA 13 with release 580), run `pip install nvidia-cuda-nvrtc-cu12` if it supports \
-         CUDA 12, or use --device cpu"
+        "the NVIDIA driver supports CUDA {found}, but the kernels need CUDA {needed}: update the driver to release {} or \
+         newer{}, or use --device cpu", release(.needed), older_nvrtc(.found)
     )]
     DriverTooOld {
         /// What the driver supports.
         found: Version,
-        /// What the images, or the NVRTC that was found, need.
+        /// What the images in this binary, or the calls of this crate, need.
         needed: Version,
     },
     /// The driver lists no GPU.
@@ -129,6 +128,16 @@ fn numbered(count: &usize) -> String {
         1 => "the driver lists one, number 0".into(),
         _ => format!("the driver lists {count}, numbered from 0"),
     }
+}
+
+/// The first release of the driver for a CUDA version (CUDA Compatibility, "Minor version compatibility").
+fn release(needed: &Version) -> &'static str {
+    if needed.major < 13 { "525" } else { "580" }
+}
+
+/// What helps beside a newer driver: kernels that are compiled for the older one.
+fn older_nvrtc(found: &Version) -> &'static str {
+    if found.major == 12 { ", or run `pip install nvidia-cuda-nvrtc-cu12`" } else { "" }
 }
 
 /// The name of the Python package that holds the NVRTC for a driver.

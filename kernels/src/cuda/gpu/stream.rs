@@ -115,15 +115,15 @@ impl Drop for Handles {
     fn drop(&mut self) {
         // What fails here fails because the device is lost, and then there is nothing left to give back.
         let _ = self.make_current();
-        for &module in &self.modules {
-            // SAFETY: loaded once, unloaded here alone.
-            let _ = unsafe { call!(cuModuleUnload(module)) };
-        }
         if !self.stream.is_null() {
             // SAFETY: created once, destroyed here alone, after the work on it.
             let _ = unsafe {
                 call!(cuStreamSynchronize(self.stream)).and(call!(cuStreamDestroy_v2(self.stream)))
             };
+        }
+        for &module in &self.modules {
+            // SAFETY: loaded once, unloaded here alone; nothing runs any more.
+            let _ = unsafe { call!(cuModuleUnload(module)) };
         }
     }
 }
@@ -360,6 +360,7 @@ impl Driver for GpuDriver {
 
     fn wait(&self, event: EventId) -> Result<()> {
         self.stream()?;
+        self.not_while_recording("cuEventSynchronize")?;
         // SAFETY: as above.
         Ok(unsafe { call!(cuEventSynchronize(event.0 as CUevent)) }?)
     }
@@ -438,6 +439,7 @@ impl Driver for GpuDriver {
 
     fn synchronize(&self) -> Result<()> {
         let stream = self.stream()?;
+        self.not_while_recording("cuStreamSynchronize")?;
         // SAFETY: has no preconditions.
         Ok(unsafe { call!(cuStreamSynchronize(stream)) }?)
     }

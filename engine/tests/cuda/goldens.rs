@@ -1,0 +1,161 @@
+//! The decoder on CUDA kernels against Hugging Face transformers and against the CPU backend.
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
+
+use safetensors::SafeTensors;
+use tidemill_engine::model::{
+    checkpoint::Checkpoint,
+    decoder::{Decoder, DecoderLimits},
+    files::{ModelFiles, ModelSource},
+    spec::ModelSpec,
+};
+use tidemill_kernels::{
+    DType, Ops,
+    cpu::{Compute, CpuConfig, CpuOps},
+    cuda::{CudaConfig, CudaOps, Device},
+    ops::{BatchMeta, HeadShape, KvShape},
+};
+use tidemill_kernels_emu::{EmuDriver, Schedule};
+
+const TINY: [&str; 5] = ["llama", "llama3_rope", "llama_bias", "llama_linear", "llama_yarn"];
+const BLOCK_SIZE: usize = 16;
+const NUM_BLOCKS: usize = 12;
+const MAX_LEN: usize = NUM_BLOCKS * BLOCK_SIZE;
+/// Logits differ by at most this share of their range from those computed in float32.
+const TOLERANCE: f32 = 0.02;
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn source(name: &str) -> ModelSource {
+    if name == "demo" { ModelSource::Builtin } else { ModelSource::Dir(fixture(name)) }
+}
+
+/// The reference's tensors as bits.
+fn golden(name: &str) -> HashMap<String, Vec<u32>> {
+    let bytes = std::fs::read(fixture(name).join("golden.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let words =
+        |data: &[u8]| data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    tensors.tensors().into_iter().map(|(name, tensor)| (name, words(tensor.data()))).collect()
+}
+
+/// A decoder with one sequence, in blocks that do not lie in order.
+struct Model<O: Ops> {
+    decoder: Decoder<O>,
+    vocab: usize,
+}
+
+impl<O: Ops> Model<O> {
+    fn load(name: &str, ops: impl FnOnce(&ModelSpec) -> O) -> Self {
+        let files = ModelFiles::open(&source(name)).unwrap();
+        let spec = ModelSpec::load(&files).unwrap();
+        let checkpoint = Checkpoint::open(&files).unwrap();
+        let kv = KvShape {
+            num_layers: spec.num_layers,
+            num_blocks: NUM_BLOCKS,
+            block_size: BLOCK_SIZE,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+            dtype: DType::Bf16,
+        };
+        let limits = DecoderLimits { max_num_batched_tokens: MAX_LEN, max_model_len: MAX_LEN };
+        let mut decoder = Decoder::load(ops(&spec), &spec, &checkpoint, limits, |_| ()).unwrap();
+        decoder.allocate_kv(kv).unwrap();
+        Self { decoder, vocab: spec.vocab_size }
+    }
+
+    /// Computes `tokens` at positions from `start` on and gives the logits of the last `wanted`.
+    fn run(&mut self, start: usize, tokens: &[u32], wanted: usize) -> Vec<Vec<f32>> {
+        let blocks: Vec<u32> = (0..NUM_BLOCKS as u32).map(|i| (i * 7 + 3) % NUM_BLOCKS as u32).collect();
+        let end = start + tokens.len();
+        let slot = |p: usize| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32;
+        let meta = BatchMeta {
+            token_ids: tokens.to_vec(),
+            positions: (start..end).map(|p| p as u32).collect(),
+            slot_mapping: (start..end).map(slot).collect(),
+            cu_seqlens_q: vec![0, tokens.len() as u32],
+            context_lens: vec![end as u32],
+            block_tables: blocks.clone(),
+            max_blocks: blocks.len(),
+            logits_indices: (tokens.len() - wanted..tokens.len()).map(|t| t as u32).collect(),
+        };
+        let logits = self.decoder.logits(Arc::new(meta)).unwrap();
+        logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()
+    }
+}
+
+fn cpu(name: &str) -> Model<CpuOps> {
+    let config = CpuConfig { compute: Compute::Bf16, isa: None, threads: Some(2) };
+    Model::load(name, |_| CpuOps::new(config).unwrap())
+}
+
+fn cuda(name: &str, schedule: Schedule) -> Model<CudaOps> {
+    Model::load(name, |spec| {
+        let heads =
+            HeadShape { num_heads: spec.num_heads, num_kv_heads: spec.num_kv_heads, head_dim: spec.head_dim };
+        let config = CudaConfig {
+            max_tokens: MAX_LEN,
+            max_rows: 4,
+            max_model_len: MAX_LEN,
+            block_size: BLOCK_SIZE,
+            heads,
+            vocab: spec.vocab_size,
+            graphs: false,
+        };
+        CudaOps::new(Device::new(Arc::new(EmuDriver::new(schedule))), config).unwrap()
+    })
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap() as u32
+}
+
+/// `near_tie`: margin between two logits, as a share of their range, below which either may be the greedy token.
+fn check(name: &str, schedule: Schedule, near_tie: f32) {
+    let golden = golden(name);
+    let prompts = golden.keys().filter(|key| key.starts_with("logits")).count();
+    assert!(prompts >= 3, "{name}: too few prompts");
+    for i in 0..prompts {
+        let (mut cpu, mut cuda) = (cpu(name), cuda(name, schedule));
+        let prompt = &golden[&format!("input_ids.{i}")];
+        let expected: Vec<f32> =
+            golden[&format!("logits.{i}")].iter().map(|&bits| f32::from_bits(bits)).collect();
+        let compared = expected.len() / cuda.vocab;
+        let got = cuda.run(0, prompt, compared);
+        let difference = got.concat().iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let (low, high) = expected.iter().fold((f32::MAX, f32::MIN), |(l, h), &x| (l.min(x), h.max(x)));
+        assert!(
+            difference <= TOLERANCE * (high - low),
+            "{name}, prompt {i}: logits differ by {difference} of {}",
+            high - low
+        );
+        let (mut logits, mut reference) = (got.last().unwrap().clone(), cpu.run(0, prompt, 1).remove(0));
+        for step in 0..golden[&format!("greedy_ids.{i}")].len() {
+            let (token, expected) = (argmax(&logits), argmax(&reference));
+            // Both round to bfloat16, at different places: where two tokens are that near, either may come first.
+            let margin = reference[expected as usize] - reference[token as usize];
+            assert!(
+                margin <= near_tie * (high - low),
+                "{name}, prompt {i}: greedy token {step} is {token}, the CPU's {expected} by a margin of {margin}"
+            );
+            let at = prompt.len() + step;
+            (logits, reference) =
+                (cuda.run(at, &[expected], 1).remove(0), cpu.run(at, &[expected], 1).remove(0));
+        }
+    }
+}
+
+#[test]
+fn tiny_models_agree_with_transformers_and_in_greedy_tokens_with_the_cpu() {
+    for name in TINY {
+        // Random weights: the logits are flat.
+        check(name, Schedule::all()[0], 0.01);
+    }
+}
+
+#[test]
+fn the_built_in_model_agrees_with_transformers_and_greedy_tokens_equal_the_cpu_s() {
+    check("demo", Schedule::all()[0], 0.0);
+}

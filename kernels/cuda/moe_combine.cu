@@ -1,0 +1,51 @@
+// Adds up what the experts made of each token.
+//
+//   out[t, h] = (out[t, h] +) sum_j weights[t, j] * rows[t * k + j, h]      j in order, from 0, each step one fused multiply-add
+//
+// out [T, H] bf16, rounded once; rows [T * k, H] bf16 or f32; weights [T, k] f32; 16-byte aligned; H a multiple of 8.
+// Grid (T, ceil(H / 2048)), block 256.
+#include "primitives.cuh"
+
+using namespace tidemill;
+
+static constexpr int THREADS = 256;
+
+TM_DEVICE void load8(const bf16 *from, float (&v)[8]) { unpack(*(const bf16x8 *)from, v); }
+TM_DEVICE void load8(const float *from, float (&v)[8]) {
+    TM_UNROLL
+    for (int i = 0; i < 8; i++) v[i] = from[i];
+}
+
+template <class T>
+TM_DEVICE void combine(bf16 *out, const T *rows, const float *weights, int k, int width, int accumulate) {
+    const int h = 8 * (blockIdx.y * THREADS + threadIdx.x);
+    if (h >= width) return;
+    const size_t token = blockIdx.x;
+    float sum[8] = {};
+    for (int j = 0; j < k; j++) {
+        float v[8];
+        load8(rows + (token * k + j) * width + h, v);
+        const float weight = weights[token * k + j];
+        TM_UNROLL
+        for (int i = 0; i < 8; i++) sum[i] = __fmaf_rn(weight, v[i], sum[i]);
+    }
+    bf16x8 *to = (bf16x8 *)(out + token * width + h);
+    if (accumulate) {
+        float old[8];
+        unpack(*to, old);
+        TM_UNROLL
+        for (int i = 0; i < 8; i++) sum[i] += old[i];
+    }
+    *to = pack(sum);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    moe_combine_bf16(bf16 *out, const bf16 *rows, const float *weights, int k, int width, int accumulate) {
+    combine(out, rows, weights, k, width, accumulate);
+}
+KERNEL(moe_combine_bf16);
+extern "C" __global__ void __launch_bounds__(THREADS)
+    moe_combine_f32(bf16 *out, const float *rows, const float *weights, int k, int width, int accumulate) {
+    combine(out, rows, weights, k, width, accumulate);
+}
+KERNEL(moe_combine_f32);

@@ -1,0 +1,66 @@
+//! A step that has been sent to the device.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{
+    driver::Result,
+    graphs::GraphKey,
+    layout::Layout,
+    ops::{AttentionKernels, BlockShape, Needs, PlanLimits, attention_plan},
+    steps::Slot,
+};
+use crate::{
+    error::KernelError,
+    ops::{BatchMeta, Extent, HeadShape},
+    sampling::RowTask,
+};
+
+/// Room for lists of tasks per row in steps that run from a graph: some stop tokens, some biases. Steps with more run without.
+pub(super) const GRAPH_LIST_WORDS: usize = 16;
+
+/// A step's metadata and tasks on the device.
+pub struct CudaBatch {
+    pub(super) extent: Extent,
+    pub(super) layout: Layout,
+    pub(super) kernels: AttentionKernels,
+    pub(super) plan_words: usize,
+    pub(super) groups: Vec<Group>,
+    pub(super) tasks: Arc<[RowTask]>,
+    pub(super) graph: Option<GraphKey>,
+    pub(super) slot: Arc<Slot>,
+}
+
+/// Rows of logits that are computed together.
+pub(super) struct Group {
+    pub rows: Range<usize>,
+    pub shape: BlockShape,
+    /// Encoded tasks, until they are sent.
+    pub words: Vec<u32>,
+    pub needs: Needs,
+    /// Where its tasks begin in the step's words.
+    pub at: usize,
+}
+
+impl CudaBatch {
+    /// The group of these rows.
+    pub(super) fn group(&self, rows: &Range<usize>) -> Result<&Group> {
+        self.groups.iter().find(|group| group.rows == *rows).ok_or_else(|| KernelError::Unsupported {
+            op: "sample",
+            detail: format!("rows {rows:?} are no group of this step"),
+        })
+    }
+}
+
+/// A step's attention.
+pub(super) struct Plan {
+    pub words: Vec<u32>,
+    pub kernels: AttentionKernels,
+}
+
+impl Plan {
+    pub fn new(meta: &BatchMeta, heads: HeadShape, block_size: usize, limits: &PlanLimits) -> Result<Self> {
+        let mut words = Vec::new();
+        let kernels = attention_plan(&mut words, meta, heads, block_size, None, limits)?;
+        Ok(Self { words, kernels })
+    }
+}

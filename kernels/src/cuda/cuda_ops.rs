@@ -1,0 +1,395 @@
+//! The ops of the decoder on a GPU.
+
+use std::{ops::Range, sync::Arc};
+
+use parking_lot::Mutex;
+
+use super::{
+    Device,
+    batch::{CudaBatch, GRAPH_LIST_WORDS, Group, Plan},
+    driver::Result,
+    graphs::GraphKey,
+    layout::Layout,
+    memory::{DeviceBuffer, Graph},
+    ops::{
+        ActivationKind, Attention, AttentionKernels, BlockShape, Embedding, GatherRows, KvLayer, Linear,
+        LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary, Sample,
+        Scoring, attention, decode_results, embedding, encode, gather_rows, kv_cache_elems, linear,
+        list_words, rmsnorm, rope_kv_write, sample,
+    },
+    steps::{Slot, Steps},
+    weights::{CudaWeight, Uploader},
+    words::DeviceWords,
+};
+use crate::{
+    error::KernelError,
+    ops::{BatchMeta, Epilogue, Extent, HeadShape, KvShape, Ops},
+    sampling::{RowTask, Sampled},
+    tensor::{DType, HostTensor},
+};
+
+/// Rows of logits in a group at most: a decode step of the largest batch that is usual.
+const MAX_LOGITS_ROWS: usize = 256;
+
+/// The largest step, and what steps have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct CudaConfig {
+    /// T of the largest step.
+    pub max_tokens: usize,
+    /// S of the largest step.
+    pub max_rows: usize,
+    /// Longest context in tokens.
+    pub max_model_len: usize,
+    /// Tokens per KV block: a power of two from 16 to 256.
+    pub block_size: usize,
+    /// Q, K and D.
+    pub heads: HeadShape,
+    /// V.
+    pub vocab: usize,
+    /// Whether decode steps run from CUDA graphs.
+    pub graphs: bool,
+}
+
+/// A GPU as a device of the decoder. Everything is queued on one stream.
+pub struct CudaOps {
+    // Dropped in this order: what is queued ends first.
+    steps: Mutex<Steps>,
+    uploader: Mutex<Uploader>,
+    device: Device,
+    config: CudaConfig,
+}
+
+/// Keys and values of all layers.
+pub struct CudaKvCache {
+    cache: DeviceBuffer,
+    shape: KvShape,
+}
+
+/// A step's results on their way.
+pub struct CudaPending {
+    slot: Arc<Slot>,
+    tasks: Arc<[RowTask]>,
+}
+
+impl CudaOps {
+    /// Allocates what all steps share.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a model that the kernels cannot take.
+    pub fn new(device: Device, config: CudaConfig) -> Result<Self> {
+        let rows = MAX_LOGITS_ROWS.min(config.max_rows.max(config.max_tokens));
+        Ok(Self {
+            steps: Mutex::new(Steps::new(&device, &config, rows)?),
+            uploader: Mutex::new(Uploader::new(&device)?),
+            device,
+            config,
+        })
+    }
+
+    /// Bytes of device memory that are left when `share` of all of it may be used.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn memory_left(&self, share: f64) -> Result<usize> {
+        let driver = self.device.driver();
+        driver.synchronize()?;
+        let kept = (driver.info().total_memory as f64 * (1.0 - share)) as usize;
+        Ok(driver.free_memory()?.saturating_sub(kept))
+    }
+
+    /// Cuts a step's rows of logits into the groups in which the decoder computes them, each with its encoded tasks.
+    fn groups(&self, extent: Extent, graph: bool, tasks: &[RowTask]) -> Result<Vec<Group>> {
+        let mut groups = Vec::new();
+        for first in (0..extent.logits_rows).step_by(self.max_logits_rows()) {
+            let rows = first..extent.logits_rows.min(first + self.max_logits_rows());
+            let tasks = &tasks[first.min(tasks.len())..rows.end.min(tasks.len())];
+            let list_words = if graph { GRAPH_LIST_WORDS * rows.len() } else { list_words(tasks, &[]) };
+            let shape = BlockShape { rows: rows.len(), vocab: self.config.vocab, list_words };
+            let encoded = encode(shape, tasks, &[])?;
+            groups.push(Group { rows, shape, words: encoded.words, needs: encoded.needs, at: 0 });
+        }
+        Ok(groups)
+    }
+
+    /// Rows of the graph that a step may run from.
+    fn graph_rows(&self, steps: &Steps, meta: &BatchMeta, tasks: &[RowTask]) -> Option<usize> {
+        let rows = meta.num_rows();
+        let decodes = meta.num_tokens() == rows && meta.logits_indices.len() == rows;
+        let small_lists = list_words(tasks, &[]) <= GRAPH_LIST_WORDS * rows;
+        if decodes && small_lists { steps.graphs.padded(rows) } else { None }
+    }
+}
+
+impl Ops for CudaOps {
+    type Buffer = DeviceBuffer;
+    type Weight = CudaWeight;
+    type Vector = DeviceBuffer;
+    type KvCache = CudaKvCache;
+    type Batch = CudaBatch;
+    type Pending = CudaPending;
+
+    fn buffer(&self, elems: usize) -> Result<DeviceBuffer> {
+        self.device.buffer(DType::Bf16, elems, "activations")
+    }
+
+    fn logits_buffer(&self, elems: usize) -> Result<DeviceBuffer> {
+        self.device.buffer(DType::F32, elems, "logits")
+    }
+
+    fn scratch_buffer(&self, _elems: usize) -> Result<DeviceBuffer> {
+        self.buffer(0)
+    }
+
+    fn max_logits_rows(&self) -> usize {
+        MAX_LOGITS_ROWS.min(self.config.max_rows.max(self.config.max_tokens))
+    }
+
+    fn decode_sizes(&self) -> Vec<usize> {
+        let steps = self.steps.lock();
+        if steps.graphs.sizes().is_empty() { vec![1] } else { steps.graphs.sizes().to_vec() }
+    }
+
+    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CudaWeight> {
+        self.uploader.lock().weight(parts, bias)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<DeviceBuffer> {
+        self.uploader.lock().vector(values)
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<CudaKvCache> {
+        // Graphs were recorded with the one before.
+        let mut steps = self.steps.lock();
+        self.device.driver().synchronize()?;
+        steps.graphs.clear();
+        if shape.dtype != DType::Bf16 {
+            let detail = format!("the KV cache is kept in bf16, not {:?} (use --device cpu)", shape.dtype);
+            return Err(KernelError::Unsupported { op: "kv_cache", detail });
+        }
+        let cache = self.device.buffer(DType::Bf16, kv_cache_elems(&shape), "the KV cache")?;
+        Ok(CudaKvCache { cache, shape })
+    }
+
+    fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<CudaBatch> {
+        let mut steps = self.steps.lock();
+        let padded = self.graph_rows(&steps, &meta, &tasks);
+        let extent = match padded {
+            Some(rows) => Extent { tokens: rows, logits_rows: rows },
+            None => Extent { tokens: meta.num_tokens(), logits_rows: meta.logits_indices.len() },
+        };
+        let mut groups = self.groups(extent, padded.is_some(), &tasks)?;
+        let room = groups.iter().map(|group| group.shape.words()).sum();
+        let layout = Layout::new(extent, room);
+        let mut at = layout.tasks;
+        for group in &mut groups {
+            group.at = at;
+            at += group.shape.words();
+        }
+        let plan = Plan::new(&meta, self.config.heads, self.config.block_size, &steps.limits)?;
+        let blocks: Vec<_> = groups.iter_mut().map(|g| (g.at, std::mem::take(&mut g.words))).collect();
+        let words = layout.write(&meta, &blocks, &plan.words, [PADDING_SLOT, PADDING_INDEX]);
+        let lists = groups.iter().map(|group| group.shape.list_words).max().unwrap_or(0);
+        steps.reserve(words.len(), lists)?;
+        steps.send(&words)?;
+        let graph = match (padded, groups.first()) {
+            (Some(rows), Some(group)) => Some(GraphKey::new(rows, group.needs)),
+            _ => None,
+        };
+        // A graph holds every kernel that any decode step needs.
+        let kernels = if graph.is_some() { AttentionKernels::DECODE } else { plan.kernels };
+        let slot = steps.slot()?;
+        Ok(CudaBatch { extent, layout, kernels, plan_words: plan.words.len(), groups, tasks, graph, slot })
+    }
+
+    fn extent(&self, batch: &CudaBatch) -> Extent {
+        batch.extent
+    }
+
+    fn run(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        let Some(key) = batch.graph else { return ops() };
+        if self.steps.lock().graphs.get(key).is_none() {
+            let graph = Graph::capture(self.device.driver.clone(), ops)?;
+            self.steps.lock().graphs.insert(key, graph);
+        }
+        let steps = self.steps.lock();
+        match steps.graphs.get(key) {
+            // SAFETY: graphs are cleared whenever memory they use moves; weights and buffers live as long as the decoder, whose
+            // steps alone come here.
+            Some(graph) => unsafe { graph.launch() },
+            None => Ok(()),
+        }
+    }
+
+    fn embedding(&self, out: &mut DeviceBuffer, table: &CudaWeight, batch: &CudaBatch) -> Result<()> {
+        let steps = self.steps.lock();
+        let tokens = batch.extent.tokens;
+        embedding(
+            &self.device,
+            Embedding {
+                out,
+                table: &table.matrix,
+                token_ids: steps.words(batch.layout.token_ids, tokens)?,
+                feedback: Some(steps.feedback()),
+                width: table.k,
+                scale: 1.0,
+                tokens,
+            },
+        )
+    }
+
+    fn rmsnorm(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &DeviceBuffer,
+        eps: f32,
+        rows: usize,
+    ) -> Result<()> {
+        let width = weight.elems();
+        rmsnorm(&self.device, RmsNorm { out, x, residual: None, weight, width, eps, rows })
+    }
+
+    fn linear(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &CudaWeight,
+        rows: usize,
+        epilogue: Epilogue,
+    ) -> Result<()> {
+        let epilogue = match epilogue {
+            Epilogue::Store => LinearEpilogue::Store,
+            Epilogue::Add => LinearEpilogue::Add,
+        };
+        let CudaWeight { matrix, bias, n, k } = weight;
+        let call = Linear { out, x, weight: matrix, bias: bias.as_ref(), rows, n: *n, k: *k, epilogue };
+        linear(&self.device, call)
+    }
+
+    fn rope_kv_write(
+        &self,
+        qkv: &mut DeviceBuffer,
+        kv: &mut CudaKvCache,
+        rope: &DeviceBuffer,
+        batch: &CudaBatch,
+        heads: HeadShape,
+        layer: usize,
+    ) -> Result<()> {
+        let steps = self.steps.lock();
+        let tokens = batch.extent.tokens;
+        rope_kv_write(
+            &self.device,
+            RopeKvWrite {
+                qkv,
+                kv: KvLayer { cache: &kv.cache, shape: kv.shape, layer },
+                heads,
+                positions: steps.words(batch.layout.positions, tokens)?,
+                slot_mapping: steps.words(batch.layout.slot_mapping, tokens)?,
+                norm: None,
+                rotary: Some(Rotary { table: rope, rotary_dim: heads.head_dim, interleaved: false }),
+                tokens,
+            },
+        )
+    }
+
+    fn paged_attention(
+        &self,
+        out: &mut DeviceBuffer,
+        qkv: &DeviceBuffer,
+        kv: &CudaKvCache,
+        batch: &CudaBatch,
+        heads: HeadShape,
+        scale: f32,
+        layer: usize,
+    ) -> Result<()> {
+        let mut steps = self.steps.lock();
+        let Steps { arena, workspace, .. } = &mut *steps;
+        attention(
+            &self.device,
+            Attention {
+                out,
+                qkv,
+                kv: KvLayer { cache: &kv.cache, shape: kv.shape, layer },
+                heads,
+                plan: DeviceWords::new(arena).part(batch.layout.plan, batch.plan_words)?,
+                kernels: batch.kernels,
+                workspace,
+                scoring: Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None },
+                tokens: batch.extent.tokens,
+            },
+        )
+    }
+
+    fn linear_silu_mul(
+        &self,
+        out: &mut DeviceBuffer,
+        _scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &CudaWeight,
+        rows: usize,
+    ) -> Result<()> {
+        let CudaWeight { matrix, bias, n, k } = weight;
+        let epilogue = LinearEpilogue::Gated(ActivationKind::Silu);
+        let call = Linear { out, x, weight: matrix, bias: bias.as_ref(), rows, n: n / 2, k: *k, epilogue };
+        linear(&self.device, call)
+    }
+
+    fn gather_rows(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        batch: &CudaBatch,
+        rows: Range<usize>,
+        width: usize,
+    ) -> Result<()> {
+        let steps = self.steps.lock();
+        let logits_indices = steps.words(batch.layout.logits_indices + rows.start, rows.len())?;
+        gather_rows(&self.device, GatherRows { out, x, logits_indices, width, rows: rows.len() })
+    }
+
+    fn sample(
+        &self,
+        logits: &mut DeviceBuffer,
+        _vocab: usize,
+        batch: &CudaBatch,
+        rows: Range<usize>,
+    ) -> Result<()> {
+        let mut steps = self.steps.lock();
+        let group = batch.group(&rows)?;
+        let Steps { arena, sampler, feedback, .. } = &mut *steps;
+        let words = DeviceWords::new;
+        sample(
+            &self.device,
+            Sample {
+                sampler,
+                logits,
+                block: words(arena).part(group.at, group.shape.words())?,
+                shape: group.shape,
+                feedback: words(feedback).part(rows.start, rows.len())?,
+                needs: group.needs,
+            },
+        )?;
+        // The next group overwrites the results. A graph has one group, and a slot changes from step to step.
+        if batch.graph.is_none() { steps.fetch(&batch.slot, rows.start, rows.len()) } else { Ok(()) }
+    }
+
+    fn results(&self, batch: CudaBatch) -> Result<CudaPending> {
+        if batch.graph.is_some() {
+            self.steps.lock().fetch(&batch.slot, 0, batch.tasks.len())?;
+        }
+        batch.slot.arrived.record()?;
+        Ok(CudaPending { slot: batch.slot, tasks: batch.tasks })
+    }
+
+    fn wait(&self, pending: CudaPending) -> Result<Vec<Sampled>> {
+        pending.slot.arrived.wait()?;
+        let words = pending.tasks.len() * RESULT_WORDS;
+        // SAFETY: the slot holds the rows of the largest step; its copy was waited for; nobody else has the slot.
+        let words = unsafe { std::slice::from_raw_parts(pending.slot.memory.ptr().cast::<u32>(), words) };
+        Ok(decode_results(words, &pending.tasks))
+    }
+
+    fn download(&self, buffer: &DeviceBuffer, elems: usize) -> Result<Vec<f32>> {
+        self.device.download(buffer, elems)
+    }
+}

@@ -1,0 +1,202 @@
+//! Cuts a step's attention into work items, on the host, as a part of the step's metadata.
+//!
+//! Kernels run over whatever items the plan holds, so that a captured graph fits steps of any lengths. Nothing here
+//! changes a bit of the results: the arithmetic follows positions alone (see `attention.cu`); a plan only says who does it.
+
+use crate::{
+    KernelError,
+    cuda::driver::Result,
+    ops::{BatchMeta, HeadShape},
+};
+
+/// Positions per tile; `KV_TILE` of the kernels.
+const KV_TILE: usize = 128;
+/// Query rows of an item of the split kernel; `MMA_ROWS` there.
+pub(super) const SPLIT_ROWS: usize = 16;
+/// Query rows of an item of the block kernel; `BLOCK_ROWS` there.
+const BLOCK_ROWS: usize = 64;
+/// Tokens that a row may bring to the split kernel however many heads share a key.
+const SPLIT_TOKENS: usize = 4;
+/// Warps per multiprocessor that bring memory to its bandwidth: below that, rows are split.
+const WARPS_PER_SM: usize = 4;
+/// Words of the header and of an item.
+pub(super) const ITEM_WORDS: usize = 8;
+/// Slot of an item that has all tiles of its rows.
+const DIRECT: u32 = u32::MAX;
+
+const OP: &str = "attention_plan";
+
+/// What a plan may not exceed, so that buffers are allocated once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanLimits {
+    /// T, tokens of a step.
+    pub max_tokens: usize,
+    /// S, rows of a step.
+    pub max_rows: usize,
+    /// Partial results that the workspace has room for; see [`super::AttentionWorkspace`]. With none, no row is split.
+    pub split_tiles: usize,
+    /// Streaming multiprocessors of the device.
+    pub num_sms: usize,
+}
+
+impl PlanLimits {
+    /// Most words of a plan.
+    ///
+    /// `8 * (1 + units + split_tiles + min(units, split_tiles / 2) + blocks)` where, with G = Q / K,
+    /// `units = K * min(ceil(T * G / 16) + S, S * max(4, ceil(G / 4)))` and `blocks = K * (ceil(T * G / 64) + S)`.
+    pub fn max_words(&self, heads: HeadShape) -> usize {
+        let group = heads.num_heads / heads.num_kv_heads;
+        let by_tokens = (self.max_tokens * group).div_ceil(SPLIT_ROWS) + self.max_rows;
+        let by_rows =
+            self.max_rows * (SPLIT_TOKENS * group).div_ceil(SPLIT_ROWS).max(BLOCK_ROWS.div_ceil(SPLIT_ROWS));
+        let units = heads.num_kv_heads * by_tokens.min(by_rows);
+        let blocks = heads.num_kv_heads * ((self.max_tokens * group).div_ceil(BLOCK_ROWS) + self.max_rows);
+        ITEM_WORDS * (1 + units + self.split_tiles + units.min(self.split_tiles / 2) + blocks)
+    }
+}
+
+/// Which kernels a step needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionKernels {
+    /// Rows of few tokens.
+    pub split: bool,
+    /// Prompt chunks.
+    pub block: bool,
+    /// Rows whose tiles were computed apart.
+    pub combine: bool,
+}
+
+impl AttentionKernels {
+    /// What any step needs whose rows have up to four tokens each: what a captured decode graph holds.
+    pub const DECODE: Self = Self { split: true, block: false, combine: true };
+}
+
+/// Query rows of one sequence and key/value head, with the tiles they meet.
+#[derive(Clone, Copy)]
+struct Unit {
+    row: u32,
+    token: u32,
+    position: u32,
+    head: u32,
+    first: u32,
+    rows: u32,
+    tile: u32,
+    tiles: u32,
+}
+
+impl Unit {
+    fn words(&self, tile: u32, tiles: u32, slot: u32) -> [u32; ITEM_WORDS] {
+        [self.row, self.token, self.position, self.head | self.rows << 16, self.first, tile, tiles, slot]
+    }
+}
+
+/// Writes the plan of a step into `plan`, for layers with the given `window`: a model whose layers differ in it needs a
+/// plan for each.
+///
+/// Of `meta`, reads `cu_seqlens_q` and `context_lens`; rows without tokens or with a context of 0 are padding and get no work.
+/// The plan is to lie 16-byte aligned in device memory. Items come longest first.
+///
+/// # Errors
+/// [`KernelError::Unsupported`] for more tokens or rows than the limits allow, or a row with more new tokens than context.
+pub fn attention_plan(
+    plan: &mut Vec<u32>,
+    meta: &BatchMeta,
+    heads: HeadShape,
+    window: Option<usize>,
+    limits: &PlanLimits,
+) -> Result<AttentionKernels> {
+    super::super::paged_kv::check_heads(OP, heads)?;
+    let (split, mut blocks) = units(meta, heads, window, limits)?;
+    let (mut split, combine) = share_out(split, limits);
+    split.sort_by_key(|item| std::cmp::Reverse(item[6]));
+    blocks.sort_by_key(|unit| std::cmp::Reverse(unit.tiles));
+    let blocks: Vec<_> = blocks.iter().map(|unit| unit.words(unit.tile, unit.tiles, DIRECT)).collect();
+
+    plan.clear();
+    plan.resize(ITEM_WORDS, 0);
+    for (kind, items) in [&split, &blocks, &combine].into_iter().enumerate() {
+        plan[2 * kind] = items.len() as u32;
+        plan[2 * kind + 1] = plan.len() as u32;
+        plan.extend(items.iter().flatten());
+    }
+    Ok(AttentionKernels { split: !split.is_empty(), block: !blocks.is_empty(), combine: !combine.is_empty() })
+}
+
+/// The units of all rows: first those for the split kernel, then those for the block kernel.
+fn units(
+    meta: &BatchMeta,
+    heads: HeadShape,
+    window: Option<usize>,
+    limits: &PlanLimits,
+) -> Result<(Vec<Unit>, Vec<Unit>)> {
+    let (mut split, mut blocks) = (Vec::new(), Vec::new());
+    let group = heads.num_heads / heads.num_kv_heads;
+    let tokens = meta.cu_seqlens_q.last().map_or(0, |&t| t as usize);
+    if tokens > limits.max_tokens || meta.num_rows() > limits.max_rows {
+        let detail = format!(
+            "{tokens} tokens in {} rows; the buffers hold {} in {}",
+            meta.num_rows(),
+            limits.max_tokens,
+            limits.max_rows
+        );
+        return Err(KernelError::Unsupported { op: OP, detail });
+    }
+    for (row, (ends, &context)) in meta.cu_seqlens_q.windows(2).zip(&meta.context_lens).enumerate() {
+        let (token, new) = (ends[0], ends[1].saturating_sub(ends[0]) as usize);
+        if new == 0 || context == 0 {
+            continue;
+        }
+        let Some(position) = (context as usize).checked_sub(new) else {
+            let detail = format!("row {row} has {new} new tokens in a context of {context}");
+            return Err(KernelError::Unsupported { op: OP, detail });
+        };
+        let packed = new * group;
+        let (units, most) = if packed <= BLOCK_ROWS || new <= SPLIT_TOKENS {
+            (&mut split, SPLIT_ROWS)
+        } else {
+            (&mut blocks, BLOCK_ROWS)
+        };
+        for first in (0..packed).step_by(most) {
+            let rows = most.min(packed - first);
+            let (oldest, newest) = (position + first / group, position + (first + rows - 1) / group);
+            let low = window.map_or(0, |window| (oldest + 1).saturating_sub(window));
+            let (tile, end) = (low / KV_TILE, newest / KV_TILE + 1);
+            units.extend((0..heads.num_kv_heads).map(|head| Unit {
+                row: row as u32,
+                token,
+                position: position as u32,
+                head: head as u32,
+                first: first as u32,
+                rows: rows as u32,
+                tile: tile as u32,
+                tiles: (end - tile) as u32,
+            }));
+        }
+    }
+    Ok((split, blocks))
+}
+
+/// Splits the longest units, while there is room for their partial results, so that no item is longer than the share of one warp of
+/// [`WARPS_PER_SM`]. Returns the items of the split kernel and those of the combine kernel.
+fn share_out(mut units: Vec<Unit>, limits: &PlanLimits) -> (Vec<[u32; ITEM_WORDS]>, Vec<[u32; ITEM_WORDS]>) {
+    units.sort_by_key(|unit| std::cmp::Reverse(unit.tiles));
+    let total: usize = units.iter().map(|unit| unit.tiles as usize).sum();
+    let share = total.div_ceil(WARPS_PER_SM * limits.num_sms.max(1)).max(1) as u32;
+    let (mut split, mut combine) = (Vec::with_capacity(units.len()), Vec::new());
+    let mut used = 0;
+    for unit in units {
+        if unit.tiles <= share || used + unit.tiles as usize > limits.split_tiles {
+            split.push(unit.words(unit.tile, unit.tiles, DIRECT));
+            continue;
+        }
+        let slot = used as u32;
+        let parts = unit.tiles.div_ceil(share);
+        for part in 0..parts {
+            let (from, to) = (unit.tiles * part / parts, unit.tiles * (part + 1) / parts);
+            split.push(unit.words(unit.tile + from, to - from, slot + from));
+        }
+        combine.push(unit.words(unit.tile, unit.tiles, slot));
+        used += unit.tiles as usize;
+    }
+    (split, combine)
+}

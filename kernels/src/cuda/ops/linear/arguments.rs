@@ -1,0 +1,175 @@
+//! The door of a matrix product.
+
+use crate::{
+    DType, KernelError,
+    cuda::{
+        driver::{DevPtr, Result},
+        memory::{DeviceBuffer, require_multiple},
+        ops::activation::ActivationKind,
+    },
+};
+
+/// What a matrix product does with `v = x · weightᵀ + bias`, in f32, before it is rounded to `out`'s type.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LinearEpilogue {
+    /// `out = v`.
+    Store,
+    /// `out += v`: the residual connection. `out` is bf16.
+    Add,
+    /// `out = f(v)`.
+    Activate(ActivationKind),
+    /// `out[r, i] = f(v[r, i]) * v[r, N + i]`: the gated feed-forward block (Shazeer 2020). The weight holds 2 N rows.
+    Gated(ActivationKind),
+    /// `out = cap * tanh(v / cap)`: bounded logits (Bello et al. 2016, section 3). The cap is positive.
+    SoftCap(f32),
+}
+
+impl LinearEpilogue {
+    /// Rows of the weight per column of the output.
+    fn weight_rows(self) -> usize {
+        if matches!(self, Self::Gated(_)) { 2 } else { 1 }
+    }
+
+    /// Rows of the weight for N outputs, up to whole mma tiles of 16: a gated one holds 8 gates and their 8 ups.
+    pub(super) fn tile_rows(self, n: usize) -> usize {
+        (self.weight_rows() * n).next_multiple_of(16)
+    }
+}
+
+/// Whether the rows of a product share one weight or belong to experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::cuda::ops) enum Grouping {
+    Dense,
+    Experts,
+}
+
+// Values and bits of linear.cuh.
+const GATED: u32 = 1;
+const RESIDUAL: u32 = 2;
+const OUT_F32: u32 = 4;
+const BIAS_BF16: u32 = 8;
+const IDENTITY: u32 = 0;
+const SOFT_CAP: u32 = 4;
+
+/// `LinearArgs` of linear.cuh.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cuda::ops) struct LinearArgs {
+    pub out: DevPtr,
+    pub x: DevPtr,
+    pub weight: DevPtr,
+    pub bias: DevPtr,
+    pub tiles: DevPtr,
+    pub offsets: DevPtr,
+    pub gather: DevPtr,
+    pub scatter: DevPtr,
+    pub rows: u32,
+    pub width: u32,
+    pub depth: u32,
+    pub activation: u32,
+    pub flags: u32,
+    pub divisor: u32,
+    pub cap: f32,
+}
+
+impl LinearArgs {
+    /// Rows of the weight, up to whole mma tiles.
+    pub fn tile_rows(&self) -> usize {
+        let rows = if self.flags & GATED != 0 { 2 * self.width } else { self.width };
+        (rows as usize).next_multiple_of(16)
+    }
+}
+
+/// The tensors of a product, before they are checked.
+pub(in crate::cuda::ops) struct Operands<'a> {
+    pub op: &'static str,
+    pub out: &'a mut DeviceBuffer,
+    pub out_rows: usize,
+    pub x: &'a DeviceBuffer,
+    pub x_rows: usize,
+    pub weight: &'a DeviceBuffer,
+    pub bias: Option<&'a DeviceBuffer>,
+    pub experts: usize,
+    pub n: usize,
+    pub k: usize,
+    pub epilogue: LinearEpilogue,
+}
+
+impl Operands<'_> {
+    /// The kernels' argument, without what the caller knows of rows and experts.
+    pub fn check(&self) -> Result<LinearArgs> {
+        let Self { op, n, k, epilogue, .. } = *self;
+        require_multiple(op, "K", k, 8)?;
+        require_multiple(op, "N", n, 1)?;
+        let weight_rows = epilogue.weight_rows() * n;
+        self.require_index_range(weight_rows)?;
+        let (activation, cap) = activation_of(epilogue);
+        if let LinearEpilogue::SoftCap(cap) = epilogue
+            && !(cap.is_finite() && cap > 0.0)
+        {
+            return Err(self.unsupported(format!("a soft cap of {cap}; it must be positive")));
+        }
+        let mut flags = if epilogue.weight_rows() == 2 { GATED } else { 0 };
+        flags |= if epilogue == LinearEpilogue::Add { RESIDUAL } else { 0 };
+        let out_dtype = self.out.dtype();
+        flags |= match out_dtype {
+            DType::Bf16 => 0,
+            DType::F32 if epilogue != LinearEpilogue::Add => OUT_F32,
+            _ => return Err(self.unsupported(format!("{epilogue:?} into {out_dtype:?}"))),
+        };
+        let bias = match self.bias {
+            None => DevPtr::NULL,
+            Some(bias) => {
+                flags |= if bias.dtype() == DType::Bf16 { BIAS_BF16 } else { 0 };
+                let dtype = if bias.dtype() == DType::Bf16 { DType::Bf16 } else { DType::F32 };
+                bias.at_least(op, "bias", dtype, self.experts * weight_rows)?
+            }
+        };
+        Ok(LinearArgs {
+            out: self.out.at_least(op, "out", out_dtype, self.out_rows * n)?,
+            x: self.x.at_least(op, "x", DType::Bf16, self.x_rows * k)?,
+            weight: self.weight.at_least(op, "weight", DType::Bf16, self.experts * weight_rows * k)?,
+            bias,
+            tiles: DevPtr::NULL,
+            offsets: DevPtr::NULL,
+            gather: DevPtr::NULL,
+            scatter: DevPtr::NULL,
+            rows: 0,
+            width: n as u32,
+            depth: k as u32,
+            activation,
+            flags,
+            divisor: 1,
+            cap,
+        })
+    }
+
+    /// The kernels count 16-byte chunks of an operand, and blocks of 16 weight rows, in 32 and 16 bits.
+    fn require_index_range(&self, weight_rows: usize) -> Result<()> {
+        let chunks = self.k / 8;
+        let most = weight_rows.max(self.x_rows).max(self.out_rows);
+        if most.saturating_mul(chunks) > u32::MAX as usize || weight_rows.div_ceil(16) > u16::MAX as usize {
+            let detail =
+                format!("{weight_rows} weight rows and {} rows of {} are too many", self.x_rows, self.k);
+            return Err(self.unsupported(detail));
+        }
+        Ok(())
+    }
+
+    fn unsupported(&self, detail: String) -> KernelError {
+        KernelError::Unsupported { op: self.op, detail }
+    }
+}
+
+/// `LinearArgs::activation` and `LinearArgs::cap`.
+fn activation_of(epilogue: LinearEpilogue) -> (u32, f32) {
+    match epilogue {
+        LinearEpilogue::Store | LinearEpilogue::Add => (IDENTITY, 0.0),
+        LinearEpilogue::SoftCap(cap) => (SOFT_CAP, cap),
+        LinearEpilogue::Activate(kind) | LinearEpilogue::Gated(kind) => match kind {
+            ActivationKind::Silu => (1, 0.0),
+            ActivationKind::Gelu => (2, 0.0),
+            ActivationKind::GeluTanh => (3, 0.0),
+        },
+    }
+}

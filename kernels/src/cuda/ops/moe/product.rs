@@ -1,0 +1,65 @@
+//! Matrix products over rows in the order of their experts: the grouped kernels of `linear_skinny.cu` and `linear_tiled.cu`.
+
+use super::permute::{MoeOrder, OrderPtrs};
+use crate::cuda::{
+    Device,
+    driver::Result,
+    memory::DeviceBuffer,
+    ops::linear::{self, Grouping, LinearArgs, LinearEpilogue, Operands},
+};
+
+const OP: &str = "moe_linear";
+
+/// Which rows a product reads and writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MoeRows {
+    /// The first product: reads `x` `[T, K]`, each token once per expert, and writes `[T * k, N]` in sorted order.
+    Gather,
+    /// The last product: reads `x` `[T * k, K]` in sorted order and writes `[T * k, N]` by pair.
+    Scatter,
+}
+
+/// Arguments of [`moe_linear`].
+pub struct MoeLinear<'a> {
+    /// What [`super::moe_permute`] made of this step.
+    pub order: MoeOrder<'a>,
+    /// Which rows.
+    pub rows: MoeRows,
+    /// `[T * k, N]` bf16 or f32, written.
+    pub out: &'a mut DeviceBuffer,
+    /// `[T, K]` or `[T * k, K]` bf16.
+    pub x: &'a DeviceBuffer,
+    /// `[E, N, K]` bf16; `[E, 2 N, K]`, gate rows first, when the epilogue is gated.
+    pub weight: &'a DeviceBuffer,
+    /// `[E, N]` or `[E, 2 N]`, f32 or bf16.
+    pub bias: Option<&'a DeviceBuffer>,
+    /// N.
+    pub n: usize,
+    /// K, a multiple of 8.
+    pub k: usize,
+    /// What happens to the product.
+    pub epilogue: LinearEpilogue,
+}
+
+/// Queues one product per expert, each over its own rows: [`super::super::linear`] with the expert's weight, to the bit.
+///
+/// # Errors
+/// A buffer that is smaller or of another type than the contract says; extents beyond the kernels' index range; what the driver
+/// reports.
+pub fn moe_linear(device: &Device, call: MoeLinear<'_>) -> Result<()> {
+    let MoeLinear { order, rows, out, x, weight, bias, n, k, epilogue } = call;
+    let OrderPtrs { sorted_pairs, offsets, tiles } = order.check(OP)?;
+    let x_rows = if rows == MoeRows::Gather { order.tokens } else { order.pairs() };
+    let experts = order.shape.experts;
+    let operands =
+        Operands { op: OP, out, out_rows: order.pairs(), x, x_rows, weight, bias, experts, n, k, epilogue };
+    let args = LinearArgs { tiles, offsets, ..operands.check()? };
+    let args = match rows {
+        MoeRows::Gather => LinearArgs { gather: sorted_pairs, divisor: order.shape.top_k as u32, ..args },
+        MoeRows::Scatter => LinearArgs { scatter: sorted_pairs, ..args },
+    };
+    if order.tokens == 0 {
+        return Ok(());
+    }
+    linear::launch(device, order.kernel, Grouping::Experts, order.max_tiles(), args)
+}

@@ -1,0 +1,428 @@
+//! `moe_route.cu`, `moe_permute.cu`, the grouped kernels of the matrix product, and `moe_combine.cu`.
+
+use std::sync::Arc;
+
+use tidemill_kernels::{
+    DType, KernelError,
+    cuda::{
+        Device,
+        driver::Driver,
+        memory::{DeviceBuffer, DeviceMemory},
+        ops::{
+            ActivationKind, Linear, LinearEpilogue, LinearKernel, MoeCombine, MoeLinear, MoeOrder,
+            MoePermute, MoeRoute, MoeRows, MoeShape, linear, moe_combine, moe_linear, moe_permute, moe_route,
+        },
+        words::DeviceWords,
+    },
+};
+
+use crate::{
+    common::{Rng, assert_same},
+    harness::{assert_near, bf16s, f32s, poisoned, rounded, values},
+    words,
+};
+
+/// Memory for `count` words that no kernel has written yet.
+fn unwritten(driver: &Arc<dyn Driver>, count: usize) -> DeviceMemory {
+    words::upload(driver, &vec![0xdead_beef; count])
+}
+
+fn nan_f32s(device: &Device, elems: usize) -> DeviceBuffer {
+    f32s(device, &vec![f32::NAN; elems])
+}
+
+// ---- Routing
+
+fn route(
+    device: &Device,
+    driver: &Arc<dyn Driver>,
+    logits: &[f32],
+    shape: MoeShape,
+    renormalize: bool,
+) -> (Vec<u32>, Vec<f32>) {
+    let tokens = logits.len() / shape.experts;
+    let ids = unwritten(driver, tokens * shape.top_k);
+    let mut weights = nan_f32s(device, tokens * shape.top_k);
+    let logits = f32s(device, logits);
+    let call = MoeRoute {
+        ids: DeviceWords::new(&ids),
+        weights: &mut weights,
+        logits: &logits,
+        shape,
+        renormalize,
+        tokens,
+    };
+    moe_route(device, call).unwrap();
+    (words::download(driver, &ids), values(device, &weights))
+}
+
+/// One token in f64.
+fn expected_route(logits: &[f32], top_k: usize, renormalize: bool) -> (Vec<u32>, Vec<f64>) {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    order.truncate(top_k);
+    let exp = |&e: &usize| f64::from(logits[e]).exp();
+    let all: Vec<usize> = (0..logits.len()).collect();
+    let over: f64 = if renormalize { &order } else { &all }.iter().map(exp).sum();
+    (order.iter().map(|&e| e as u32).collect(), order.iter().map(|e| exp(e) / over).collect())
+}
+
+#[test]
+fn routing_agrees_with_f64_and_tokens_stand_alone() {
+    words::on_every_schedule(|device, driver| {
+        for (tokens, experts, top_k) in [(1, 1, 1), (3, 4, 2), (5, 8, 8), (6, 60, 4), (9, 256, 8)] {
+            let shape = MoeShape { experts, top_k };
+            // Few different values: many ties.
+            let mut rng = Rng::new(experts as u64);
+            let logits: Vec<f32> = (0..tokens * experts).map(|_| rng.below(20) as f32 * 0.5 - 4.0).collect();
+            for renormalize in [false, true] {
+                let (ids, weights) = route(device, driver, &logits, shape, renormalize);
+                for (t, row) in logits.chunks(experts).enumerate() {
+                    let (want_ids, want) = expected_route(row, top_k, renormalize);
+                    let span = t * top_k..(t + 1) * top_k;
+                    assert_eq!(ids[span.clone()], want_ids);
+                    assert_near(&weights[span.clone()], &want, 3e-6, 1e-7, "weights");
+                    let (_, alone) = route(device, driver, row, shape, renormalize);
+                    assert_same(&alone, &weights[span], "a token alone");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn routing_of_broken_logits_still_names_different_experts() {
+    let (device, driver) = words::device();
+    let shape = MoeShape { experts: 40, top_k: 3 };
+    let mut one_left = vec![f32::NAN; 40];
+    one_left[33] = f32::NEG_INFINITY;
+    for (logits, want) in [
+        (vec![f32::NAN; 40], [0, 1, 2]),
+        (one_left, [33, 0, 1]),
+        (vec![f32::NEG_INFINITY; 40], [0, 1, 2]),
+        ([vec![0.0], vec![-0.0; 39]].concat(), [0, 1, 2]),
+    ] {
+        assert_eq!(route(&device, &driver, &logits, shape, true).0, want);
+    }
+}
+
+// ---- Order
+
+/// The order of `ids` and the memory it lies in.
+struct Order {
+    ids: DeviceMemory,
+    sorted_pairs: DeviceMemory,
+    offsets: DeviceMemory,
+    tiles: DeviceMemory,
+    shape: MoeShape,
+    tokens: usize,
+    kernel: LinearKernel,
+}
+
+impl Order {
+    fn new(
+        device: &Device,
+        driver: &Arc<dyn Driver>,
+        ids: &[u32],
+        shape: MoeShape,
+        kernel: LinearKernel,
+    ) -> Order {
+        let tokens = ids.len() / shape.top_k;
+        let order = Order {
+            ids: words::upload(driver, ids),
+            sorted_pairs: unwritten(driver, ids.len()),
+            offsets: unwritten(driver, shape.experts + 1),
+            tiles: unwritten(driver, 2 * shape.max_tiles(tokens, kernel)),
+            shape,
+            tokens,
+            kernel,
+        };
+        let call = MoePermute { order: order.view(), ids: DeviceWords::new(&order.ids) };
+        moe_permute(device, call).unwrap();
+        order
+    }
+
+    fn view(&self) -> MoeOrder<'_> {
+        MoeOrder {
+            sorted_pairs: DeviceWords::new(&self.sorted_pairs),
+            offsets: DeviceWords::new(&self.offsets),
+            tiles: DeviceWords::new(&self.tiles),
+            shape: self.shape,
+            tokens: self.tokens,
+            kernel: self.kernel,
+        }
+    }
+}
+
+/// Experts for `tokens` tokens: expert 1 gets every token, the last none, the others what is left.
+fn skewed_ids(tokens: usize, shape: MoeShape) -> Vec<u32> {
+    let mut rng = Rng::new(7);
+    let mut ids = Vec::new();
+    for _ in 0..tokens {
+        let mut chosen = vec![1];
+        while chosen.len() < shape.top_k {
+            let expert = rng.below(shape.experts - 1) as u32;
+            if !chosen.contains(&expert) {
+                chosen.push(expert);
+            }
+        }
+        chosen.reverse();
+        ids.extend(chosen);
+    }
+    ids
+}
+
+#[test]
+fn pairs_are_sorted_by_expert_and_cut_into_tiles() {
+    words::on_every_schedule(|device, driver| {
+        for (tokens, experts, top_k, kernel) in [
+            (1, 6, 2, LinearKernel::Skinny16x8),
+            (9, 4, 2, LinearKernel::Skinny16x8),
+            (70, 5, 3, LinearKernel::Skinny32x32),
+            (2060, 3, 2, LinearKernel::Tiled128x128),
+        ] {
+            let shape = MoeShape { experts, top_k };
+            let ids = skewed_ids(tokens, shape);
+            let order = Order::new(device, driver, &ids, shape, kernel);
+            let mut pairs: Vec<u32> = (0..ids.len() as u32).collect();
+            pairs.sort_by_key(|&p| ids[p as usize]);
+            assert_eq!(words::download(driver, &order.sorted_pairs), pairs);
+
+            let (mut offsets, mut tiles) = (vec![0], Vec::new());
+            for expert in 0..experts as u32 {
+                let begin = offsets[expert as usize];
+                let end = begin + ids.iter().filter(|&&id| id == expert).count() as u32;
+                offsets.push(end);
+                tiles.extend((begin..end).step_by(kernel.tokens()).flat_map(|first| [expert, first]));
+            }
+            assert_eq!(words::download(driver, &order.offsets), offsets);
+            let got = words::download(driver, &order.tiles);
+            assert_eq!(got[..tiles.len()], tiles);
+            assert!(got[tiles.len()..].chunks(2).all(|tile| tile[0] == u32::MAX));
+        }
+    });
+}
+
+// ---- Products
+
+const H: usize = 40;
+const I: usize = 24;
+
+/// The weights of a layer.
+struct Layer {
+    shape: MoeShape,
+    gate_up: Vec<f32>,
+    down: Vec<f32>,
+    down_bias: Vec<f32>,
+}
+
+impl Layer {
+    fn new(shape: MoeShape) -> Layer {
+        let mut rng = Rng::new(3);
+        let mut matrices =
+            |elems| rounded(&rng.units(shape.experts * elems)).iter().map(|w| w * 0.25).collect();
+        Layer { shape, gate_up: matrices(2 * I * H), down: matrices(H * I), down_bias: matrices(H) }
+    }
+
+    /// Every step of the layer on tokens `x`, added to `x`; `kernel` of both products.
+    fn run(
+        &self,
+        device: &Device,
+        driver: &Arc<dyn Driver>,
+        x: &[f32],
+        (ids, weights): (&[u32], &[f32]),
+        kernel: LinearKernel,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (shape, tokens, pairs) = (self.shape, x.len() / H, ids.len());
+        let order = Order::new(device, driver, ids, shape, kernel);
+        let (mut inner, mut rows) = (poisoned(device, pairs * I), nan_f32s(device, pairs * H));
+        let call = MoeLinear {
+            order: order.view(),
+            rows: MoeRows::Gather,
+            out: &mut inner,
+            x: &bf16s(device, x),
+            weight: &bf16s(device, &self.gate_up),
+            bias: None,
+            n: I,
+            k: H,
+            epilogue: LinearEpilogue::Gated(ActivationKind::Silu),
+        };
+        moe_linear(device, call).unwrap();
+        let call = MoeLinear {
+            order: order.view(),
+            rows: MoeRows::Scatter,
+            out: &mut rows,
+            x: &inner,
+            weight: &bf16s(device, &self.down),
+            bias: Some(&f32s(device, &self.down_bias)),
+            n: H,
+            k: I,
+            epilogue: LinearEpilogue::Store,
+        };
+        moe_linear(device, call).unwrap();
+        let (mut out, weights) = (bf16s(device, x), f32s(device, weights));
+        let call = MoeCombine {
+            out: &mut out,
+            rows: &rows,
+            weights: &weights,
+            accumulate: true,
+            width: H,
+            top_k: shape.top_k,
+            tokens,
+        };
+        moe_combine(device, call).unwrap();
+        (values(device, &rows), values(device, &out))
+    }
+
+    /// What expert `expert` makes of one token, with the dense product.
+    fn dense(&self, device: &Device, x: &[f32], expert: usize) -> Vec<f32> {
+        let part = |values: &[f32], elems| bf16s(device, &values[expert * elems..][..elems]);
+        let (mut inner, mut out) = (poisoned(device, I), nan_f32s(device, H));
+        let call = Linear {
+            out: &mut inner,
+            x: &bf16s(device, x),
+            weight: &part(&self.gate_up, 2 * I * H),
+            bias: None,
+            rows: 1,
+            n: I,
+            k: H,
+            epilogue: LinearEpilogue::Gated(ActivationKind::Silu),
+        };
+        linear(device, call).unwrap();
+        let call = Linear {
+            out: &mut out,
+            x: &inner,
+            weight: &part(&self.down, H * I),
+            bias: Some(&f32s(device, &self.down_bias[expert * H..][..H])),
+            rows: 1,
+            n: H,
+            k: I,
+            epilogue: LinearEpilogue::Store,
+        };
+        linear(device, call).unwrap();
+        values(device, &out)
+    }
+}
+
+/// Tokens, their experts and weights.
+fn step(tokens: usize, shape: MoeShape) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
+    let x = rounded(&Rng::new(11).units(tokens * H));
+    let weights = Rng::new(12).units(tokens * shape.top_k);
+    (x, skewed_ids(tokens, shape), weights)
+}
+
+#[test]
+fn each_pair_gets_its_experts_dense_product_to_the_bit_in_every_kernel() {
+    let (device, driver) = words::device();
+    for (tokens, experts, top_k) in [(1, 4, 2), (70, 5, 3)] {
+        let layer = Layer::new(MoeShape { experts, top_k });
+        let (x, ids, weights) = step(tokens, layer.shape);
+        let dense: Vec<f32> = (0..ids.len())
+            .flat_map(|p| layer.dense(&device, &x[p / top_k * H..][..H], ids[p] as usize))
+            .collect();
+        let expected: Vec<f64> = (0..tokens * H)
+            .map(|i| {
+                let (t, h) = (i / H, i % H);
+                let sum: f64 = (t * top_k..(t + 1) * top_k)
+                    .map(|p| f64::from(weights[p]) * f64::from(dense[p * H + h]))
+                    .sum();
+                sum + f64::from(x[i])
+            })
+            .collect();
+        let mut first = None;
+        for kernel in LinearKernel::ALL {
+            let (rows, out) = layer.run(&device, &driver, &x, (&ids, &weights), kernel);
+            assert_same(&rows, &dense, &format!("{kernel:?}"));
+            assert_near(&out, &expected, 2_f64.powi(-8), 1e-5, "combined");
+            assert_same(&out, first.get_or_insert(out.clone()), "combined");
+        }
+    }
+}
+
+#[test]
+fn a_token_alone_gets_the_bits_it_has_among_others_on_every_schedule() {
+    words::on_every_schedule(|device, driver| {
+        let shape = MoeShape { experts: 5, top_k: 2 };
+        let layer = Layer::new(shape);
+        let (x, ids, weights) = step(21, shape);
+        let (_, all) = layer.run(device, driver, &x, (&ids, &weights), LinearKernel::Tiled128x64);
+        for t in [0, 8, 20] {
+            let (ids, weights) = (&ids[2 * t..][..2], &weights[2 * t..][..2]);
+            let x = &x[t * H..][..H];
+            let (_, alone) = layer.run(device, driver, x, (ids, weights), shape.kernel(1));
+            assert_same(&alone, &all[t * H..][..H], "a token alone");
+        }
+    });
+}
+
+#[test]
+fn rows_of_bf16_are_added_up_or_replace_what_was_there() {
+    let (device, _) = words::device();
+    let (tokens, top_k, width) = (3, 2, 2056);
+    let rows = rounded(&Rng::new(1).units(tokens * top_k * width));
+    let weights = Rng::new(2).units(tokens * top_k);
+    let mut out = poisoned(&device, tokens * width);
+    let (rows_there, weights_there) = (bf16s(&device, &rows), f32s(&device, &weights));
+    let call = MoeCombine {
+        out: &mut out,
+        rows: &rows_there,
+        weights: &weights_there,
+        accumulate: false,
+        width,
+        top_k,
+        tokens,
+    };
+    moe_combine(&device, call).unwrap();
+    let want: Vec<f64> = (0..tokens * width)
+        .map(|i| {
+            let pair = |j| i / width * top_k + j;
+            (0..top_k)
+                .map(|j| f64::from(weights[pair(j)]) * f64::from(rows[pair(j) * width + i % width]))
+                .sum()
+        })
+        .collect();
+    assert_near(&values(&device, &out), &want, 2_f64.powi(-8), 1e-6, "combined");
+}
+
+#[test]
+fn shapes_that_the_kernels_cannot_take_are_refused() {
+    let (device, driver) = words::device();
+    let ids = unwritten(&driver, 8);
+    let (mut weights, logits) = (f32s(&device, &[0.0; 8]), f32s(&device, &[0.0; 8]));
+    let mut call = |experts, top_k, tokens| {
+        let shape = MoeShape { experts, top_k };
+        let (ids, logits) = (DeviceWords::new(&ids), &logits);
+        moe_route(&device, MoeRoute { ids, weights: &mut weights, logits, shape, renormalize: true, tokens })
+    };
+    call(4, 2, 2).unwrap();
+    for (experts, top_k) in [(257, 1), (4, 0), (4, 5), (64, 9), (0, 1)] {
+        assert!(matches!(call(experts, top_k, 1), Err(KernelError::Unsupported { op: "moe_route", .. })));
+    }
+    assert!(matches!(call(4, 2, 3), Err(KernelError::Shape { op: "moe_route", .. })));
+
+    let shape = MoeShape { experts: 4, top_k: 2 };
+    let small = unwritten(&driver, 4);
+    let words = DeviceWords::new(&small);
+    let order = MoeOrder {
+        sorted_pairs: words,
+        offsets: words,
+        tiles: words,
+        shape,
+        tokens: 2,
+        kernel: LinearKernel::Skinny16x8,
+    };
+    let refused = moe_permute(&device, MoePermute { order, ids: words });
+    assert!(matches!(refused, Err(KernelError::Shape { op: "moe_permute", .. })));
+    let mut out = device.buffer(DType::Bf16, 8, "out").unwrap();
+    let rows = bf16s(&device, &[0.0; 16]);
+    let call = MoeCombine {
+        out: &mut out,
+        rows: &rows,
+        weights: &logits,
+        accumulate: false,
+        width: 12,
+        top_k: 1,
+        tokens: 1,
+    };
+    assert!(matches!(moe_combine(&device, call), Err(KernelError::Unsupported { op: "moe_combine", .. })));
+}
