@@ -5,7 +5,7 @@
 // over the positions j <= p of the token's own row, and j > p - window if a window is given. With sinks the denominator of the
 // softmax has one more term, exp(sink[q]).
 //
-// qkv [T, (Q + 2K) * D], out [T, Q * D] bf16, 16-byte aligned; slopes, sinks [Q] f32; block_tables [S, max_blocks] u32.
+// qkv [T, (Q + 2K) * D], out [T, Q * D] bf16, 16-byte aligned; slopes, sinks [Q] f32.
 // kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size a power of two >= 16. Slots after the last
 // token of an item, or before its window, are not read.
 //
@@ -326,6 +326,8 @@ TM_DEVICE void combine(const AttentionArgs &a) {
     extern "C" __global__ void __launch_bounds__(128, 3) attention_combine_##D(const AttentionArgs args) { combine<D>(args); }             \
     KERNEL(attention_combine_##D);
 
+ATTENTION(16)
+ATTENTION(32)
 ATTENTION(64)
 ATTENTION(80)
 ATTENTION(96)

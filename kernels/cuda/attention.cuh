@@ -9,7 +9,6 @@ struct AttentionArgs {
     bf16 *out;
     const bf16 *qkv;
     const bf16 *kv;
-    const uint32_t *block_tables;
     const uint32_t *plan;
     const float *slopes;
     const float *sinks;
@@ -17,12 +16,10 @@ struct AttentionArgs {
     float *partial_ml;
     int num_heads;
     int num_kv_heads;
-    int max_blocks;
     int block_shift;
     int window;      // 0: none
     float scale;
     float soft_cap;  // 0: none
-    int reserved;
 };
 
 // Partly unrolled where addresses computed ahead would cost more registers than there are.
@@ -43,7 +40,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // One unit of work. The same layout as in ops/attention/plan.rs.
 struct __align__(16) Item {
-    uint32_t row;        // of block_tables
+    uint32_t table;      // word of the plan at which the row's block table begins
     uint32_t token;      // of the step: the row's first
     uint32_t position;   // of that token
     uint32_t head_rows;  // key/value head, number of query rows << 16
@@ -89,7 +86,7 @@ template <int D, int ROWS>
 TM_DEVICE void load_kv(const AttentionArgs &a, const Item &item, int which, bf16x8 *tile, int row0, int position, int low, int high) {
     const bf16x8 *src = (const bf16x8 *)a.kv;
     if (position <= high && position + ROWS > low) {
-        const uint32_t block = a.block_tables[(size_t)item.row * a.max_blocks + (position >> a.block_shift)];
+        const uint32_t block = a.plan[item.table + (position >> a.block_shift)];
         const size_t head = ((size_t)block * 2 + which) * a.num_kv_heads + item.head();
         src += ((head << a.block_shift) + (position & ((1 << a.block_shift) - 1))) * (D / 8);
     }

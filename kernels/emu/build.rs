@@ -36,7 +36,10 @@ fn main() {
 
     // Kernels register themselves in static initialisers: the linker must keep them all.
     let mut kernels = kernel_build(checks);
-    kernels.files(sources("../cuda", "cu")).link_lib_modifier("+whole-archive").compile("tidemill_emu_kernels");
+    kernels
+        .files(sources("../cuda", "cu"))
+        .link_lib_modifier("+whole-archive")
+        .compile("tidemill_emu_kernels");
 
     // Linked into this crate's integration tests alone.
     let mut faults = kernel_build(checks);

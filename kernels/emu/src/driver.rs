@@ -101,14 +101,17 @@ impl EmuDriver {
         };
         if sizes != kernel.parameter_sizes || arguments != sizes.len() {
             let table = kernel.parameter_sizes;
-            return fail(format!("{arguments} arguments, {table:?} bytes in the table, {sizes:?} in the kernel"));
+            return fail(format!(
+                "{arguments} arguments, {table:?} bytes in the table, {sizes:?} in the kernel"
+            ));
         }
         let threads: u64 = config.block.iter().map(|&n| u64::from(n)).product();
         if threads == 0 || threads > MAX_BLOCK_THREADS || config.block[2] > 64 {
             return fail(format!("a block of {:?} threads", config.block));
         }
         let [x, y, z] = config.grid;
-        if x == 0 || x > i32::MAX as u32 || !(1..=MAX_GRID_YZ).contains(&y) || !(1..=MAX_GRID_YZ).contains(&z) {
+        if x == 0 || x > i32::MAX as u32 || !(1..=MAX_GRID_YZ).contains(&y) || !(1..=MAX_GRID_YZ).contains(&z)
+        {
             return fail(format!("a grid of {:?} blocks", config.grid));
         }
         if config.shared_bytes as usize > self.info.max_shared_bytes {

@@ -77,7 +77,10 @@ impl DeviceMemory {
         if unsafe { runtime::free(address as *mut u8) } {
             return Ok(());
         }
-        Err(format!("bytes beyond the end of \"{}\" ({} bytes) were overwritten", allocation.what, allocation.bytes))
+        Err(format!(
+            "bytes beyond the end of \"{}\" ({} bytes) were overwritten",
+            allocation.what, allocation.bytes
+        ))
     }
 
     /// Refuses a range that does not lie inside one live allocation.

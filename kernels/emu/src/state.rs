@@ -88,7 +88,10 @@ impl State {
         if self.mistakes.is_empty() {
             return Ok(());
         }
-        Err(KernelError::Device { call, detail: format!("earlier: {}", self.mistakes.drain(..).collect::<Vec<_>>().join("; ")) })
+        Err(KernelError::Device {
+            call,
+            detail: format!("earlier: {}", self.mistakes.drain(..).collect::<Vec<_>>().join("; ")),
+        })
     }
 
     /// As [`State::enter`], for a call that a capture cannot record.

@@ -4,9 +4,7 @@ use std::{collections::VecDeque, ffi::c_void, ops::Range, ptr, sync::Arc};
 
 use tidemill_kernels::cuda::driver::{Kernel, LaunchConfig};
 
-use crate::{
-    runtime::{self, How, Outcome},
-};
+use crate::runtime::{self, How, Outcome};
 
 /// The bytes of a copy to the device.
 #[derive(Clone)]
@@ -20,9 +18,21 @@ pub(crate) enum Source {
 /// One queued operation.
 #[derive(Clone)]
 pub(crate) enum Op {
-    Upload { dst: u64, src: Source, bytes: usize },
-    Readback { dst: usize, src: u64, bytes: usize },
-    Fill { dst: u64, value: u8, bytes: usize },
+    Upload {
+        dst: u64,
+        src: Source,
+        bytes: usize,
+    },
+    Readback {
+        dst: usize,
+        src: u64,
+        bytes: usize,
+    },
+    Fill {
+        dst: u64,
+        value: u8,
+        bytes: usize,
+    },
     Launch(Arc<Launch>),
     Graph(Arc<[Op]>),
     /// An event's recording.

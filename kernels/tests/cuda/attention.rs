@@ -19,7 +19,7 @@ use tidemill_kernels_emu::{EmuDriver, Schedule};
 use crate::{
     common::{Rng, assert_same},
     harness::{self, assert_near, f32s, poisoned, values},
-    paged::{Bed, LAYER, Row, Step, kv, query, row},
+    paged::{BLOCK, Bed, LAYER, Row, Step, kv, query, row},
 };
 
 /// What a test varies beside the rows.
@@ -66,14 +66,14 @@ fn run(bed: &Bed, options: &Options, rows: &[Row]) -> Vec<f32> {
     let step = Step::new(options.heads, rows, options.window);
     let mut plan = Vec::new();
     let limits = options.limits(&step);
-    let kernels = attention_plan(&mut plan, &step.meta, options.heads, options.window, &limits).unwrap();
-    assert!(plan.len() <= limits.max_words(options.heads), "{} words", plan.len());
+    let kernels =
+        attention_plan(&mut plan, &step.meta, options.heads, BLOCK, options.window, &limits).unwrap();
     launch(bed, options, &step, &plan, kernels)
 }
 
 fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: AttentionKernels) -> Vec<f32> {
     let heads = options.heads;
-    let (cache, qkv, tables) = step.upload(bed);
+    let (cache, qkv) = step.upload(bed);
     let mut out = poisoned(&bed.device, step.tokens() * heads.num_heads * heads.head_dim);
     let plan = bed.words(plan);
     let mut workspace = AttentionWorkspace::new(&bed.device, options.split.0, heads.head_dim).unwrap();
@@ -85,8 +85,6 @@ fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: Atte
         qkv: &qkv,
         kv: KvLayer { cache: &cache, shape: step.shape, layer: LAYER },
         heads,
-        block_tables: DeviceWords::new(&tables),
-        max_blocks: step.meta.max_blocks,
         plan: DeviceWords::new(&plan),
         kernels,
         workspace: &mut workspace,
@@ -279,7 +277,8 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
             let step = Step::new(options.heads, &rows, None);
             let mut plan = Vec::new();
             let needed =
-                attention_plan(&mut plan, &step.meta, options.heads, None, &options.limits(&step)).unwrap();
+                attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &options.limits(&step))
+                    .unwrap();
             assert_eq!(needed, kernels);
             launch(&bed, &options, &step, &plan, kernels);
             let stats = emulator.last_stats();
@@ -296,8 +295,8 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     let (heads, driver) = (options.heads, bed.device.driver());
     let step = Step::new(heads, &[row(1, 1, 290), row(2, 1, 3)], None);
     let limits = options.limits(&step);
-    let (cache, qkv, tables) = step.upload(&bed);
-    let plan = bed.words(&vec![0; limits.max_words(heads)]);
+    let (cache, qkv) = step.upload(&bed);
+    let plan = bed.words(&[0; 1024]);
     let mut workspace = AttentionWorkspace::new(&bed.device, options.split.0, heads.head_dim).unwrap();
     let mut out = poisoned(&bed.device, 2 * heads.num_heads * heads.head_dim);
     let scoring = Scoring { scale: options.scale(), window: None, soft_cap: None, slopes: None, sinks: None };
@@ -307,8 +306,6 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
         qkv: &qkv,
         kv: KvLayer { cache: &cache, shape: step.shape, layer: LAYER },
         heads,
-        block_tables: DeviceWords::new(&tables),
-        max_blocks: step.meta.max_blocks,
         plan: DeviceWords::new(&plan),
         kernels: AttentionKernels::DECODE,
         workspace: &mut workspace,
@@ -322,7 +319,7 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     // The same launches with nothing to do, then with the first row as padding, then with all.
     for contexts in [[0, 0], [0, 3], [290, 3]] {
         let meta = BatchMeta { context_lens: contexts.to_vec(), ..step.meta.clone() };
-        attention_plan(&mut words, &meta, heads, None, &limits).unwrap();
+        attention_plan(&mut words, &meta, heads, BLOCK, None, &limits).unwrap();
         bed.rewrite(&plan, &words);
         // SAFETY: all buffers of the recorded launches live.
         unsafe { driver.launch_graph(graph) }.unwrap();
@@ -338,7 +335,7 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
 }
 
 #[test]
-fn a_plan_has_every_query_row_and_every_tile_once_and_keeps_its_limits() {
+fn a_plan_has_every_query_row_every_tile_and_every_block_table_once() {
     for seed in 0..200 {
         let mut rng = Rng::new(seed);
         let group = [1, 2, 4, 7, 16, 71][rng.below(6)];
@@ -350,6 +347,8 @@ fn a_plan_has_every_query_row_and_every_tile_once_and_keeps_its_limits() {
             meta.cu_seqlens_q.push(meta.cu_seqlens_q.last().unwrap() + new as u32);
             meta.context_lens.push(context as u32);
         }
+        meta.max_blocks = 1 + meta.context_lens.iter().max().unwrap().div_ceil(BLOCK as u32) as usize;
+        meta.block_tables = (0..meta.num_rows() * meta.max_blocks).map(|block| block as u32).collect();
         let window = [None, Some(1), Some(300)][rng.below(3)];
         let limits = PlanLimits {
             max_tokens: *meta.cu_seqlens_q.last().unwrap() as usize,
@@ -358,8 +357,7 @@ fn a_plan_has_every_query_row_and_every_tile_once_and_keeps_its_limits() {
             num_sms: [1, 4, 132][rng.below(3)],
         };
         let mut plan = Vec::new();
-        attention_plan(&mut plan, &meta, heads, window, &limits).unwrap();
-        assert!(plan.len() <= limits.max_words(heads), "{} words of {}", plan.len(), limits.max_words(heads));
+        attention_plan(&mut plan, &meta, heads, BLOCK, window, &limits).unwrap();
         check_plan(&plan, &meta, heads, window, limits.split_tiles);
     }
 }
@@ -375,8 +373,11 @@ fn check_plan(plan: &[u32], meta: &BatchMeta, heads: HeadShape, window: Option<u
     let tokens = *meta.cu_seqlens_q.last().unwrap() as usize;
     let mut written = vec![0; tokens * heads.num_heads];
     for (kind, item) in (0..3).flat_map(|kind| items(kind).map(move |item| (kind, item))) {
-        let [row, token, position, head_rows, first, tile, tiles, slot] = item.map(|word| word as usize);
-        assert_eq!(token, meta.cu_seqlens_q[row] as usize);
+        let [table, token, position, head_rows, first, tile, tiles, slot] = item.map(|word| word as usize);
+        let starts_here = |ends: &[u32]| ends[0] as usize == token && ends[1] > ends[0];
+        let row = meta.cu_seqlens_q.windows(2).position(starts_here).unwrap();
+        let blocks = (meta.context_lens[row] as usize).div_ceil(BLOCK);
+        assert_eq!(plan[table..table + blocks], meta.block_tables[row * meta.max_blocks..][..blocks]);
         let whole = slot == u32::MAX as usize || kind == 2;
         if slot != u32::MAX as usize {
             let slots = if kind == 2 { &mut merged } else { &mut filled };
@@ -409,8 +410,8 @@ fn attention_refuses_what_the_kernels_cannot_take() {
         let step = Step::new(options.heads, &[row(1, 1, 5)], None);
         let mut plan = Vec::new();
         let limits = options.limits(&step);
-        let kernels = attention_plan(&mut plan, &step.meta, options.heads, None, &limits).unwrap();
-        let (cache, qkv, tables) = step.upload(&bed);
+        let kernels = attention_plan(&mut plan, &step.meta, options.heads, BLOCK, None, &limits).unwrap();
+        let (cache, qkv) = step.upload(&bed);
         let plan = bed.words(&plan);
         let mut workspace = AttentionWorkspace::new(&bed.device, 1, options.heads.head_dim).unwrap();
         let mut out = poisoned(&bed.device, options.heads.num_heads * options.heads.head_dim);
@@ -419,8 +420,6 @@ fn attention_refuses_what_the_kernels_cannot_take() {
             qkv: &qkv,
             kv: KvLayer { cache: &cache, shape: step.shape, layer: LAYER },
             heads: options.heads,
-            block_tables: DeviceWords::new(&tables),
-            max_blocks: step.meta.max_blocks,
             plan: DeviceWords::new(&plan),
             kernels,
             workspace: &mut workspace,
@@ -442,7 +441,6 @@ fn attention_refuses_what_the_kernels_cannot_take() {
     unsupported(refused(&small, &|c| c.heads.num_heads = 0));
     shape(refused(&small, &|c| c.kv.layer = 3));
     shape(refused(&small, &|c| c.tokens = 2));
-    shape(refused(&small, &|c| c.max_blocks = 1000));
     // Leaked, so that the closures may hand them to a call of any lifetime.
     let narrow: &'static DeviceBuffer = Box::leak(Box::new(f32s(&bed.device, &[0.0])));
     shape(refused(&small, &|c| c.scoring.slopes = Some(narrow)));
@@ -458,8 +456,10 @@ fn a_plan_refuses_steps_beyond_its_limits() {
     let limits = PlanLimits { max_tokens: 4, max_rows: 2, split_tiles: 0, num_sms: 1 };
     let plan = |cu_seqlens_q: &[u32], context_lens: &[u32]| {
         let (cu_seqlens_q, context_lens) = (cu_seqlens_q.to_vec(), context_lens.to_vec());
-        let meta = BatchMeta { cu_seqlens_q, context_lens, ..BatchMeta::default() };
-        attention_plan(&mut Vec::new(), &meta, heads, None, &limits)
+        let block_tables = vec![0; context_lens.len()];
+        let meta =
+            BatchMeta { cu_seqlens_q, context_lens, block_tables, max_blocks: 1, ..BatchMeta::default() };
+        attention_plan(&mut Vec::new(), &meta, heads, BLOCK, None, &limits)
     };
     assert!(plan(&[0, 2, 4], &[2, 9]).is_ok());
     for refused in [plan(&[0, 5], &[5]), plan(&[0, 1, 2, 3], &[1, 1, 1]), plan(&[0, 3], &[2])] {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
@@ -11,12 +12,11 @@ mod probe;
 mod layernorm;
 mod linear;
 mod moe;
+mod paged;
 mod planted;
 mod rmsnorm;
+mod rope_kv_write;
 mod rows;
 mod sampling;
-mod attention;
-mod paged;
-mod rope_kv_write;
 mod signatures;
 mod words;

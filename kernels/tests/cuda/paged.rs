@@ -167,9 +167,8 @@ impl Step {
         ((((LAYER * self.shape.num_blocks + block) * 2 + which) * k + head) * BLOCK + offset) * d
     }
 
-    pub fn upload(&self, bed: &Bed) -> (DeviceBuffer, DeviceBuffer, DeviceMemory) {
-        let qkv = bf16s(&bed.device, &self.qkv);
-        (bf16s(&bed.device, &self.cache), qkv, bed.words(&self.meta.block_tables))
+    pub fn upload(&self, bed: &Bed) -> (DeviceBuffer, DeviceBuffer) {
+        (bf16s(&bed.device, &self.cache), bf16s(&bed.device, &self.qkv))
     }
 }
 

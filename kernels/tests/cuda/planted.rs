@@ -49,14 +49,16 @@ fn every_barrier_and_wait_is_missed_when_it_is_gone() {
             Schedule::all().into_iter().flat_map(|schedule| run(schedule, None, sample).1).collect();
         assert!(!sites.is_empty(), "{name} has no barrier, and need not stand here");
         for site in sites {
-            let found = Schedule::many(MORE_SCHEDULES)
-                .into_iter()
-                .any(|schedule| run(schedule, Some(&site), sample).0.is_none_or(|got| bits_of(&got) != expected));
+            let found = Schedule::many(MORE_SCHEDULES).into_iter().any(|schedule| {
+                run(schedule, Some(&site), sample).0.is_none_or(|got| bits_of(&got) != expected)
+            });
             let known = undetected(&site);
             met += usize::from(known.is_some());
             match (found, known) {
                 (false, None) => failures.push(format!("{name}: nobody misses {site}")),
-                (true, Some(known)) => failures.push(format!("{name}: {site} is found, though: {}", known.reason)),
+                (true, Some(known)) => {
+                    failures.push(format!("{name}: {site} is found, though: {}", known.reason))
+                }
                 _ => {}
             }
         }

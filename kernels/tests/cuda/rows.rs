@@ -4,9 +4,10 @@ use tidemill_kernels::{
     KernelError,
     cuda::{
         Device,
-        ops::{Embedding, FEEDBACK, GatherRows, PADDING_INDEX, embedding, gather_rows},
+        ops::{Embedding, GatherRows, PADDING_INDEX, embedding, gather_rows},
         words::DeviceWords,
     },
+    ops::FEEDBACK,
 };
 
 use crate::{

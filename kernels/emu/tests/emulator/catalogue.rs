@@ -15,7 +15,9 @@ fn missing_barriers_are_races() {
     if !OWN_RACE_CHECK {
         return;
     }
-    for name in ["no_barrier", "no_barrier_before_reuse", "no_syncwarp", "shuffle_as_fence", "wrong_named_barrier"] {
+    for name in
+        ["no_barrier", "no_barrier_before_reuse", "no_syncwarp", "shuffle_as_fence", "wrong_named_barrier"]
+    {
         call(name).complains("race on shared variable s");
     }
     call("not_atomic").complains("race on shared variable s");
@@ -117,9 +119,10 @@ fn too_much_static_shared_memory_is_refused() {
 #[test]
 fn misaligned_vector_accesses_are_refused() {
     call("misaligned_copy").complains("misaligned address");
-    for (name, words) in
-        [("misaligned_matrix", "ldmatrix row is not 16-byte aligned"), ("misaligned_load", "misaligned address")]
-    {
+    for (name, words) in [
+        ("misaligned_matrix", "ldmatrix row is not 16-byte aligned"),
+        ("misaligned_load", "misaligned address"),
+    ] {
         let mut misaligned = call(name);
         misaligned.shared_bytes = 1024;
         misaligned.complains(words);

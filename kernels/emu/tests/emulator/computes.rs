@@ -42,7 +42,10 @@ fn bf16_rounds_to_nearest_even() {
     // Around every exponent: exact values, ties both ways, neighbours of ties; NaN, infinities, overflow, zeros, subnormals.
     let mut bits: Vec<u32> = Vec::new();
     for exponent in 0..=0xff_u32 {
-        for mantissa in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_7fff, 0x7f_8000, 0x7f_ffff] {
+        for mantissa in [
+            0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_7fff, 0x7f_8000,
+            0x7f_ffff,
+        ] {
             bits.extend([exponent << 23 | mantissa, 1 << 31 | exponent << 23 | mantissa]);
         }
     }
@@ -53,7 +56,10 @@ fn bf16_rounds_to_nearest_even() {
     for (&from, &to) in bits.iter().zip(&got) {
         let (from, to) = (f32::from_bits(from), f32::from_bits(to as u32));
         let want = nearest_bf16(from);
-        assert!(to.to_bits() == want.to_bits() || (to.is_nan() && want.is_nan()), "{from:e}: {to:e}, not {want:e}");
+        assert!(
+            to.to_bits() == want.to_bits() || (to.is_nan() && want.is_nan()),
+            "{from:e}: {to:e}, not {want:e}"
+        );
     }
 }
 
@@ -65,7 +71,8 @@ fn nearest_bf16(x: f32) -> f32 {
     let below = f32::from_bits(x.to_bits() & 0xffff_0000);
     let above = f32::from_bits((x.to_bits() & 0xffff_0000).wrapping_add(0x1_0000));
     // In f64 the distance to what would follow the largest finite value is finite too.
-    let value = |v: f32, bits: u32| if v.is_finite() { f64::from(v) } else { f64::from(f32::from_bits(bits)) * 2.0 };
+    let value =
+        |v: f32, bits: u32| if v.is_finite() { f64::from(v) } else { f64::from(f32::from_bits(bits)) * 2.0 };
     let (low, high) = (f64::from(below), value(above, (x.to_bits() & 0x8000_0000) | 0x7f00_0000));
     let (to_low, to_high) = ((f64::from(x) - low).abs(), (high - f64::from(x)).abs());
     let low_is_even = below.to_bits() >> 16 & 1 == 0;

@@ -112,7 +112,10 @@ fn ranges_must_lie_inside_one_live_allocation() {
         refused(driver.fill(device.offset(90), 0, 11), "bytes 90..101 of \"weights\", which has 100 bytes");
         refused(driver.fill(DevPtr(16), 0, 1), "lies in no live device memory");
         refused(driver.copy_to_host(host, device.offset(100), 1), "lies in no live device memory");
-        refused(driver.copy_to_host(host.add(50), device, 51), "bytes 50..101 of page-locked memory of 100 bytes");
+        refused(
+            driver.copy_to_host(host.add(50), device, 51),
+            "bytes 50..101 of page-locked memory of 100 bytes",
+        );
         refused(driver.copy_to_device(device, host.add(50), 51), "page-locked memory");
         driver.fill(device.offset(99), 0, 1).unwrap();
         driver.free(device);
@@ -180,7 +183,8 @@ fn memory_is_limited_and_counted() {
 #[test]
 fn what_lives_can_be_asked() {
     let driver = lazy();
-    let (device, pinned) = (driver.alloc(100, "a").unwrap(), driver.alloc_pinned(50, Pinned::Upload).unwrap());
+    let (device, pinned) =
+        (driver.alloc(100, "a").unwrap(), driver.alloc_pinned(50, Pinned::Upload).unwrap());
     let event = driver.create_event().unwrap();
     driver.begin_capture().unwrap();
     let graph = driver.end_capture().unwrap();

@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 
 use tidemill_kernels::cuda::driver::{DevPtr, Driver, LaunchConfig};
-use tidemill_kernels_emu::{Asynchronous, EmuConfig, EmuDriver, Order, Schedule, Tensor, TensorMap, tensor_map};
+use tidemill_kernels_emu::{
+    Asynchronous, EmuConfig, EmuDriver, Order, Schedule, Tensor, TensorMap, tensor_map,
+};
 
 use crate::harness::{call, download, kernel, upload};
 
@@ -82,7 +84,11 @@ fn tma_mbarriers_and_wgmma_multiply() {
 
 /// Every result that is not the right product.
 fn caught(name: &'static str) -> Vec<Result<Vec<f32>, String>> {
-    configs().into_iter().map(|config| multiply(name, config)).filter(|r| r.as_ref() != Ok(&expected())).collect()
+    configs()
+        .into_iter()
+        .map(|config| multiply(name, config))
+        .filter(|r| r.as_ref() != Ok(&expected()))
+        .collect()
 }
 
 #[test]

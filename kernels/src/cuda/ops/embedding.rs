@@ -20,18 +20,15 @@ kernels! {
 const OP: &str = "embedding";
 const THREADS: u32 = 256;
 
-/// Top bit of a token id: the rest is a row of logits of the previous step, and the id is what was sampled for it.
-pub const FEEDBACK: u32 = 1 << 31;
-
 /// Arguments of [`embedding`]. Letters as in [`crate::ops`].
 pub struct Embedding<'a> {
     /// `[T, H]` bf16, written.
     pub out: &'a mut DeviceBuffer,
     /// `[V, H]` bf16.
     pub table: &'a DeviceBuffer,
-    /// `[T]` ids below V, or [`FEEDBACK`] and an index into `feedback`.
+    /// `[T]` ids below V, or [`FEEDBACK`](crate::ops::FEEDBACK) and an index into `feedback`.
     pub token_ids: DeviceWords<'a>,
-    /// Ids that [`super::sample`] wrote. Without it no id may have [`FEEDBACK`] set.
+    /// Ids that [`super::sample`] wrote. Without it no id may have that bit set.
     pub feedback: Option<DeviceWords<'a>>,
     /// H, a multiple of 8.
     pub width: usize,

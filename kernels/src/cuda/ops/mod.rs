@@ -17,7 +17,7 @@ pub use activation::{Activation, ActivationKind, activation};
 pub use attention::{
     Attention, AttentionKernels, AttentionWorkspace, PlanLimits, Scoring, attention, attention_plan,
 };
-pub use embedding::{Embedding, FEEDBACK, embedding};
+pub use embedding::{Embedding, embedding};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use layernorm::{LayerNorm, layernorm};
 pub use linear::{Linear, LinearEpilogue, LinearKernel, linear, linear_with};

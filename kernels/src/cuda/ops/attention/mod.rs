@@ -25,6 +25,18 @@ kernels! {
     fn attention_block_64(args: Args);
     /// A warp per query row of a split item, D = 64.
     fn attention_combine_64(args: Args);
+    /// D = 16.
+    fn attention_split_16(args: Args);
+    /// D = 16.
+    fn attention_block_16(args: Args);
+    /// D = 16.
+    fn attention_combine_16(args: Args);
+    /// D = 32.
+    fn attention_split_32(args: Args);
+    /// D = 32.
+    fn attention_block_32(args: Args);
+    /// D = 32.
+    fn attention_combine_32(args: Args);
     /// D = 80.
     fn attention_split_80(args: Args);
     /// D = 80.
@@ -66,7 +78,6 @@ struct Args {
     out: DevPtr,
     qkv: DevPtr,
     kv: DevPtr,
-    block_tables: DevPtr,
     plan: DevPtr,
     slopes: DevPtr,
     sinks: DevPtr,
@@ -74,12 +85,10 @@ struct Args {
     partial_ml: DevPtr,
     num_heads: i32,
     num_kv_heads: i32,
-    max_blocks: i32,
     block_shift: i32,
     window: i32,
     scale: f32,
     soft_cap: f32,
-    reserved: i32,
 }
 
 /// Room for the partial results of split rows. One serves all layers and steps of a stream.
@@ -134,13 +143,9 @@ pub struct Attention<'a> {
     pub qkv: &'a DeviceBuffer,
     /// Holds the step's own keys and values already.
     pub kv: KvLayer<'a>,
-    /// Q, K and D; D one of 64, 80, 96, 128, 192, 256.
+    /// Q, K and D; D one of 16, 32, 64, 80, 96, 128, 192, 256.
     pub heads: HeadShape,
-    /// `[S, max_blocks]`.
-    pub block_tables: DeviceWords<'a>,
-    /// Row stride of the block tables.
-    pub max_blocks: usize,
-    /// Made by [`attention_plan`] for these heads, this window and this workspace.
+    /// Made by [`attention_plan`] for these heads, blocks, window and this workspace.
     pub plan: DeviceWords<'a>,
     /// The kernels that the plan needs, or more.
     pub kernels: AttentionKernels,
@@ -196,6 +201,8 @@ type Launcher = unsafe fn(&dyn crate::cuda::driver::Driver, LaunchConfig, Args) 
 /// The split, block and combine kernels for a head size that [`Geometry::new`] knows.
 fn launchers(head_dim: usize) -> [Launcher; 3] {
     match head_dim {
+        16 => [attention_split_16, attention_block_16, attention_combine_16],
+        32 => [attention_split_32, attention_block_32, attention_combine_32],
         64 => [attention_split_64, attention_block_64, attention_combine_64],
         80 => [attention_split_80, attention_block_80, attention_combine_80],
         96 => [attention_split_96, attention_block_96, attention_combine_96],
@@ -214,9 +221,9 @@ struct Geometry {
 
 impl Geometry {
     fn new(head_dim: usize) -> Result<Self> {
-        if ![64, 80, 96, 128, 192, 256].contains(&head_dim) {
+        if ![16, 32, 64, 80, 96, 128, 192, 256].contains(&head_dim) {
             let detail = format!(
-                "D is {head_dim}; the CUDA kernels take 64, 80, 96, 128, 192 and 256 (use --device cpu)"
+                "D is {head_dim}; the CUDA kernels take 16, 32, 64, 80, 96, 128, 192 and 256 (use --device cpu)"
             );
             return Err(KernelError::Unsupported { op: OP, detail });
         }
@@ -255,7 +262,6 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         out: call.out.at_least(OP, "out", DType::Bf16, call.tokens * num_heads * head_dim)?,
         qkv: call.qkv.at_least(OP, "qkv", DType::Bf16, call.tokens * call.heads.qkv_width())?,
         kv: call.kv.checked(OP, call.heads)?,
-        block_tables: call.block_tables.at_least(OP, "block_tables", call.max_blocks)?,
         plan: call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?,
         slopes: per_head("slopes", slopes)?,
         sinks: per_head("sinks", sinks)?,
@@ -263,11 +269,9 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         partial_ml: call.workspace.ml.ptr(),
         num_heads: num_heads as i32,
         num_kv_heads: num_kv_heads as i32,
-        max_blocks: call.max_blocks as i32,
         block_shift: call.kv.block_shift(),
         window: window.map_or(0, |window| window.min(1 << 30) as i32),
         scale,
         soft_cap: soft_cap.unwrap_or(0.0),
-        reserved: 0,
     })
 }

@@ -39,22 +39,6 @@ pub struct PlanLimits {
     pub num_sms: usize,
 }
 
-impl PlanLimits {
-    /// Most words of a plan.
-    ///
-    /// `8 * (1 + units + split_tiles + min(units, split_tiles / 2) + blocks)` where, with G = Q / K,
-    /// `units = K * min(ceil(T * G / 16) + S, S * max(4, ceil(G / 4)))` and `blocks = K * (ceil(T * G / 64) + S)`.
-    pub fn max_words(&self, heads: HeadShape) -> usize {
-        let group = heads.num_heads / heads.num_kv_heads;
-        let by_tokens = (self.max_tokens * group).div_ceil(SPLIT_ROWS) + self.max_rows;
-        let by_rows =
-            self.max_rows * (SPLIT_TOKENS * group).div_ceil(SPLIT_ROWS).max(BLOCK_ROWS.div_ceil(SPLIT_ROWS));
-        let units = heads.num_kv_heads * by_tokens.min(by_rows);
-        let blocks = heads.num_kv_heads * ((self.max_tokens * group).div_ceil(BLOCK_ROWS) + self.max_rows);
-        ITEM_WORDS * (1 + units + self.split_tiles + units.min(self.split_tiles / 2) + blocks)
-    }
-}
-
 /// Which kernels a step needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionKernels {
@@ -93,7 +77,8 @@ impl Unit {
 /// Writes the plan of a step into `plan`, for layers with the given `window`: a model whose layers differ in it needs a
 /// plan for each.
 ///
-/// Of `meta`, reads `cu_seqlens_q` and `context_lens`; rows without tokens or with a context of 0 are padding and get no work.
+/// Of `meta`, reads `cu_seqlens_q`, `context_lens` and the block tables, of which it takes what the contexts use: items refer to them
+/// by word, so that a captured graph fits tables of any length. Rows without tokens or with a context of 0 are padding and get no work.
 /// The plan is to lie 16-byte aligned in device memory. Items come longest first.
 ///
 /// # Errors
@@ -102,6 +87,7 @@ pub fn attention_plan(
     plan: &mut Vec<u32>,
     meta: &BatchMeta,
     heads: HeadShape,
+    block_size: usize,
     window: Option<usize>,
     limits: &PlanLimits,
 ) -> Result<AttentionKernels> {
@@ -119,7 +105,22 @@ pub fn attention_plan(
         plan[2 * kind + 1] = plan.len() as u32;
         plan.extend(items.iter().flatten());
     }
+    append_tables(plan, meta, block_size);
     Ok(AttentionKernels { split: !split.is_empty(), block: !blocks.is_empty(), combine: !combine.is_empty() })
+}
+
+/// Puts the rows' block tables behind the items, and in each item the place of its row's table in place of the row.
+fn append_tables(plan: &mut Vec<u32>, meta: &BatchMeta, block_size: usize) {
+    let items = plan.len();
+    let mut starts = Vec::with_capacity(meta.num_rows());
+    for (row, &context) in meta.context_lens.iter().enumerate() {
+        starts.push(plan.len() as u32);
+        let table = row * meta.max_blocks;
+        plan.extend_from_slice(&meta.block_tables[table..table + (context as usize).div_ceil(block_size)]);
+    }
+    for item in plan[ITEM_WORDS..items].chunks_exact_mut(ITEM_WORDS) {
+        item[0] = starts[item[0] as usize];
+    }
 }
 
 /// The units of all rows: first those for the split kernel, then those for the block kernel.
