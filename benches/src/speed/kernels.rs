@@ -204,7 +204,7 @@ impl<M: Machine> Bench<'_, M> {
             _ => self.ops.buffer(rows * n)?,
         };
         let mut scratch = self.ops.scratch_buffer(if kind == Kind::Gated { rows * 2 * n } else { 1 })?;
-        let mut work = || {
+        let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
                 for (x, w) in x.iter().zip(&w) {
                     match kind {
@@ -304,7 +304,7 @@ impl<M: Machine> Bench<'_, M> {
         let mut out = self.ops.buffer(tokens * heads.num_heads * heads.head_dim)?;
         let batch = self.batch(step, layout, &SampleSpec::greedy())?;
         let scale = (heads.head_dim as f32).powf(-0.5);
-        let mut work = || {
+        let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
                 for layer in 0..plan.sets {
                     self.ops.paged_attention(&mut out, &qkv, &kv, &batch, heads, scale, layer)?;
@@ -368,7 +368,7 @@ impl<M: Machine> Bench<'_, M> {
             .map(|_| self.activations(tokens, heads.qkv_width()))
             .collect::<Result<_, _>>()?;
         let batch = self.batch(step, layout, &SampleSpec::greedy())?;
-        let mut work = || {
+        let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
                 for (layer, qkv) in qkv.iter_mut().enumerate() {
                     self.ops.rope_kv_write(qkv, &mut kv, &rope, &batch, heads, layer)?;

@@ -209,7 +209,7 @@ impl<'a, M: Machine> Model<'a, M> {
             },
             vocab: spec.vocab_size,
         };
-        let largest = spec.tensors().iter().map(|tensor| tensor.shape.iter().product()).max().unwrap_or(1);
+        let largest = spec.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).max().unwrap_or(1);
         let random = RandomTensors::new(largest, 0.04);
         let limits_of_steps = DecoderLimits { max_num_batched_tokens: options.max_tokens, max_model_len };
         let mut decoder = Decoder::load(machine.ops(sizes)?, spec, &random, limits_of_steps, |_| ())?;
