@@ -37,7 +37,8 @@ fn kernels_are_all_measured() {
     for case in ["gemm", "qkv", "o ", "gate_up", "down", "lm_head", "attention decode", "attention prefill"] {
         assert!(names.iter().any(|name| name.starts_with(case)), "no case {case}: {names:?}");
     }
-    for case in ["rmsnorm", "embedding", "rope + kv write", "sample greedy", "sample top-k top-p"] {
+    for case in ["rmsnorm", "embedding", "rope + kv write", "sample greedy", "sample top-k top-p", "experts"]
+    {
         assert!(names.iter().any(|name| name.starts_with(case)), "no case {case}: {names:?}");
     }
     assert_eq!(table.num_measured(), results.as_array().unwrap().len(), "none is skipped: {results:#}");

@@ -101,7 +101,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
     let receipt_ms = quantile(&receipts, 0.5).as_secs_f64() * 1e3;
     if args.aborts > 0 {
-        println!("\nabort to receipt: {receipt_ms:.2} ms; {} streams aborted, all blocks came back", args.aborts);
+        println!(
+            "\nabort to receipt: {receipt_ms:.2} ms; {} streams aborted, all blocks came back",
+            args.aborts
+        );
     }
     if let Some(path) = args.json {
         let all = json!({

@@ -56,10 +56,7 @@ pub trait Clock {
     fn once(&self, queue: &mut dyn FnMut() -> Result<(), KernelError>) -> Result<f64, KernelError>;
 }
 
-fn repeat(
-    budget: Duration,
-    mut one: impl FnMut() -> Result<f64, KernelError>,
-) -> Result<f64, KernelError> {
+fn repeat(budget: Duration, mut one: impl FnMut() -> Result<f64, KernelError>) -> Result<f64, KernelError> {
     let [least, most] = REPETITIONS;
     let (start, mut times) = (Instant::now(), Vec::new());
     while times.len() < least || (start.elapsed() < budget && times.len() < most) {

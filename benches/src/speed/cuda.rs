@@ -40,6 +40,11 @@ impl CudaMachine {
         let clock = DeviceClock::new(driver.clone())?;
         Ok(Self { driver, clock, is_real })
     }
+
+    /// Its driver.
+    pub fn driver(&self) -> Arc<dyn Driver> {
+        self.driver.clone()
+    }
 }
 
 impl Machine for CudaMachine {
@@ -73,6 +78,10 @@ impl Machine for CudaMachine {
 
     fn clock(&self) -> &dyn Clock {
         &self.clock
+    }
+
+    fn as_cuda(&self) -> Option<&CudaMachine> {
+        Some(self)
     }
 
     fn bandwidth(&self, budget: Duration) -> Result<Bandwidth, Error> {

@@ -14,6 +14,7 @@ use tidemill_kernels::{
 use super::{
     Error,
     clock::Work,
+    experts,
     limits::Limits,
     machine::Machine,
     random::RandomTensors,
@@ -65,6 +66,7 @@ pub fn run<M: Machine>(machine: &M, options: &Options, table: &mut Table) -> Res
     bench.attention();
     bench.pointwise();
     bench.sampling();
+    bench.experts();
     Ok(())
 }
 
@@ -131,7 +133,12 @@ impl Product {
 
 impl<M: Machine> Bench<'_, M> {
     /// Times a case: `build` makes the inputs for a number of sets, and work that goes over them `passes` times.
-    fn case(&mut self, name: &str, cost: Cost, measure: impl FnOnce(&Self, Plan) -> Result<f64, KernelError>) {
+    fn case(
+        &mut self,
+        name: &str,
+        cost: Cost,
+        measure: impl FnOnce(&Self, Plan) -> Result<f64, KernelError>,
+    ) {
         if !name.contains(&self.options.only) {
             return;
         }
@@ -148,7 +155,9 @@ impl<M: Machine> Bench<'_, M> {
         if !self.machine.is_real() {
             return Plan { sets: 2, passes: 1 };
         }
-        let sets = (CACHE_MULTIPLE * self.machine.cache_bytes()).div_ceil(cost.bytes as usize + 1).clamp(2, MAX_SETS);
+        let sets = (CACHE_MULTIPLE * self.machine.cache_bytes())
+            .div_ceil(cost.bytes as usize + 1)
+            .clamp(2, MAX_SETS);
         let passes = if cost.bytes < SMALL_BYTES { MIN_CALLS.div_ceil(sets) } else { 1 };
         Plan { sets, passes }
     }
@@ -364,9 +373,8 @@ impl<M: Machine> Bench<'_, M> {
         let layout = Layout::new(1, rows);
         let (mut kv, rope) = (self.kv_cache(layout, plan.sets)?, self.rope()?);
         let tokens = self.extent(step, layout)?.tokens;
-        let mut qkv: Vec<_> = (0..plan.sets)
-            .map(|_| self.activations(tokens, heads.qkv_width()))
-            .collect::<Result<_, _>>()?;
+        let mut qkv: Vec<_> =
+            (0..plan.sets).map(|_| self.activations(tokens, heads.qkv_width())).collect::<Result<_, _>>()?;
         let batch = self.batch(step, layout, &SampleSpec::greedy())?;
         let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
@@ -377,6 +385,20 @@ impl<M: Machine> Bench<'_, M> {
             Ok(())
         };
         self.seconds(plan, &mut work)
+    }
+
+    fn experts(&mut self) {
+        let shapes = self.options.shapes.clone();
+        for &(m, tokens) in shapes.rows.iter().filter(|(_, rows)| ![8, 256, 1024].contains(rows)) {
+            let name = format!("experts {m}");
+            self.case(&name, shapes.experts.cost(tokens), |bench, _| match bench.machine.as_cuda() {
+                Some(machine) => experts::layer(machine, shapes.experts, tokens, bench.options.budget),
+                None => Err(KernelError::Unsupported {
+                    op: "moe",
+                    detail: "only a GPU has a mixture of experts".into(),
+                }),
+            });
+        }
     }
 
     fn sampling(&mut self) {

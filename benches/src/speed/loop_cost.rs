@@ -78,7 +78,13 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
     batches.into_iter().map(|rows| decode_step(&engine, rows, context, steps, vocab)).collect()
 }
 
-fn decode_step(engine: &Engine, rows: usize, context: usize, steps: usize, vocab: usize) -> Result<f64, Error> {
+fn decode_step(
+    engine: &Engine,
+    rows: usize,
+    context: usize,
+    steps: usize,
+    vocab: usize,
+) -> Result<f64, Error> {
     let handle = engine.handle();
     let mut generations = Vec::new();
     for row in 0..rows {

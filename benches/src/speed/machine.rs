@@ -11,6 +11,7 @@ use tidemill_kernels::{
 use super::{
     Error,
     clock::{Clock, WallClock},
+    cuda::CudaMachine,
     limits::Bandwidth,
 };
 
@@ -73,6 +74,11 @@ pub trait Machine {
 
     /// Its clock.
     fn clock(&self) -> &dyn Clock;
+
+    /// The same machine, if it is a GPU: for ops that no other device has.
+    fn as_cuda(&self) -> Option<&CudaMachine> {
+        None
+    }
 
     /// Measures its memory for about twice `budget`.
     ///

@@ -4,11 +4,12 @@
 //!
 //! - [`machine`], [`cuda`]: what is measured on; [`clock`]: how time is taken; [`limits`]: what the machine could do at best.
 //! - [`random`]: tensors of random numbers; [`steps`]: metadata of steps.
-//! - [`kernels`]: one op at a time, at the [`shapes`]; [`model`]: whole steps; [`loop_cost`]: what the engine's loop adds to them.
+//! - [`kernels`]: one op at a time, at the [`shapes`], and [`experts`]; [`model`]: whole steps; [`loop_cost`]: what the engine's loop adds to them.
 //! - [`table`]: how results are printed and written.
 
 pub mod clock;
 pub mod cuda;
+pub mod experts;
 pub mod kernels;
 pub mod limits;
 pub mod loop_cost;

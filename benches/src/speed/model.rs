@@ -209,7 +209,8 @@ impl<'a, M: Machine> Model<'a, M> {
             },
             vocab: spec.vocab_size,
         };
-        let largest = spec.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).max().unwrap_or(1);
+        let largest =
+            spec.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).max().unwrap_or(1);
         let random = RandomTensors::new(largest, 0.04);
         let limits_of_steps = DecoderLimits { max_num_batched_tokens: options.max_tokens, max_model_len };
         let mut decoder = Decoder::load(machine.ops(sizes)?, spec, &random, limits_of_steps, |_| ())?;
@@ -367,11 +368,7 @@ fn greedy(rows: usize) -> Arc<[RowTask]> {
 ///
 /// # Errors
 /// What the device returned.
-pub fn limits<M: Machine>(
-    machine: &M,
-    peak_flops: Option<f64>,
-    table: &mut Table,
-) -> Result<Limits, Error> {
+pub fn limits<M: Machine>(machine: &M, peak_flops: Option<f64>, table: &mut Table) -> Result<Limits, Error> {
     let budget = Duration::from_millis(300);
     let bandwidth = machine.bandwidth(budget)?.best();
     let flops = super::kernels::best_product(machine, budget)?.max(peak_flops.unwrap_or(0.0));

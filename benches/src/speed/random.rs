@@ -54,8 +54,7 @@ impl Tensors for RandomTensors {
             [rows, columns] => self.matrix(rows, columns),
             _ => {
                 let elems = expected_shape.iter().product();
-                let ones: Vec<u8> =
-                    std::iter::repeat_n(bf16::ONE.to_le_bytes(), elems).flatten().collect();
+                let ones: Vec<u8> = std::iter::repeat_n(bf16::ONE.to_le_bytes(), elems).flatten().collect();
                 let (name, shape) = (String::new(), Vec::new());
                 HostTensor { name, dtype: DType::Bf16, shape, data: ones.into() }
             }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tidemill_kernels::ops::HeadShape;
 
-use super::machine::Sizes;
+use super::{experts::Experts, machine::Sizes};
 
 /// The shapes.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub struct Shapes {
     pub rows: Vec<(&'static str, usize)>,
     /// M, N and K of square products, with their names.
     pub square: Vec<(&'static str, usize)>,
+    /// A mixture of experts.
+    pub experts: Experts,
     /// Attention: name, sequences, context, new tokens of each.
     pub attention: Vec<(&'static str, usize, usize, usize)>,
 }
@@ -48,6 +50,7 @@ impl Shapes {
                 ("M=8192", 8192),
             ],
             square: vec![("gemm 8192", 8192), ("gemm 4096", 4096)],
+            experts: Experts::QWEN3_30B_A3B,
             attention: vec![
                 ("attention decode 64 x 1k", 64, 1024, 1),
                 ("attention decode 1 x 1k", 1, 1024, 1),
@@ -69,6 +72,7 @@ impl Shapes {
             sampled_rows: 3,
             rows: vec![("M=1", 1), ("M=8192", 33)],
             square: vec![("gemm 8192", 64)],
+            experts: Experts::TINY,
             attention: vec![("attention decode 64 x 1k", 2, 40, 1), ("attention prefill 1k", 1, 24, 24)],
         }
     }
@@ -83,7 +87,9 @@ impl Shapes {
         Sizes {
             max_tokens: rows.chain([self.most(|a| a.3), self.sampled_rows]).max().unwrap_or(1),
             max_rows: self.most(|a| a.1).max(self.sampled_rows),
-            max_model_len: self.most(|a| a.2.max(a.3)).max(self.square.iter().map(|s| s.1).max().unwrap_or(1)),
+            max_model_len: self
+                .most(|a| a.2.max(a.3))
+                .max(self.square.iter().map(|s| s.1).max().unwrap_or(1)),
             heads: self.heads,
             vocab: self.sampled_vocab,
         }

@@ -89,7 +89,8 @@ fn gcd(a: usize, b: usize) -> usize {
 
 /// One task per row: how each row's token is chosen.
 pub fn tasks(rows: usize, spec: &SampleSpec) -> Arc<[RowTask]> {
-    let task = |row| RowTask::Sample(SampleSpec { seed: row as u64, position: row as u32, ..spec.clone() }, None);
+    let task =
+        |row| RowTask::Sample(SampleSpec { seed: row as u64, position: row as u32, ..spec.clone() }, None);
     (0..rows).map(task).collect()
 }
 

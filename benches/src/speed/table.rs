@@ -31,11 +31,7 @@ impl Table {
 
     /// Sets what floors are computed with, and prints it.
     pub fn set_limits(&mut self, limits: Limits) {
-        println!(
-            "floors: {:.0} GB/s, {:.1} TFLOP/s\n",
-            limits.bandwidth / 1e9,
-            limits.flops / 1e12
-        );
+        println!("floors: {:.0} GB/s, {:.1} TFLOP/s\n", limits.bandwidth / 1e9, limits.flops / 1e12);
         self.facts["bandwidth_bytes_per_second"] = json!(limits.bandwidth);
         self.facts["peak_flops"] = json!(limits.flops);
         self.limits = Some(limits);

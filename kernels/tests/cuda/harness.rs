@@ -42,7 +42,8 @@ pub fn driver(schedule: Schedule) -> Arc<dyn Driver> {
     }
     let Some(ordinal) = gpu_ordinal() else { return Arc::new(EmuDriver::new(schedule)) };
     let open = || -> Arc<dyn Driver> {
-        let gpu = gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}"));
+        let gpu =
+            gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}"));
         Arc::new(gpu)
     };
     GPU.with(|gpu| gpu.get_or_init(open).clone())

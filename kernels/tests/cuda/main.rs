@@ -8,12 +8,12 @@ mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
-mod probe;
 mod layernorm;
 mod linear;
 mod moe;
 mod paged;
 mod planted;
+mod probe;
 mod rmsnorm;
 mod rope_kv_write;
 mod rows;
