@@ -67,6 +67,8 @@ pub struct EngineConfig {
     pub kernel_cache: Option<PathBuf>,
     /// Threads of the CPU backend; `None` takes one per core.
     pub threads: Option<usize>,
+    /// Plans a step while the one before it runs. The same tokens come out either way.
+    pub look_ahead: bool,
 }
 
 impl EngineConfig {
@@ -89,6 +91,7 @@ impl EngineConfig {
             enforce_eager: false,
             kernel_cache: None,
             threads: None,
+            look_ahead: true,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The engine thread: commands in, steps out, effects to the ledger.
 //!
-//! One loop over two sources: commands from handles, and results from the runner. While a step runs, commands are handled
-//! as they come, so an abort frees its blocks at once and not at the end of the step. Without work the thread sleeps.
+//! One loop over two sources: commands from handles, and results from the runner. While a step runs, the next one is planned
+//! and queued behind it, so the device does not wait for the plan; and commands are handled as they come, so an abort
+//! frees its blocks at once and not at the end of the step. Without work the thread sleeps.
 
 use std::{
     sync::Arc,
@@ -11,7 +12,7 @@ use std::{
 use crossbeam_channel::{Receiver, never, select_biased};
 
 use crate::{
-    error::RequestError,
+    error::{RequestError, StopReason},
     event::Event,
     handle::Drained,
     ids::{RequestId, SeqId, Ticket},
@@ -19,9 +20,9 @@ use crate::{
     output::{AbortReceipt, AbortStage, FinishReason},
     queue::QueueSlot,
     request::ValidatedRequest,
-    runner::RunnerThread,
+    runner::{Finished, RunnerThread},
     sampling::Sampling,
-    scheduler::{Effect, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
+    scheduler::{Effect, MAX_IN_FLIGHT, NewSequence, Removed, Scheduler, Stage, StepOutput, StepPlan},
     stats::{Counters, Published, SharedStats},
 };
 
@@ -73,19 +74,29 @@ struct Draining {
 pub(crate) struct Core {
     scheduler: Scheduler,
     ledger: Ledger,
-    runner: RunnerThread,
     commands: Receiver<Command>,
     stats: Arc<SharedStats>,
     counters: Counters,
     next_seq: u64,
-    step_in_flight: bool,
+    /// Steps in flight at most: 1, or [`MAX_IN_FLIGHT`] with look-ahead.
+    depth: usize,
+    /// The runner knows that nothing is to run behind the step in flight.
+    said_no_more: bool,
     draining: Vec<Draining>,
+    /// Dropped last: it waits for a thread that a lost device may hold up, and whoever sent a command shall not.
+    runner: RunnerThread,
 }
 
 /// Whether the loop goes on.
 enum Flow {
     Continue,
-    Stop(String),
+    Stop(StopReason),
+}
+
+impl Flow {
+    fn stop(reason: &str) -> Self {
+        Self::Stop(StopReason::Stopped(reason.into()))
+    }
 }
 
 impl Core {
@@ -94,6 +105,7 @@ impl Core {
         runner: RunnerThread,
         commands: Receiver<Command>,
         stats: Arc<SharedStats>,
+        look_ahead: bool,
     ) -> Self {
         Self {
             scheduler,
@@ -103,25 +115,27 @@ impl Core {
             stats,
             counters: Counters::default(),
             next_seq: 0,
-            step_in_flight: false,
+            said_no_more: false,
+            depth: if look_ahead { MAX_IN_FLIGHT } else { 1 },
             draining: Vec::new(),
         }
     }
 
     /// Runs until shutdown or failure; returns why it ended, after everything that was open was told so.
-    pub(crate) fn run(mut self) -> String {
+    pub(crate) fn run(&mut self) -> StopReason {
         let reason = self.run_until_stopped();
         for ticket in self.ledger.tickets() {
-            self.fail(ticket, RequestError::EngineStopped(reason.clone()));
+            self.fail(ticket, reason.error());
         }
         reason
     }
 
-    fn run_until_stopped(&mut self) -> String {
+    fn run_until_stopped(&mut self) -> StopReason {
         loop {
             self.expire(Instant::now());
-            if !self.step_in_flight && !self.launch() {
-                return "the runner is gone".into();
+            while self.scheduler.num_in_flight() < self.depth && self.launch() {}
+            if self.scheduler.num_in_flight() == 1 && !std::mem::replace(&mut self.said_no_more, true) {
+                self.runner.no_more();
             }
             self.publish();
             if let Flow::Stop(reason) = self.wait() {
@@ -130,17 +144,18 @@ impl Core {
         }
     }
 
-    /// Plans and launches a step, if there is anything to run. False when the runner is gone.
+    /// Plans and launches a step. False when there is nothing to run for now.
     fn launch(&mut self) -> bool {
         let plan = self.scheduler.plan();
         if plan.rows.is_empty() {
-            return true;
+            return false;
         }
         let now = Instant::now();
         plan.rows.iter().for_each(|row| self.ledger.scheduled(row.seq, now));
-        self.step_in_flight = true;
         self.stats.beat();
-        self.runner.launch(plan)
+        self.said_no_more = false;
+        self.runner.launch(plan);
+        true
     }
 
     /// Sleeps until there is something to do, and does it.
@@ -153,17 +168,25 @@ impl Core {
         select_biased! {
             recv(commands) -> command => match command {
                 Ok(command) => self.handle_all(command),
-                Err(_) => Flow::Stop("every handle is gone".into()),
+                Err(_) => Flow::stop("every handle is gone"),
             },
             recv(results) -> result => match result {
-                Ok((plan, output)) => {
-                    self.step_in_flight = false;
-                    self.resolve(&plan, output);
-                    Flow::Continue
-                }
-                Err(_) => Flow::Stop("the runner is gone".into()),
+                Ok(finished) => self.take(finished),
+                Err(_) => Flow::stop("the runner is gone"),
             },
             recv(timer) -> _ => Flow::Continue,
+        }
+    }
+
+    fn take(&mut self, finished: Finished) -> Flow {
+        match finished {
+            Ok((plan, output)) => {
+                self.stats.beat();
+                self.said_no_more = false;
+                self.resolve(&plan, output);
+                Flow::Continue
+            }
+            Err(lost) => Flow::Stop(StopReason::DeviceLost(lost.to_string())),
         }
     }
 
@@ -204,7 +227,7 @@ impl Core {
                 self.stats.set_draining();
                 self.draining.push(Draining { deadline, open_at_start: self.ledger.num_open(), reply });
             }
-            Command::Shutdown => return Flow::Stop("it was shut down".into()),
+            Command::Shutdown => return Flow::stop("it was shut down"),
         }
         Flow::Continue
     }
@@ -368,6 +391,6 @@ impl Core {
             waiting: self.scheduler.num_waiting(),
             counters: self.counters,
         };
-        self.stats.publish(published, self.step_in_flight);
+        self.stats.publish(published, self.scheduler.num_in_flight() > 0);
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     config::EngineConfig,
     core::{Command, Core},
     device::{self, Model},
-    error::LoadError,
+    error::{LoadError, StopReason},
     handle::{EngineHandle, Shared},
     info::ModelInfo,
     kv::BlockPool,
@@ -43,6 +43,15 @@ pub enum Progress {
         /// In all.
         total: usize,
     },
+}
+
+/// What an engine is told besides its runner and its model.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineOptions {
+    /// Requests that may wait for a row.
+    pub max_num_queued_reqs: usize,
+    /// Plans a step while the one before it runs.
+    pub look_ahead: bool,
 }
 
 /// A running engine. Dropping it shuts it down: whatever is live fails with `EngineStopped`.
@@ -117,7 +126,9 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        Self::with_runner(runner, info, text, config.max_num_queued_reqs)
+        let options =
+            EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: config.look_ahead };
+        Self::with_runner(runner, info, text, options)
     }
 
     /// Starts the engine thread over a runner: the real one, or one that a test brings. `info` must describe it.
@@ -128,7 +139,7 @@ impl Engine {
         runner: RunnerThread,
         info: ModelInfo,
         text: Arc<TextModel>,
-        max_num_queued_reqs: usize,
+        options: EngineOptions,
     ) -> Result<Self, LoadError> {
         let pool = BlockPool::new(info.num_kv_blocks, info.block_size);
         let stats = Arc::new(SharedStats::new(pool.clone()));
@@ -149,22 +160,27 @@ impl Engine {
             info,
             text,
             stats: stats.clone(),
-            max_num_queued_reqs,
+            max_num_queued_reqs: options.max_num_queued_reqs,
             queued: Arc::new(AtomicUsize::new(0)),
             next_ticket: AtomicU64::new(0),
             stopped: OnceLock::new(),
             alive,
         });
-        let core = Core::new(Scheduler::new(limits, pool), runner, commands, stats);
+        let scheduler = Scheduler::new(limits, pool);
+        let mut core = Core::new(scheduler, runner, commands, stats, options.look_ahead);
         let thread_shared = shared.clone();
         let body = move || {
-            let reason = panic::catch_unwind(AssertUnwindSafe(|| core.run())).unwrap_or_else(|payload| {
-                format!("the engine thread panicked: {}", panic_message(payload.as_ref()))
+            let ended = panic::catch_unwind(AssertUnwindSafe(|| core.run()));
+            let reason = ended.unwrap_or_else(|payload| {
+                let said = panic_message(payload.as_ref());
+                StopReason::Stopped(format!("the engine thread panicked: {said}"))
             });
-            tracing::debug!(reason, "the engine thread ends");
+            tracing::debug!(%reason, "the engine thread ends");
             // Set before the channel closes, so that whoever waits on it finds the reason.
             thread_shared.stopped.get_or_init(|| reason);
             drop(alive_guard);
+            // Waits for the runner, which may take long: everybody has been told.
+            drop(core);
         };
         let spawned = thread::Builder::new().name("tidemill-engine".into()).spawn(body);
         let thread = spawned.map_err(|source| LoadError::Option {

@@ -19,7 +19,7 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Coarse class of an error, mapped one to one to gRPC status codes and HTTP statuses by the server.
+/// Coarse class of an error, mapped to gRPC status codes and HTTP statuses by the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
     /// The request itself is wrong.
@@ -34,6 +34,8 @@ pub enum ErrorCode {
     ResourceExhausted,
     /// Draining, shut down or failed.
     Unavailable,
+    /// The same, and no restart on this device may help.
+    DeviceLost,
     /// The deadline passed.
     DeadlineExceeded,
     /// A bug of ours, or a model that computes NaN.
@@ -74,6 +76,9 @@ pub enum RequestError {
     /// The engine stopped; nothing can be computed any more.
     #[error("the engine has stopped: {0}")]
     EngineStopped(String),
+    /// The device answers nothing any more, and the engine has stopped.
+    #[error("the device is lost: {0}")]
+    DeviceLost(String),
     /// The client's deadline passed before the request finished.
     #[error("deadline exceeded after {completion_tokens} tokens")]
     DeadlineExceeded {
@@ -106,8 +111,36 @@ impl RequestError {
             Self::DuplicateId(_) => ErrorCode::AlreadyExists,
             Self::QueueFull { .. } => ErrorCode::ResourceExhausted,
             Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
+            Self::DeviceLost(_) => ErrorCode::DeviceLost,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::NotFinite { .. } | Self::Internal(_) => ErrorCode::Internal,
+        }
+    }
+}
+
+/// Why an engine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopReason {
+    /// It was shut down or failed; in words.
+    Stopped(String),
+    /// Its device answers nothing any more; in the driver's words.
+    DeviceLost(String),
+}
+
+impl StopReason {
+    /// What a request hears that the engine can no longer serve.
+    pub fn error(&self) -> RequestError {
+        match self {
+            Self::Stopped(reason) => RequestError::EngineStopped(reason.clone()),
+            Self::DeviceLost(reason) => RequestError::DeviceLost(reason.clone()),
+        }
+    }
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped(reason) | Self::DeviceLost(reason) => f.write_str(reason),
         }
     }
 }
@@ -172,4 +205,11 @@ pub enum LoadError {
     /// The device refused.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+}
+
+impl LoadError {
+    /// Whether the device was lost while the model was loaded.
+    pub fn is_device_lost(&self) -> bool {
+        matches!(self, Self::Kernel(KernelError::DeviceLost { .. }))
+    }
 }

@@ -97,7 +97,7 @@ impl Generation {
     }
 
     fn engine_gone(&self) -> Event {
-        Event::Failed(RequestError::EngineStopped(self.handle.stop_reason()))
+        Event::Failed(self.handle.stop_reason().error())
     }
 
     fn accept(&mut self, event: Event) -> Option<Result<Output, RequestError>> {

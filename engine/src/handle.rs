@@ -12,7 +12,7 @@ use crossbeam_channel::Sender;
 
 use crate::{
     core::{Command, Submission},
-    error::RequestError,
+    error::{RequestError, StopReason},
     generation::Generation,
     ids::{RequestId, Ticket},
     info::ModelInfo,
@@ -35,7 +35,7 @@ pub(crate) struct Shared {
     pub queued: Arc<AtomicUsize>,
     pub next_ticket: AtomicU64,
     /// Why the engine stopped, once it did.
-    pub stopped: std::sync::OnceLock<String>,
+    pub stopped: std::sync::OnceLock<StopReason>,
     /// Closed when the engine thread ends.
     pub alive: async_channel::Receiver<()>,
 }
@@ -69,15 +69,15 @@ impl EngineHandle {
     /// Queues a request. Returns at once; the outcome streams through the [`Generation`]. Dropping that aborts the request.
     ///
     /// # Errors
-    /// [`RequestError::QueueFull`], [`RequestError::Draining`], [`RequestError::EngineStopped`]. An id that is
-    /// live already is reported by the stream.
+    /// [`RequestError::QueueFull`], [`RequestError::Draining`], [`RequestError::EngineStopped`],
+    /// [`RequestError::DeviceLost`]. An id that is live already is reported by the stream.
     pub fn submit(&self, request: ValidatedRequest) -> Result<Generation, RequestError> {
         let refuse = |error| {
             self.shared.stats.count_refusal();
             Err(error)
         };
         if let Some(reason) = self.shared.stopped.get() {
-            return Err(RequestError::EngineStopped(reason.clone()));
+            return Err(reason.error());
         }
         if self.shared.stats.is_draining() {
             return refuse(RequestError::Draining);
@@ -95,25 +95,25 @@ impl EngineHandle {
         let submission = Submission { ticket, request, events: events_tx, slot, submitted: Instant::now() };
         match self.commands.send(Command::Submit(Box::new(submission))) {
             Ok(()) => Ok(generation),
-            Err(_) => Err(RequestError::EngineStopped(self.stop_reason())),
+            Err(_) => Err(self.stop_reason().error()),
         }
     }
 
     /// Ends a request at any stage. Idempotent: unknown and finished ids are answers.
     ///
     /// # Errors
-    /// [`RequestError::EngineStopped`].
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
     pub async fn abort(&self, id: RequestId) -> Result<AbortReceipt, RequestError> {
-        let stopped = |_| RequestError::EngineStopped(self.stop_reason());
+        let stopped = |_| self.stop_reason().error();
         self.start_abort(id)?.recv().await.map_err(stopped)
     }
 
     /// [`abort`](Self::abort) for callers without an async runtime.
     ///
     /// # Errors
-    /// [`RequestError::EngineStopped`].
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
     pub fn abort_blocking(&self, id: RequestId) -> Result<AbortReceipt, RequestError> {
-        let stopped = |_| RequestError::EngineStopped(self.stop_reason());
+        let stopped = |_| self.stop_reason().error();
         self.start_abort(id)?.recv_blocking().map_err(stopped)
     }
 
@@ -122,7 +122,7 @@ impl EngineHandle {
         let command = Command::Abort { id, received: Instant::now(), reply };
         match self.commands.send(command) {
             Ok(()) => Ok(receipt),
-            Err(_) => Err(RequestError::EngineStopped(self.stop_reason())),
+            Err(_) => Err(self.stop_reason().error()),
         }
     }
 
@@ -135,12 +135,12 @@ impl EngineHandle {
     /// [`RequestError::Draining`]. Returns how many ended by themselves and how many were cut off.
     ///
     /// # Errors
-    /// [`RequestError::EngineStopped`].
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
     pub async fn drain(&self, grace: Duration) -> Result<Drained, RequestError> {
         self.shared.stats.set_draining();
         let (reply, drained) = async_channel::bounded(1);
         let command = Command::Drain { deadline: Instant::now().checked_add(grace), reply };
-        let stopped = || RequestError::EngineStopped(self.stop_reason());
+        let stopped = || self.stop_reason().error();
         self.commands.send(command).map_err(|_| stopped())?;
         drained.recv().await.map_err(|_| stopped())
     }
@@ -151,14 +151,15 @@ impl EngineHandle {
     }
 
     /// Resolves when the engine thread has ended, with the reason.
-    pub async fn stopped(&self) -> String {
+    pub async fn stopped(&self) -> StopReason {
         // Nothing is ever sent: the channel closes.
         let _ = self.shared.alive.recv().await;
         self.stop_reason()
     }
 
-    pub(crate) fn stop_reason(&self) -> String {
-        self.shared.stopped.get().cloned().unwrap_or_else(|| "it was shut down".into())
+    pub(crate) fn stop_reason(&self) -> StopReason {
+        let reason = self.shared.stopped.get().cloned();
+        reason.unwrap_or_else(|| StopReason::Stopped("it was shut down".into()))
     }
 }
 

@@ -99,6 +99,11 @@ impl BlockTable {
         &self.ids
     }
 
+    /// Tokens that fit into the blocks.
+    pub fn capacity(&self) -> usize {
+        self.ids.len() * self.pool.block_size
+    }
+
     /// Grows until `tokens` tokens fit. Takes all the blocks it needs or none.
     ///
     /// Returns false when the pool has too few; nothing has changed then.

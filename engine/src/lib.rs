@@ -24,8 +24,8 @@ mod stats;
 pub mod text;
 
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig};
-pub use engine::{Engine, Progress};
-pub use error::{ErrorCode, LoadError, RequestError, Violation};
+pub use engine::{Engine, EngineOptions, Progress};
+pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};
 pub use generation::Generation;
 pub use handle::{Drained, EngineHandle};
 pub use info::ModelInfo;

@@ -20,7 +20,7 @@ pub struct EngineStats {
     pub kv_blocks: BlockCounts,
     /// Counters since the start.
     pub counters: Counters,
-    /// Since the step in flight was launched; zero when there is none.
+    /// Since a step was last launched or done; zero when none is in flight.
     pub heartbeat_age: Duration,
     /// Since the start.
     pub uptime: Duration,
@@ -58,7 +58,7 @@ pub(crate) struct SharedStats {
     /// Refusals happen on the callers' threads.
     refused: AtomicU64,
     draining: AtomicBool,
-    /// Milliseconds after `started` of the last launch of a step.
+    /// Milliseconds after `started` when a step was last launched or done.
     heartbeat_ms: AtomicU64,
     busy: AtomicBool,
 }
@@ -88,7 +88,7 @@ impl SharedStats {
         self.busy.store(busy, Relaxed);
     }
 
-    /// Notes that a step was launched. Nothing else is a sign of life: an engine whose step hangs still handles commands.
+    /// Notes that a step was launched or done. Nothing else is a sign of life: an engine whose step hangs still handles commands.
     pub(crate) fn beat(&self) {
         self.heartbeat_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
     }

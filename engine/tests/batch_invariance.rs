@@ -1,4 +1,5 @@
-//! The promise: the same request gives the same tokens, whoever shares the batch, however its prompt is cut, and after preemption.
+//! The promise: the same request gives the same tokens, whoever shares the batch, however its prompt is cut, after preemption, and
+//! whether or not a step is planned before the tokens of the one before are known.
 //!
 //! Compared are tokens and the bits of their log-probabilities, on the built-in model.
 
@@ -12,10 +13,10 @@ use tidemill_engine::{
     sampling::SamplingParams,
 };
 
-/// What is compared: tokens, bits of their log-probabilities, text.
-type Outcome = (Vec<TokenId>, Vec<u32>, String);
+/// What is compared: tokens, bits of their log-probabilities, text, bits of the prompt's log-probabilities.
+type Outcome = (Vec<TokenId>, Vec<u32>, String, Vec<u32>);
 
-fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>) -> Engine {
+fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>, look_ahead: bool) -> Engine {
     // One block of 16 tokens: 4 layers, keys and values, 2 heads of 64, bfloat16.
     let block_bytes = 2 * 4 * 16 * 2 * 64 * 2;
     let config = EngineConfig {
@@ -23,6 +24,7 @@ fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>) -> Engine {
         kv_cache_memory: kv_blocks.map(|blocks| blocks * block_bytes),
         threads: Some(2),
         device: device(),
+        look_ahead,
         ..EngineConfig::new(ModelSource::Builtin)
     };
     Engine::start(config, |_| ()).unwrap()
@@ -56,6 +58,8 @@ fn request(index: u32) -> GenerateRequest {
         max_tokens: Some(8 + index * 7 % 40),
         ignore_eos: true,
         logprobs: Some(2),
+        // With a long prompt these are more rows of logits than are computed at a time.
+        prompt_logprobs: (index % 5 == 4).then_some(0),
         ..SamplingParams::default()
     };
     match index % 4 {
@@ -78,6 +82,7 @@ fn outcome(mut generation: Generation) -> Outcome {
         outcome.0.extend(output.token_ids);
         outcome.1.extend(output.logprobs.iter().flat_map(|l| [l.logprob.to_bits(), l.top[1].1.to_bits()]));
         outcome.2 += &output.text;
+        outcome.3.extend(output.prompt_logprobs.iter().map(|l| l.logprob.to_bits()));
     }
     outcome
 }
@@ -92,17 +97,25 @@ fn together(engine: &Engine, count: u32) -> Vec<Outcome> {
 }
 
 #[test]
-fn alone_or_among_32_with_small_or_large_chunks_or_preempted_the_bits_are_the_same() {
+fn alone_or_among_32_chunked_preempted_or_planned_ahead_the_bits_are_the_same() {
     const COUNT: u32 = 33;
-    let reference = alone(&engine(512, None), COUNT);
-    assert!(reference.iter().all(|(tokens, bits, _)| !tokens.is_empty() && bits.len() == 2 * tokens.len()));
-    for (budget, kv_blocks) in [(16, None), (2048, None), (512, Some(40)), (16, Some(24))] {
-        let engine = engine(budget, kv_blocks);
+    let reference = alone(&engine(512, None, false), COUNT);
+    assert!(reference.iter().all(|(tokens, bits, ..)| !tokens.is_empty() && bits.len() == 2 * tokens.len()));
+    assert!(reference.iter().any(|(.., prompt)| prompt.len() > 64), "more than one group of logits");
+    assert!(alone(&engine(512, None, true), COUNT) == reference, "alone, but planned ahead");
+    for (budget, kv_blocks, look_ahead) in [
+        (16, None, true),
+        (2048, None, true),
+        (512, Some(40), false),
+        (512, Some(40), true),
+        (16, Some(24), true),
+    ] {
+        let engine = engine(budget, kv_blocks, look_ahead);
         let outcomes = together(&engine, COUNT);
         for (index, (got, expected)) in outcomes.iter().zip(&reference).enumerate() {
             assert!(
                 got == expected,
-                "request {index} differs with budget {budget}, blocks {kv_blocks:?}: {got:?} {expected:?}"
+                "request {index} differs with budget {budget}, blocks {kv_blocks:?}, look-ahead {look_ahead}: {got:?} {expected:?}"
             );
         }
         let stats = engine.handle().stats();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -10,7 +11,7 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use tidemill_engine::{
-    Engine, EngineHandle, Generation, ModelInfo, RequestError,
+    Engine, EngineHandle, EngineOptions, ErrorCode, Generation, ModelInfo, RequestError, StopReason,
     ids::{RequestId, TokenId},
     model::{
         files::{ModelFiles, ModelSource},
@@ -19,9 +20,9 @@ use tidemill_engine::{
     },
     output::{AbortStage, FinishReason, MatchedStop, Output},
     request::{GenerateRequest, Prompt},
-    runner::{Runner, RunnerThread},
+    runner::{DeviceLost, Runner, RunnerError, RunnerThread},
     sampling::SamplingParams,
-    scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan},
+    scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan, TokenInput},
     text::TextModel,
 };
 
@@ -32,26 +33,45 @@ const POISON: TokenId = TokenId(66);
 /// A prompt with this token has no finite logits.
 const NAN: TokenId = TokenId(67);
 
-/// Runs a step only when the test lets it; the next token is the position, plus 300.
+/// A prompt with this token takes the device down.
+const LOSS: TokenId = TokenId(68);
+
+/// A device that finishes a step only when the test lets it; the next token is the position, plus 300.
 struct GatedRunner {
     gate: Receiver<()>,
     started: Sender<StepPlan>,
+    steps: VecDeque<StepPlan>,
 }
 
 impl Runner for GatedRunner {
-    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
-        // Both fail only at the end of a test.
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
+        // Fails only at the end of a test.
         drop(self.started.send(plan.clone()));
+        self.steps.push_back(plan.clone());
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<StepOutput, RunnerError> {
+        let plan = self.steps.pop_front().expect("something was launched");
+        // Fails only at the end of a test.
         let _ = self.gate.recv();
-        assert!(!plan.rows.iter().any(|row| row.tokens.contains(&POISON)), "poisoned");
+        let any = |token| plan.rows.iter().any(|row| row.input.known().contains(&token));
+        assert!(!any(POISON), "poisoned");
+        if any(LOSS) {
+            return Err(DeviceLost("fell off the bus".into()).into());
+        }
         let result = |row: &PlanRow| {
-            if row.tokens.contains(&NAN) {
+            if row.input.known().contains(&NAN) {
                 return RowResult::NotFinite;
             }
             let sampled = row.sample.as_ref().map(|sample| TokenId(300 + sample.position as u32));
             RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
         };
         Ok(StepOutput { rows: plan.rows.iter().map(result).collect() })
+    }
+
+    fn is_done(&mut self) -> bool {
+        false
     }
 }
 
@@ -72,11 +92,16 @@ impl Drop for Bench {
 impl Bench {
     /// Two rows, chunks of 8 tokens, three places in the queue.
     fn new() -> Self {
+        Self::looking_ahead(true)
+    }
+
+    fn looking_ahead(look_ahead: bool) -> Self {
         let (gate, gate_rx) = unbounded();
         let (started_tx, started) = unbounded();
-        let (runner, ()) =
-            RunnerThread::start(move || Ok((GatedRunner { gate: gate_rx, started: started_tx }, ())))
-                .unwrap();
+        let (runner, ()) = RunnerThread::start(move || {
+            Ok((GatedRunner { gate: gate_rx, started: started_tx, steps: VecDeque::new() }, ()))
+        })
+        .unwrap();
         let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
         let spec = ModelSpec::load(&files).unwrap();
         let text = Arc::new(TextModel::load(&files, &spec).unwrap());
@@ -98,14 +123,15 @@ impl Bench {
             has_chat_template: true,
             defaults: GenerationDefaults::default(),
         };
-        Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, 3).unwrap()) }
+        let options = EngineOptions { max_num_queued_reqs: 3, look_ahead };
+        Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options).unwrap()) }
     }
 
     fn handle(&self) -> EngineHandle {
         self.engine.as_ref().unwrap().handle()
     }
 
-    /// Waits until a step is in flight.
+    /// Waits until another step is in flight.
     fn step_started(&self) -> StepPlan {
         self.started.recv_timeout(Duration::from_secs(10)).expect("a step should have started")
     }
@@ -169,27 +195,87 @@ fn a_step_that_hangs_shows_in_the_heartbeat_however_many_commands_come() {
 }
 
 #[test]
-fn abort_frees_at_once_at_every_stage_while_the_step_runs() {
+fn the_next_step_is_launched_before_the_results_of_the_one_in_flight() {
     let bench = Bench::new();
     let handle = bench.handle();
-    let long: Vec<u32> = (1..=20).collect();
+    let generation = submit(&handle, request("a", &[1, 2, 3], 4));
+    let first = bench.step_started();
+    assert_eq!(first.rows[0].input, TokenInput::Known([1, 2, 3].map(TokenId).into()));
+    for position in 3..6 {
+        let next = bench.step_started();
+        assert_eq!((next.rows[0].start, &next.rows[0].input), (position, &TokenInput::Sampled(0)));
+        assert!(bench.started.is_empty(), "two steps are in flight, not three");
+        // Only now the step before it may end.
+        bench.finish_step();
+    }
+    bench.finish_step();
+    assert_eq!(collect(generation).unwrap().0, [303, 304, 305, 306]);
+    assert!(bench.started.is_empty(), "nothing is computed after the last token");
+}
+
+#[test]
+fn without_look_ahead_a_step_is_launched_after_the_results_of_the_one_before() {
+    let bench = Bench::looking_ahead(false);
+    let handle = bench.handle();
+    let generation = submit(&handle, request("a", &[1, 2, 3], 2));
+    bench.step_started();
+    thread::sleep(Duration::from_millis(50));
+    assert!(bench.started.is_empty());
+    bench.finish_step();
+    let next = bench.step_started();
+    assert_eq!(next.rows[0].input, TokenInput::Known(vec![TokenId(303)]));
+    bench.finish_step();
+    assert_eq!(collect(generation).unwrap().0, [303, 304]);
+}
+
+#[test]
+fn a_row_that_needs_the_host_waits_for_its_token_and_holds_nobody_up() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let mut penalised = request("penalised", &[1, 2, 3], 3);
+    penalised.sampling.frequency_penalty = Some(0.5);
+    let penalised = submit(&handle, penalised);
+    bench.step_started();
+    let free = submit(&handle, request("free", &[1, 2], 4));
+    bench.finish_step();
+    let rows = |plan: StepPlan| plan.rows.iter().map(|row| (row.seq.0, row.start)).collect::<Vec<_>>();
+    assert_eq!(rows(bench.step_started()), [(1, 0)], "its token was not known when this was planned");
+    assert_eq!(rows(bench.step_started()), [(0, 3), (1, 2)]);
+    bench.finish_step();
+    assert_eq!(rows(bench.step_started()), [(1, 3)]);
+    bench.finish_step();
+    assert_eq!(rows(bench.step_started()), [(0, 4), (1, 4)]);
+    (0..2).for_each(|_| bench.finish_step());
+    assert_eq!(collect(penalised).unwrap().0, [303, 304, 305]);
+    assert_eq!(collect(free).unwrap().0, [302, 303, 304, 305]);
+}
+
+#[test]
+fn abort_frees_at_once_at_every_stage_while_steps_run() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let long: Vec<u32> = (1..=30).collect();
     let prefill = submit(&handle, request("prefill", &long, 9));
     bench.step_started();
+    bench.step_started();
     let queued = [submit(&handle, request("q1", &[1, 2], 9)), submit(&handle, request("q2", &[1, 2], 9))];
-    // The step with the first chunk of eight tokens is still running.
+    // The steps with the first two chunks of eight tokens are still in flight.
     let receipt = handle.abort_blocking(RequestId::new("prefill")).unwrap();
-    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Prefill, 2, 1));
-    assert!(bench.all_free(), "blocks are free before the step ends");
+    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Prefill, 4, 1));
+    assert!(bench.all_free(), "blocks are free before a step ends");
     let receipt = handle.abort_blocking(RequestId::new("q2")).unwrap();
     assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Queued, 0, 0));
+    bench.finish_step();
+    // q1's prompt, and behind it its second token, from its first.
+    bench.step_started();
     bench.finish_step();
     bench.step_started();
     bench.finish_step();
     bench.step_started();
     let receipt = handle.abort_blocking(RequestId::new("q1")).unwrap();
     assert_eq!((receipt.stage, receipt.completion_tokens, receipt.blocks_freed), (AbortStage::Decode, 1, 1));
-    assert!(bench.all_free() && receipt.time_to_free < Duration::from_secs(1));
-    bench.finish_step();
+    assert!(bench.all_free() && receipt.time_to_free < Duration::from_secs(1), "two steps are in flight");
+    (0..2).for_each(|_| bench.finish_step());
     for generation in [prefill].into_iter().chain(queued) {
         let (_, last) = collect(generation).unwrap();
         assert_eq!(last.finish.unwrap().reason, FinishReason::Abort);
@@ -326,6 +412,32 @@ fn when_the_engine_goes_every_request_is_told_at_once() {
     let late = handle.validate(request("late", &[1], 1)).and_then(|request| handle.submit(request)).map(drop);
     assert!(matches!(late, Err(RequestError::EngineStopped(_))));
     assert!(matches!(handle.abort_blocking(RequestId::new("a")), Err(RequestError::EngineStopped(_))));
+}
+
+#[test]
+fn a_lost_device_ends_everything_at_once_as_unavailable() {
+    let bench = Bench::new();
+    let handle = bench.handle();
+    let running = submit(&handle, request("running", &[1, 2], 40));
+    bench.step_started();
+    bench.step_started();
+    let fatal = submit(&handle, request("fatal", &[LOSS.0], 40));
+    bench.finish_step();
+    bench.step_started();
+    let queued = submit(&handle, request("queued", &[1, 2], 40));
+    bench.finish_step();
+    bench.finish_step();
+    let lost = RequestError::DeviceLost("fell off the bus".into());
+    for generation in [running, fatal, queued] {
+        let error = collect(generation).unwrap_err();
+        assert_eq!((error.code(), &error), (ErrorCode::DeviceLost, &lost));
+    }
+    assert_eq!(block_on(handle.stopped()), StopReason::DeviceLost("fell off the bus".into()));
+    assert!(handle.is_stopped() && bench.all_free());
+    let late = handle.validate(request("late", &[1], 1)).and_then(|request| handle.submit(request)).map(drop);
+    assert_eq!(late.unwrap_err(), lost);
+    assert_eq!(handle.abort_blocking(RequestId::new("running")).unwrap_err(), lost);
+    assert_eq!(block_on(handle.drain(Duration::ZERO)).unwrap_err(), lost);
 }
 
 #[test]

@@ -20,7 +20,8 @@ struct Skinny {
     const uint4 *weight;
     const uint4 *x;
     uint4 *queue;             // this thread's tokens in shared memory, [D][T] with 32 uint4 between neighbours
-    uint32_t row[R][2], token[T];   // where this thread's rows begin, in chunks
+    uint32_t row[R][2];             // where this thread's rows begin, in chunks
+    uint32_t token[GROUPED ? T : 1];   // gathered tokens lie anywhere, others 8 rows apart
     uint4 w[D][R][2];
     float sum[R][T][4];
 
@@ -35,14 +36,16 @@ struct Skinny {
             row[i][1] = weight_row(a, first_row + 16 * i + g + 8) * chunks + t;
         }
         TM_UNROLL
-        for (int j = 0; j < T; j++) {
-            const uint32_t r = tile.first + 8 * j + g;
-            token[j] = x_row<GROUPED>(a, min(r, tile.end - 1)) * chunks + t;
+        for (int j = 0; j < (GROUPED ? T : 1); j++)
+            token[j] = x_row<GROUPED>(a, min(tile.first + 8 * j + g, tile.end - 1)) * chunks + t;
+        TM_UNROLL
+        for (int i = 0; i < R; i++)
             TM_UNROLL
-            for (int i = 0; i < R; i++)
+            for (int j = 0; j < T; j++)
+                TM_UNROLL
                 for (int e = 0; e < 4; e++) sum[i][j][e] = 0.0f;
-        }
     }
+    TM_DEVICE uint32_t token_begin(int j) const { return GROUPED ? token[j] : token[0] + j * 8 * chunks; }
 
     // Starts the loads of `block` into place `d` of the queues.
     TM_DEVICE void fetch(uint32_t block, uint32_t end, int d) {
@@ -56,22 +59,27 @@ struct Skinny {
             TM_UNROLL
             for (int j = 0; j < T; j++) {
                 const bool present = inside && tile.first + 8 * j + (lane >> 2) < tile.end;
-                cp_async16_cached(queue + (d * T + j) * 32, x + token[j] + (present ? at : 0), present);
+                cp_async16_cached(queue + (d * T + j) * 32, x + (present ? token_begin(j) + at : 0), present);
             }
         }
         cp_async_commit();
     }
 
     TM_DEVICE void multiply(int d) {
-        uint4 v[T];
+        constexpr int AT_ONCE = T < 2 ? T : 2;
         TM_UNROLL
-        for (int j = 0; j < T; j++) v[j] = load_shared16(queue + (d * T + j) * 32);
-        TM_UNROLL
-        for (int step = 0; step < 2; step++)
+        for (int from = 0; from < T; from += AT_ONCE) {
+            uint4 v[AT_ONCE];
             TM_UNROLL
-            for (int i = 0; i < R; i++)
+            for (int j = 0; j < AT_ONCE; j++) v[j] = load_shared16(queue + (d * T + from + j) * 32);
+            TM_UNROLL
+            for (int step = 0; step < 2; step++)
                 TM_UNROLL
-                for (int j = 0; j < T; j++) mma_block(sum[i][j], w[d][i][0], w[d][i][1], v[j], step);
+                for (int i = 0; i < R; i++)
+                    TM_UNROLL
+                    for (int j = 0; j < AT_ONCE; j++)
+                        mma_block(sum[i][from + j], w[d][i][0], w[d][i][1], v[j], step);
+        }
     }
 
     TM_DEVICE void run() {
@@ -144,12 +152,12 @@ TM_DEVICE void skinny(const LinearArgs &a) {
 SKINNY(linear_skinny_16x8, 1, 1, 4, false, 4);
 SKINNY(linear_skinny_16x16, 1, 2, 4, false, 3);
 SKINNY(linear_skinny_32x16, 2, 2, 4, false, 2);
-SKINNY(linear_skinny_32x32, 2, 4, 4, false, 1);
-SKINNY(linear_skinny_32x64, 2, 8, 3, false, 1);
+SKINNY(linear_skinny_32x32, 2, 4, 3, false, 2);
+SKINNY(linear_skinny_32x64, 2, 8, 2, false, 2);
 SKINNY(linear_skinny_64x64, 4, 8, 2, false, 1);
 SKINNY(grouped_skinny_16x8, 1, 1, 4, true, 4);
 SKINNY(grouped_skinny_16x16, 1, 2, 4, true, 3);
 SKINNY(grouped_skinny_32x16, 2, 2, 4, true, 2);
-SKINNY(grouped_skinny_32x32, 2, 4, 4, true, 1);
-SKINNY(grouped_skinny_32x64, 2, 8, 3, true, 1);
+SKINNY(grouped_skinny_32x32, 2, 4, 3, true, 2);
+SKINNY(grouped_skinny_32x64, 2, 8, 2, true, 1);
 SKINNY(grouped_skinny_64x64, 4, 8, 2, true, 1);

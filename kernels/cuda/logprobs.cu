@@ -17,7 +17,7 @@ TM_DEVICE bool wanted(const Task &task, const RowState &state) {
 // Distance to the largest logit, at most 0. Infinite logits share all the probability.
 TM_DEVICE float below(float x, float max) { return x == max ? 0.0f : x - max; }
 
-extern "C" __global__ void __launch_bounds__(THREADS) logprob_scan(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) logprob_scan(SampleArgs args) {
     SHARED(uint32_t, bins, [BINS]);
     SHARED(u64, partial, [WARPS]);
     const uint32_t row = blockIdx.y;
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) logprob_scan(SampleArgs ar
 }
 KERNEL(logprob_scan);
 
-extern "C" __global__ void __launch_bounds__(THREADS) logprob_collect(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) logprob_collect(SampleArgs args) {
     static constexpr int OWN = BINS / THREADS;
     SHARED(u64, partial, [WARPS]);
     SHARED(int, shared, [2]);
@@ -104,7 +104,7 @@ TM_DEVICE float logprob(float x, float max, double log_sum) {
     return x == max ? (float)-log_sum : (float)((double)x - (double)max - log_sum);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) logprob_finish(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) logprob_finish(SampleArgs args) {
     SHARED(u64, list, [LIST]);
     SHARED(u64, partial, [WARPS]);
     const uint32_t row = blockIdx.x;

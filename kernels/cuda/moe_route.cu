@@ -3,8 +3,8 @@
 //   p = softmax(logits[t, :]);  ids[t, :] = the experts of the k largest logits, largest first, the lowest id first among equals
 //   weights[t, j] = p[ids[t, j]], or with `renormalize` p[ids[t, j]] / sum_j p[ids[t, j]]
 //
-// logits [T, E] f32; ids [T, k] u32; weights [T, k] f32; E at most 256, k at most min(E, 32). A NaN is below every number, so that the ids are
-// k different experts whatever the logits hold.
+// logits [T, E] f32; ids [T, k] u32; weights [T, k] f32; E at most 256, k at most min(E, 32). A NaN is below every number, so that the
+// ids are k different experts whatever the logits hold.
 // Grid (ceil(T / 4)), block 128: one warp per token. The order of the sums depends on E and k alone.
 #include "primitives.cuh"
 

@@ -67,7 +67,7 @@ TM_DEVICE void undo_edits(const SampleArgs &args, const Task &task, float *row) 
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_prepare(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_prepare(SampleArgs args) {
     const uint32_t row = blockIdx.x;
     const Task &task = task_of(args, row);
     if (!(task.flags & ACTIVE)) return;
@@ -91,7 +91,7 @@ KERNEL(sample_prepare);
 
 // ---- The first pass.
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_scan(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) sample_scan(SampleArgs args) {
     const uint32_t row = blockIdx.y;
     const Task &task = task_of(args, row);
     if (!(task.flags & ACTIVE)) return;
@@ -155,7 +155,7 @@ TM_DEVICE bool filters(const Task &task, const RowState &state) {
     return (task.flags & ACTIVE) && (task.flags & FILTERED) && !state.bad && state.best;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) filter_histogram(SampleArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) filter_histogram(SampleArgs args) {
     SHARED(Histogram, histogram, [1]);
     const uint32_t row = blockIdx.y;
     const Task &task = task_of(args, row);

@@ -20,14 +20,16 @@ use crate::{
 /// Result of an op.
 pub type Result<T> = std::result::Result<T, KernelError>;
 
-/// The top bit of a token id in [`BatchMeta::token_ids`]: the rest is a row of logits of the previous step, and the id is the one
-/// that was sampled for it. It need not have reached the host.
+/// Marks an entry of [`BatchMeta::token_ids`] that is not a token id: see there.
 pub const FEEDBACK: u32 = 1 << 31;
 
 /// What a step computes: flat metadata for T tokens in S rows. No sequence, no request: indices only.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BatchMeta {
-    /// `[T]` input token ids, or [`FEEDBACK`] with a row of the previous step's logits.
+    /// `[T]` input token ids. `FEEDBACK | r` stands for the id that the previous step sampled for row `r` of its logits
+    /// (an index into its `logits_indices`, over all groups in which its logits were computed): the step can be queued before
+    /// that id is known to the host. Vocabularies are below 2^31. Where
+    /// the row had no finite logits it is any id below V, and nobody reads what comes of it.
     pub token_ids: Vec<u32>,
     /// `[T]` position of each token in its own sequence.
     pub positions: Vec<u32>,
@@ -276,6 +278,9 @@ pub trait Ops: Send + Sync {
 
     /// Ends a step: sends what [`Ops::sample`] found to the host. The tokens stay on the device too, for [`FEEDBACK`].
     fn results(&self, batch: Self::Batch) -> Result<Self::Pending>;
+
+    /// Whether [`Ops::wait`] would return at once.
+    fn is_done(&self, pending: &Self::Pending) -> bool;
 
     /// Waits for a step's results: one per task, in order.
     fn wait(&self, pending: Self::Pending) -> Result<Vec<Sampled>>;

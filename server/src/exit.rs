@@ -18,6 +18,8 @@ pub enum Exit {
     Bind = 4,
     /// The engine died while serving.
     EngineDied = 5,
+    /// The device answers nothing any more: a restart may need another device.
+    DeviceLost = 6,
     /// Ended by a signal before it was done.
     Interrupted = 130,
 }
@@ -31,6 +33,7 @@ Exit codes:
   3    the model cannot be loaded
   4    the address cannot be bound
   5    the engine died while serving
+  6    the device was lost (a GPU error that no retry can mend)
   130  interrupted (second signal of `serve`; Ctrl-C of the others)";
 
 impl From<Exit> for ExitCode {
@@ -79,6 +82,7 @@ impl From<LoadError> for Failure {
         match &error {
             // An option that only the model's sizes show to be wrong is still wrong usage.
             LoadError::Option { option, .. } if option.starts_with("--") => Self::usage(error),
+            _ if error.is_device_lost() => Self::new(Exit::DeviceLost, error),
             _ => Self::new(Exit::Model, error),
         }
     }
@@ -88,6 +92,7 @@ impl From<RequestError> for Failure {
     fn from(error: RequestError) -> Self {
         match error.code() {
             ErrorCode::InvalidArgument | ErrorCode::FailedPrecondition => Self::usage(error),
+            ErrorCode::DeviceLost => Self::new(Exit::DeviceLost, error),
             _ => Self::runtime(error),
         }
     }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use tidemill_engine::{EngineConfig, EngineHandle};
+use tidemill_engine::{EngineConfig, EngineHandle, StopReason};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
@@ -44,6 +44,11 @@ pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure
     let end = until_the_end(&server, &engine.handle(), &mut signals, grpc.shutdown_timeout).await;
     match &end {
         Err(failure) if failure.exit == Exit::Interrupted => std::mem::forget(engine),
+        Err(failure) if failure.exit == Exit::DeviceLost => {
+            server.stop(FLUSH).await;
+            // To give a lost device its memory back may take for ever.
+            std::mem::forget(engine);
+        }
         _ => {
             server.stop(FLUSH).await;
             drop(engine);
@@ -59,14 +64,8 @@ async fn until_the_end(
     signals: &mut Signals,
     grace: Duration,
 ) -> Result<(), Failure> {
-    let died = |reason: String| {
-        Failure::new(
-            Exit::EngineDied,
-            format_args!("the engine died: {reason}; restart the server, and report this"),
-        )
-    };
     tokio::select! {
-        reason = engine.stopped() => return Err(died(reason)),
+        reason = engine.stopped() => return Err(died(&reason)),
         name = signals.next() => tracing::info!(signal = name, grace_seconds = grace.as_secs_f64(), "draining"),
     }
     server.refuse_new_requests().await;
@@ -76,12 +75,28 @@ async fn until_the_end(
                 tracing::info!(finished = drained.finished, cut_off = drained.cut_off, "drained");
                 Ok(())
             }
-            Err(error) => Err(died(error.to_string())),
+            Err(_) => Err(died(&engine.stopped().await)),
         },
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
             format_args!("a second signal ({name}) ended the server before its requests were done"),
         )),
+    }
+}
+
+/// An end that nobody asked for.
+fn died(reason: &StopReason) -> Failure {
+    match reason {
+        StopReason::Stopped(reason) => Failure::new(
+            Exit::EngineDied,
+            format_args!("the engine died: {reason}; restart the server, and report this"),
+        ),
+        StopReason::DeviceLost(reason) => Failure::new(
+            Exit::DeviceLost,
+            format_args!(
+                "the device is lost: {reason}; restart the server, on another device if it happens again"
+            ),
+        ),
     }
 }
 
@@ -133,16 +148,26 @@ impl Signals {
 
 #[cfg(test)]
 mod tests {
-    use tidemill_engine::{Engine, model::files::ModelSource};
+    use tidemill_engine::{
+        Engine, EngineOptions, LoadError,
+        model::files::ModelSource,
+        request::{GenerateRequest, Prompt},
+        runner::{DeviceLost, Runner, RunnerError, RunnerThread},
+        scheduler::{StepOutput, StepPlan},
+    };
 
     use super::*;
 
-    #[tokio::test]
-    async fn an_engine_that_dies_ends_the_server_with_its_own_code() {
+    fn engine() -> Engine {
         let mut config = EngineConfig::new(ModelSource::Builtin);
         config.max_num_seqs = Some(1);
         config.threads = Some(1);
-        let engine = Engine::start(config, |_| ()).unwrap();
+        Engine::start(config, |_| ()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_dies_ends_the_server_with_its_own_code() {
+        let engine = engine();
         let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();
         let (handle, mut signals) = (engine.handle(), Signals::new().unwrap());
         server.ready(engine.handle()).await;
@@ -150,5 +175,40 @@ mod tests {
         let end = until_the_end(&server, &handle, &mut signals, Duration::ZERO).await;
         assert_eq!(end.unwrap_err().exit, Exit::EngineDied);
         dying.await.unwrap();
+    }
+
+    /// A device that is lost with its first step.
+    struct Lost;
+
+    impl Runner for Lost {
+        fn launch(&mut self, _: &StepPlan) -> Result<(), RunnerError> {
+            Err(DeviceLost("fell off the bus".into()).into())
+        }
+
+        fn wait(&mut self) -> Result<StepOutput, RunnerError> {
+            unreachable!("nothing is ever launched")
+        }
+
+        fn is_done(&mut self) -> bool {
+            false
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lost_device_ends_the_server_with_a_code_of_its_own() {
+        let like = engine().handle();
+        let (runner, ()) = RunnerThread::start(|| Ok::<_, LoadError>((Lost, ()))).unwrap();
+        let options = EngineOptions { max_num_queued_reqs: 1, look_ahead: true };
+        let engine = Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap();
+        let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();
+        let (handle, mut signals) = (engine.handle(), Signals::new().unwrap());
+        server.ready(engine.handle()).await;
+        let request = handle.validate(GenerateRequest::new(Prompt::Text("Once".into()))).unwrap();
+        let mut generation = handle.submit(request).unwrap();
+        let end = until_the_end(&server, &handle, &mut signals, Duration::ZERO).await.unwrap_err();
+        assert_eq!(end.exit, Exit::DeviceLost);
+        assert!(end.message.contains("fell off the bus"), "{end}");
+        let error = generation.next().await.unwrap().unwrap_err();
+        assert_eq!(Failure::from(error).exit, Exit::DeviceLost, "`run` ends the same way");
     }
 }

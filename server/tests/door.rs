@@ -5,7 +5,13 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use common::{Harness, endless, engine_config, greedy, text};
 use prost::Message;
@@ -150,6 +156,33 @@ async fn when_the_engine_is_gone_streams_end_unavailable_and_health_says_so() {
     let status = common::collect(stream).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+}
+
+#[tokio::test]
+async fn a_lost_device_ends_the_running_the_queued_and_the_new_unavailable_and_health_says_so() {
+    let mut harness = Harness::loading(GrpcConfig::loopback()).await;
+    let lost = Arc::new(AtomicBool::new(false));
+    let mut config = engine_config();
+    common::narrow(&mut config);
+    let engine = common::frail_engine(lost.clone(), config);
+    harness.server().ready(engine.handle()).await;
+    let request = || text("Once upon a time", greedy(1000));
+    let running = harness.started(request()).await;
+    let queued = harness.inference.generate(request()).await.unwrap().into_inner();
+    let mut watch = HealthClient::new(harness.channel.clone())
+        .watch(HealthCheckRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    lost.store(true, Relaxed);
+    for stream in [running, queued] {
+        let status = common::collect(stream).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        assert_eq!(status.message(), "the device is lost; send the request to another replica");
+    }
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert_eq!(harness.generate(request()).await.unwrap_err().code(), Code::Unavailable);
 }
 
 #[tokio::test]

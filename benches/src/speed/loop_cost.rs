@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use tidemill_engine::{
-    Engine, ModelInfo,
+    Engine, EngineOptions, ModelInfo,
     ids::TokenId,
     model::{
         decoder::Decoder,
@@ -74,7 +74,8 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
     };
-    let engine = Engine::with_runner(runner, info, text, 1024)?;
+    let options = EngineOptions { max_num_queued_reqs: 1024, look_ahead: true };
+    let engine = Engine::with_runner(runner, info, text, options)?;
     batches.into_iter().map(|rows| decode_step(&engine, rows, context, steps, vocab)).collect()
 }
 

@@ -175,6 +175,11 @@ impl<O: Ops> Decoder<O> {
         self.ops.results(batch)
     }
 
+    /// Whether [`Decoder::wait`] would return at once.
+    pub fn is_done(&self, pending: &O::Pending) -> bool {
+        self.ops.is_done(pending)
+    }
+
     /// Waits for a step's results: one per task, in order.
     ///
     /// # Errors

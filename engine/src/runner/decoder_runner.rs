@@ -1,60 +1,82 @@
 //! The real runner: a plan becomes batch metadata, goes through the decoder, and comes back as tokens.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use tidemill_kernels::{
     Ops,
-    ops::BatchMeta,
+    ops::{BatchMeta, FEEDBACK},
     sampling::{Logprobs, RowTask, SampleSpec, Sampled},
 };
 
-use super::Runner;
+use super::{Runner, RunnerError};
 use crate::{
     ids::TokenId,
     model::decoder::Decoder,
     output::TokenLogprobs,
-    scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan},
+    scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan, TokenInput},
 };
 
 /// Runs plans on a [`Decoder`].
 pub struct DecoderRunner<O: Ops> {
+    // Steps in flight are given up before the decoder is.
+    /// Oldest first, each with what its rows asked for.
+    in_flight: VecDeque<(O::Pending, Vec<Asked>)>,
     decoder: Decoder<O>,
     block_size: usize,
+}
+
+/// What a plan row asked for: so many scored positions, and a token or none.
+struct Asked {
+    scores: usize,
+    sample: bool,
 }
 
 impl<O: Ops> DecoderRunner<O> {
     /// A runner for a decoder whose KV cache has blocks of `block_size` tokens.
     pub fn new(decoder: Decoder<O>, block_size: usize) -> Self {
-        Self { decoder, block_size }
+        Self { in_flight: VecDeque::new(), decoder, block_size }
     }
 }
 
 impl<O: Ops> Runner for DecoderRunner<O> {
-    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, String> {
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
         let (meta, tasks) = flatten(plan, self.block_size);
-        let sampled = self.decoder.step(Arc::new(meta), &tasks).map_err(|error| error.to_string())?;
-        let mut sampled = sampled.into_iter();
-        let rows = plan.rows.iter().map(|row| collect(row, &mut sampled)).collect();
-        Ok(StepOutput { rows })
+        let pending = self.decoder.launch(Arc::new(meta), tasks.into())?;
+        let asked = |row: &PlanRow| Asked { scores: row.targets.len(), sample: row.sample.is_some() };
+        self.in_flight.push_back((pending, plan.rows.iter().map(asked).collect()));
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<StepOutput, RunnerError> {
+        let (pending, asked) =
+            self.in_flight.pop_front().ok_or_else(|| RunnerError::Step("no step is in flight".into()))?;
+        let mut results = self.decoder.wait(pending)?.into_iter();
+        Ok(StepOutput { rows: asked.iter().map(|asked| collect(asked, &mut results)).collect() })
+    }
+
+    fn is_done(&mut self) -> bool {
+        self.in_flight.front().is_some_and(|(pending, _)| self.decoder.is_done(pending))
     }
 }
 
-/// The plan as flat metadata, and one task per row of logits: for each plan row its scored positions, then its sample.
+/// The plan as flat metadata, and one task per row of logits, in the order of [`StepPlan::samples`].
 fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
     let max_blocks = plan.rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
     let mut meta = BatchMeta { max_blocks, cu_seqlens_q: vec![0], ..BatchMeta::default() };
     let mut tasks = Vec::new();
     for row in &plan.rows {
         let first = meta.token_ids.len();
-        for (i, token) in row.tokens.iter().enumerate() {
-            let position = row.start + i;
+        match &row.input {
+            TokenInput::Known(tokens) => meta.token_ids.extend(tokens.iter().map(|token| token.0)),
+            TokenInput::Sampled(logits_row) => meta.token_ids.push(FEEDBACK | logits_row),
+        }
+        for position in row.start..row.end() {
             let block = row.blocks[position / block_size].0 as usize;
-            meta.token_ids.push(token.0);
             meta.positions.push(position as u32);
             meta.slot_mapping.push((block * block_size + position % block_size) as u32);
         }
         meta.cu_seqlens_q.push(meta.token_ids.len() as u32);
-        meta.context_lens.push((row.start + row.tokens.len()) as u32);
+        meta.context_lens.push(row.end() as u32);
         meta.block_tables.extend(row.blocks.iter().map(|block| block.0));
         meta.block_tables.resize(meta.context_lens.len() * max_blocks, 0);
         for (position, target) in row.score_at.clone().zip(&row.targets) {
@@ -89,8 +111,8 @@ fn spec(plan: &SamplePlan) -> SampleSpec {
 }
 
 /// Takes the results of one plan row off the front of `sampled`.
-fn collect(row: &PlanRow, sampled: &mut impl Iterator<Item = Sampled>) -> RowResult {
-    let count = row.targets.len() + usize::from(row.sample.is_some());
+fn collect(asked: &Asked, sampled: &mut impl Iterator<Item = Sampled>) -> RowResult {
+    let count = asked.scores + usize::from(asked.sample);
     let results: Vec<Sampled> = sampled.take(count).collect();
     if results.iter().any(|result| !result.finite) {
         return RowResult::NotFinite;
@@ -98,7 +120,7 @@ fn collect(row: &PlanRow, sampled: &mut impl Iterator<Item = Sampled>) -> RowRes
     let mut results = results.into_iter();
     let prompt_logprobs = results
         .by_ref()
-        .take(row.targets.len())
+        .take(asked.scores)
         .filter_map(|result| result.logprobs.map(|l| token_logprobs(result.token, l)))
         .collect();
     let sampled = results.next();

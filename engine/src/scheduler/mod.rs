@@ -6,6 +6,11 @@
 //!
 //! There is no prefill mode. Every sequence has `num_computed` tokens in the KV cache and wants to reach its length; a
 //! step hands out at most `max_num_batched_tokens`, to decode rows first, then to prompts in chunks, oldest first.
+//!
+//! A step may be planned while the one before it runs. A sequence's plan then goes on from where the step in flight will leave it;
+//! a token that is being sampled there is an input that the host need not know ([`TokenInput::Sampled`]). Steps run in the order
+//! in which they were planned, and that order is the fence for the blocks: a block that is freed while a step in flight
+//! still writes to it is given to a later step only, which writes after it.
 
 mod plan;
 mod resolve;
@@ -13,12 +18,15 @@ mod sequence;
 
 use std::collections::BTreeMap;
 
-pub use plan::{PlanRow, SamplePlan, StepPlan};
+pub use plan::{PlanRow, SamplePlan, StepPlan, TokenInput};
 pub use resolve::{Effect, RowOutput, RowResult, StepOutput};
 use sequence::Place;
 pub use sequence::{NewSequence, Sequence};
 
 use crate::{ids::SeqId, kv::BlockPool};
+
+/// Steps that may be planned and not resolved: one runs, and one is queued behind it.
+pub const MAX_IN_FLIGHT: usize = 2;
 
 /// What a step may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +72,10 @@ pub struct Scheduler {
     /// Sequences in the batch, oldest first. Everything else in `seqs` waits.
     running: Vec<SeqId>,
     preemptions: u64,
+    /// Steps that were planned and not resolved.
+    num_in_flight: usize,
+    /// A row found no block while a step was in flight.
+    short_of_blocks: bool,
 }
 
 impl Scheduler {
@@ -73,7 +85,15 @@ impl Scheduler {
             limits.max_num_seqs >= 1 && limits.max_num_batched_tokens >= 1,
             "limits of 0 would never schedule anything"
         );
-        Self { limits, pool, seqs: BTreeMap::new(), running: Vec::new(), preemptions: 0 }
+        Self {
+            limits,
+            pool,
+            seqs: BTreeMap::new(),
+            running: Vec::new(),
+            preemptions: 0,
+            num_in_flight: 0,
+            short_of_blocks: false,
+        }
     }
 
     /// Puts a sequence into the queue. The caller made sure that the pool can hold it alone (`fits`).
@@ -90,7 +110,7 @@ impl Scheduler {
         (prompt_len + max_tokens - 1).div_ceil(self.pool.block_size()) <= self.pool.total()
     }
 
-    /// Takes a sequence out at any stage and frees what it held, at once, even while a step that contains it runs.
+    /// Takes a sequence out at any stage and frees what it held, at once, even while steps that contain it are in flight.
     /// `None` when it is gone already.
     pub fn remove(&mut self, id: SeqId) -> Option<Removed> {
         let mut seq = self.seqs.remove(&id)?;
@@ -116,6 +136,11 @@ impl Scheduler {
     /// Sequences that wait.
     pub fn num_waiting(&self) -> usize {
         self.seqs.len() - self.running.len()
+    }
+
+    /// Steps that were planned and not resolved.
+    pub fn num_in_flight(&self) -> usize {
+        self.num_in_flight
     }
 
     /// Preemptions since the start.
@@ -146,6 +171,11 @@ impl Scheduler {
             let running = self.running.binary_search(id).is_ok();
             assert_eq!(running, seq.place == Place::Batch, "{id:?} is in the wrong place");
             assert!(running || seq.table.ids().is_empty(), "a waiting sequence holds blocks");
+            assert!(seq.table.capacity() >= seq.num_planned, "a planned token has no slot");
+            assert!(seq.num_computed <= seq.num_planned, "computed, but never planned");
+            let at_rest = self.num_in_flight == 0 || !running;
+            assert!(!at_rest || seq.num_computed == seq.num_planned, "planned, but in no step");
+            assert!(seq.num_sampling() <= self.num_in_flight, "a step samples one token of a sequence");
         }
     }
 }

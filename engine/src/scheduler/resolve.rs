@@ -70,13 +70,15 @@ pub enum Effect {
 }
 
 impl Scheduler {
-    /// Takes a step's results in. Rows whose sequence is gone meanwhile are skipped.
+    /// Takes the results of the oldest step in flight in. Rows whose sequence is gone meanwhile are skipped: aborted, or ended by
+    /// the step before, when this one had been planned already.
     pub fn resolve(&mut self, plan: &StepPlan, output: StepOutput) -> Vec<Effect> {
         let mut effects = Vec::with_capacity(plan.rows.len());
         debug_assert_eq!(plan.rows.len(), output.rows.len(), "one result per row");
+        self.num_in_flight = self.num_in_flight.checked_sub(1).expect("what was planned is resolved once");
         for (row, result) in plan.rows.iter().zip(output.rows) {
             let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
-            let computed = row.start + row.tokens.len();
+            let computed = row.end();
             match result {
                 RowResult::Done(output) => {
                     seq.num_computed = computed;
@@ -85,8 +87,12 @@ impl Scheduler {
                         effects
                             .push(Effect::PromptLogprobs { seq: row.seq, logprobs: output.prompt_logprobs });
                     }
-                    if let Some(token) = output.sampled {
-                        effects.push(self.advance(row.seq, token, output.logprobs));
+                    match output.sampled {
+                        Some(token) => effects.push(self.advance(row.seq, token, output.logprobs)),
+                        None if row.sample.is_some() => {
+                            effects.push(self.fail(row.seq, computed, Some("no token was sampled".into())));
+                        }
+                        None => {}
                     }
                 }
                 RowResult::NotFinite => effects.push(self.fail(row.seq, computed, None)),

@@ -40,6 +40,10 @@ pub struct Sequence {
     pub(super) prompt_len: usize,
     /// Tokens whose keys and values are in `table`'s blocks.
     pub(super) num_computed: usize,
+    /// The same once the steps in flight are done: the next step starts here.
+    pub(super) num_planned: usize,
+    /// The row of logits from which the newest step that samples for this sequence chooses its token.
+    pub(super) sampled_at: u32,
     pub(super) table: BlockTable,
     pub(super) sampling: Arc<Sampling>,
     pub(super) seed: u64,
@@ -62,6 +66,8 @@ impl Sequence {
             tokens: new.prompt.to_vec(),
             prompt_len: new.prompt.len(),
             num_computed: 0,
+            num_planned: 0,
+            sampled_at: 0,
             table,
             sampling: new.sampling,
             seed: new.seed,
@@ -82,15 +88,36 @@ impl Sequence {
         self.num_preemptions
     }
 
-    /// Tokens that have no keys and values yet. In the batch this is at least 1: the newest token is computed by the next step.
+    /// Tokens that are being sampled by steps in flight. A row that computes the last token samples the next, so whatever is
+    /// planned from the last known token on is one of them.
+    pub(super) fn num_sampling(&self) -> usize {
+        (self.num_planned + 1).saturating_sub(self.tokens.len())
+    }
+
+    /// Prompt, everything generated, and what is being sampled.
+    pub(super) fn num_tokens(&self) -> usize {
+        self.tokens.len() + self.num_sampling()
+    }
+
+    /// Tokens that have no keys and values once the steps in flight are done: at least the newest one.
     pub(super) fn num_missing(&self) -> usize {
-        self.tokens.len() - self.num_computed
+        self.num_tokens() - self.num_planned
+    }
+
+    /// Whether the next step can be planned now. While its newest token is being sampled, a sequence waits for it where
+    /// it is known to be the last, or where choosing the one after it takes the host.
+    pub(super) fn is_plannable(&self) -> bool {
+        let known_to_end = self.num_tokens() - self.prompt_len >= self.sampling.max_tokens;
+        // Penalties count the tokens of the output.
+        self.num_sampling() == 0 || !(known_to_end || self.sampling.has_penalties())
     }
 
     pub(super) fn stage(&self) -> Stage {
         match self.place {
             Place::Queue => Stage::Queued,
-            Place::Batch if self.num_missing() > 1 || self.completion_tokens() == 0 => Stage::Prefill,
+            Place::Batch if self.tokens.len() - self.num_computed > 1 || self.completion_tokens() == 0 => {
+                Stage::Prefill
+            }
             Place::Batch => Stage::Decode,
         }
     }
@@ -103,11 +130,11 @@ impl Sequence {
         }
     }
 
-    /// Back to the queue with nothing computed. Its tokens stay, and so does what its client has seen.
+    /// Back to the queue with nothing computed; never while a step in flight contains it. Its tokens stay, and so does what its client has seen.
     pub(super) fn preempt(&mut self) {
         self.table.release();
         self.place = Place::Queue;
-        self.num_computed = 0;
+        (self.num_computed, self.num_planned) = (0, 0);
         self.num_preemptions += 1;
         // The blocks it once shared may be gone; it can compute its prompt itself.
         self.prompt_of = None;

@@ -430,6 +430,12 @@ EXPORT cuEventSynchronize(void *event) {
     ALIVE(event);
     return flush();
 }
+EXPORT cuEventQuery(void *event) {
+    CONTEXT
+    ALIVE(event);
+    const Event *queried = (const Event *)event;
+    return queried->recorded && !queried->reached ? NOT_READY : SUCCESS;
+}
 EXPORT cuEventElapsedTime(float *ms, void *start, void *end) {
     CONTEXT
     ALIVE(start);

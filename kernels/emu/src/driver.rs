@@ -290,6 +290,12 @@ impl Driver for EmuDriver {
         state.wait(event.0)
     }
 
+    fn is_reached(&self, event: EventId) -> Result<bool> {
+        let mut state = self.state.lock();
+        state.enter_outside_capture("is_reached")?;
+        state.is_reached(event.0)
+    }
+
     fn elapsed_ms(&self, start: EventId, end: EventId) -> Result<f32> {
         let mut state = self.state.lock();
         state.enter_outside_capture("elapsed")?;

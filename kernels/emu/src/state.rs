@@ -248,6 +248,16 @@ impl State {
         Ok(())
     }
 
+    /// A lazy stream runs when somebody waits, so that this turns true only then.
+    pub(crate) fn is_reached(&mut self, id: u64) -> Result<bool> {
+        const CALL: &str = "is_reached";
+        let event = self.event(CALL, id)?;
+        if event.recorded.is_none() {
+            return Err(refused(CALL, "the event was never recorded"));
+        }
+        Ok(event.reached.is_some())
+    }
+
     pub(crate) fn elapsed_ms(&mut self, start: u64, end: u64) -> Result<f32> {
         const CALL: &str = "elapsed";
         let mut reached = |id| match *self.event(CALL, id)? {

@@ -381,6 +381,11 @@ impl Ops for CudaOps {
         Ok(CudaPending { slot: batch.slot, tasks: batch.tasks })
     }
 
+    fn is_done(&self, pending: &CudaPending) -> bool {
+        // An error is reported by the wait, which then returns at once.
+        pending.slot.arrived.is_reached().unwrap_or(true)
+    }
+
     fn wait(&self, pending: CudaPending) -> Result<Vec<Sampled>> {
         pending.slot.arrived.wait()?;
         let words = pending.tasks.len() * RESULT_WORDS;

@@ -160,6 +160,9 @@ pub trait Driver: Send + Sync {
     /// Blocks the calling thread until the event's last recording has been reached.
     fn wait(&self, event: EventId) -> Result<()>;
 
+    /// Whether the event's last recording has been reached. Does not block.
+    fn is_reached(&self, event: EventId) -> Result<bool>;
+
     /// Milliseconds between two recorded events that were waited for.
     fn elapsed_ms(&self, start: EventId, end: EventId) -> Result<f32>;
 

@@ -119,6 +119,14 @@ impl Event {
         self.driver.wait(self.id)
     }
 
+    /// Whether the last recording has been reached. Does not block.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn is_reached(&self) -> Result<bool> {
+        self.driver.is_reached(self.id)
+    }
+
     /// Milliseconds from `start` to this event; both were recorded and waited for.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use tidemill_kernels::{
     DType,
     cuda::{
         Device,
-        driver::{Driver, Pinned},
+        driver::{DevPtr, Driver, Pinned},
         gpu::{self, GpuOptions},
         memory::DeviceBuffer,
     },
@@ -68,16 +68,21 @@ fn upload<T: Copy>(device: &Device, dtype: DType, values: &[T]) -> DeviceBuffer 
 fn download<T: Copy + Default>(device: &Device, buffer: &DeviceBuffer) -> Vec<T> {
     assert_eq!(size_of::<T>(), buffer.dtype().size());
     let mut values = vec![T::default(); buffer.elems()];
-    let bytes = size_of_val(values.as_slice());
-    let staging = device.driver().alloc_pinned(bytes.max(1), Pinned::Readback).unwrap();
+    copy_out(device.driver(), buffer.ptr(), &mut values);
+    values
+}
+
+/// Waits, and copies as many values as there are from device memory.
+pub fn copy_out<T: Copy>(driver: &dyn Driver, from: DevPtr, values: &mut [T]) {
+    let bytes = size_of_val(values);
+    let staging = driver.alloc_pinned(bytes.max(1), Pinned::Readback).unwrap();
     // SAFETY: the staging memory has as many bytes, lives until the synchronisation, and is freed once.
     unsafe {
-        device.driver().copy_to_host(staging, buffer.ptr(), bytes).unwrap();
-        device.driver().synchronize().unwrap();
+        driver.copy_to_host(staging, from, bytes).unwrap();
+        driver.synchronize().unwrap();
         std::ptr::copy_nonoverlapping(staging, values.as_mut_ptr().cast(), bytes);
-        device.driver().free_pinned(staging);
+        driver.free_pinned(staging);
     }
-    values
 }
 
 /// A bf16 array of `values`, rounded.

@@ -148,7 +148,7 @@ fn every_kernel_agrees_with_f64_on_every_schedule() {
 #[test]
 fn a_row_has_the_same_bits_in_every_kernel_and_any_number_of_rows() {
     let (device, _) = words::device();
-    for (n, k) in [(8, 8), (16, 40), (40, 64), (72, 256), (200, 520)] {
+    for (n, k) in [(8, 8), (200, 8), (16, 40), (40, 64), (72, 256), (8, 520), (200, 520)] {
         // f32 shows every bit of the sum.
         let problem = Problem::new(130, n, k, Store, DType::F32).with_bias(DType::F32);
         let all = problem.run(&device, None, 0, 130);
@@ -200,6 +200,16 @@ fn every_epilogue_agrees_with_f64_and_has_the_same_bits_in_every_kernel() {
 }
 
 #[test]
+fn every_tile_is_computed_where_token_tiles_come_in_several_groups() {
+    let (device, _) = words::device();
+    let problem = Problem::new(16 * 64 + 130, 136, 8, Store, DType::F32);
+    let rows = 16 * 64 + 130;
+    for kernel in [LinearKernel::Tiled128x64, LinearKernel::Tiled128x128, LinearKernel::Skinny32x64] {
+        problem.assert_near(&problem.run(&device, Some(kernel), 0, rows), &format!("{kernel:?}"));
+    }
+}
+
+#[test]
 fn a_row_of_nan_stays_in_its_row() {
     let (device, _) = words::device();
     let problem = Problem::new(20, 40, 72, Store, DType::F32);
@@ -236,12 +246,19 @@ fn the_kernel_reads_weights_once_for_few_rows_and_fills_the_device_for_many() {
             assert!(LinearKernel::choose(rows, tile_rows, SMS).tokens() >= rows);
         }
     }
-    assert_eq!(LinearKernel::choose(1, 4096, SMS), LinearKernel::Skinny16x8);
-    assert_eq!(LinearKernel::choose(64, 28672, SMS), LinearKernel::Skinny64x64);
-    assert_eq!(LinearKernel::choose(64, 4096, SMS), LinearKernel::Skinny32x64);
-    assert_eq!(LinearKernel::choose(256, 4096, SMS), LinearKernel::Skinny64x64);
-    assert_eq!(LinearKernel::choose(512, 4096, SMS), LinearKernel::Tiled128x64);
-    assert_eq!(LinearKernel::choose(2048, 4096, SMS), LinearKernel::Tiled128x128);
+    for (rows, tile_rows, kernel) in [
+        (1, 4096, LinearKernel::Skinny16x8),
+        (16, 1024, LinearKernel::Skinny16x16),
+        (16, 28672, LinearKernel::Skinny32x16),
+        (64, 4096, LinearKernel::Skinny32x64),
+        (64, 28672, LinearKernel::Skinny64x64),
+        (128, 4096, LinearKernel::Skinny64x64),
+        (256, 4096, LinearKernel::Tiled128x64),
+        (300, 256, LinearKernel::Tiled128x64),
+        (2048, 4096, LinearKernel::Tiled128x128),
+    ] {
+        assert_eq!(LinearKernel::choose(rows, tile_rows, SMS), kernel);
+    }
 }
 
 #[test]

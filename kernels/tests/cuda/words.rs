@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tidemill_kernels::cuda::{Device, driver::Driver, memory::DeviceMemory};
 
-use crate::harness;
+use crate::harness::{self, copy_out};
 
 /// Device memory that holds `words`.
 pub fn upload(driver: &Arc<dyn Driver>, words: &[u32]) -> DeviceMemory {
@@ -23,9 +23,7 @@ pub fn copy_in(driver: &Arc<dyn Driver>, memory: &DeviceMemory, words: &[u32]) {
 /// All words of `memory`.
 pub fn download(driver: &Arc<dyn Driver>, memory: &DeviceMemory) -> Vec<u32> {
     let mut words = vec![0; memory.bytes() / 4];
-    // SAFETY: the vector holds as many words; it lives until the synchronisation.
-    unsafe { driver.copy_to_host(words.as_mut_ptr().cast(), memory.ptr(), 4 * words.len()) }.unwrap();
-    driver.synchronize().unwrap();
+    copy_out(driver.as_ref(), memory.ptr(), &mut words);
     words
 }
 

@@ -19,7 +19,7 @@ pub fn status(error: &RequestError, id: &RequestId) -> Status {
         ErrorCode::NotFound => Code::NotFound,
         ErrorCode::AlreadyExists => Code::AlreadyExists,
         ErrorCode::ResourceExhausted => Code::ResourceExhausted,
-        ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::Unavailable | ErrorCode::DeviceLost => Code::Unavailable,
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
         ErrorCode::Internal => Code::Internal,
     };
@@ -39,6 +39,10 @@ pub fn status(error: &RequestError, id: &RequestId) -> Status {
         RequestError::EngineStopped(reason) => {
             tracing::error!(request_id = ?id.as_str(), reason, "the engine has stopped");
             "the engine has stopped; send the request to another replica".into()
+        }
+        RequestError::DeviceLost(reason) => {
+            tracing::error!(request_id = ?id.as_str(), reason, "the device is lost");
+            "the device is lost; send the request to another replica".into()
         }
         RequestError::Internal(reason) => {
             tracing::error!(request_id = ?id.as_str(), reason, "internal error");
@@ -92,7 +96,8 @@ mod tests {
     #[test]
     fn reasons_and_panics_do_not_leave_the_server() {
         let id = RequestId::new("r");
-        for error in [RequestError::Internal("secret".into()), RequestError::EngineStopped("secret".into())] {
+        for kind in [RequestError::Internal, RequestError::EngineStopped, RequestError::DeviceLost] {
+            let error = kind("secret".into());
             let status = status(&error, &id);
             assert!(!status.message().contains("secret"), "{status:?}");
         }

@@ -128,7 +128,7 @@ impl Lifecycle {
         loop {
             tokio::select! {
                 reason = engine.stopped() => {
-                    tracing::debug!(reason, "the engine has ended");
+                    tracing::debug!(%reason, "the engine has ended");
                     self.enter(Phase::Stopped).await;
                     return;
                 }

@@ -3,10 +3,23 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code, missing_docs)]
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use tidemill::{config::GrpcConfig, grpc::Server};
-use tidemill_engine::{Engine, EngineConfig, model::files::ModelSource};
+use tidemill_engine::{
+    Engine, EngineConfig, EngineOptions,
+    ids::TokenId,
+    model::files::ModelSource,
+    runner::{DeviceLost, Runner, RunnerError, RunnerThread},
+    scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan},
+};
 use tidemill_proto::v1::{
     AbortRequest, AbortResponse, FinishReason, GenerateRequest, GenerateResponse, GetStatsRequest,
     SamplingParams, Stats, control_client::ControlClient, generate_request::Prompt,
@@ -36,6 +49,44 @@ pub fn engine_config() -> EngineConfig {
 pub fn narrow(config: &mut EngineConfig) {
     config.max_num_seqs = Some(1);
     config.max_num_queued_reqs = 1;
+}
+
+/// A device that gives the same token again and again, until it is pulled out.
+struct Frail {
+    lost: Arc<AtomicBool>,
+    steps: VecDeque<StepPlan>,
+}
+
+impl Runner for Frail {
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
+        self.steps.push_back(plan.clone());
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<StepOutput, RunnerError> {
+        std::thread::sleep(Duration::from_millis(2));
+        if self.lost.load(Relaxed) {
+            return Err(DeviceLost("secret: it fell off the bus".into()).into());
+        }
+        let row = |row: &PlanRow| {
+            let sampled = row.sample.as_ref().map(|_| TokenId(300));
+            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
+        };
+        Ok(StepOutput { rows: self.steps.pop_front().unwrap().rows.iter().map(row).collect() })
+    }
+
+    fn is_done(&mut self) -> bool {
+        false
+    }
+}
+
+/// An engine whose device is lost when the flag is set.
+pub fn frail_engine(lost: Arc<AtomicBool>, config: EngineConfig) -> Engine {
+    let options =
+        EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: config.look_ahead };
+    let like = Engine::start(config, |_| ()).unwrap().handle();
+    let (runner, ()) = RunnerThread::start(move || Ok((Frail { lost, steps: VecDeque::new() }, ()))).unwrap();
+    Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap()
 }
 
 impl Harness {

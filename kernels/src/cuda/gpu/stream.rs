@@ -365,6 +365,15 @@ impl Driver for GpuDriver {
         Ok(unsafe { call!(cuEventSynchronize(event.0 as CUevent)) }?)
     }
 
+    fn is_reached(&self, event: EventId) -> Result<bool> {
+        self.stream()?;
+        // SAFETY: as above.
+        match unsafe { sys::cuEventQuery(event.0 as CUevent) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => Ok(check("cuEventQuery", code).map(|()| true)?),
+        }
+    }
+
     fn elapsed_ms(&self, start: EventId, end: EventId) -> Result<f32> {
         type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
         self.stream()?;

@@ -145,7 +145,7 @@ pub struct Attention<'a> {
     pub kv: KvLayer<'a>,
     /// Q, K and D; D one of 16, 32, 64, 80, 96, 128, 192, 256.
     pub heads: HeadShape,
-    /// Made by [`attention_plan`] for these heads, blocks, window and this workspace.
+    /// Made by [`attention_plan`] for these heads, blocks, window and this workspace; 16-byte aligned.
     pub plan: DeviceWords<'a>,
     /// The kernels that the plan needs, or more.
     pub kernels: AttentionKernels,
@@ -254,6 +254,11 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         );
         return Err(KernelError::Unsupported { op: OP, detail });
     }
+    let plan = call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?;
+    if !plan.0.is_multiple_of(16) {
+        let detail = format!("the plan begins {} bytes off a multiple of 16", plan.0 % 16);
+        return Err(KernelError::Unsupported { op: OP, detail });
+    }
     let per_head = |what, buffer: Option<&DeviceBuffer>| match buffer {
         Some(buffer) => buffer.at_least(OP, what, DType::F32, num_heads),
         None => Ok(DevPtr::NULL),
@@ -262,7 +267,7 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         out: call.out.at_least(OP, "out", DType::Bf16, call.tokens * num_heads * head_dim)?,
         qkv: call.qkv.at_least(OP, "qkv", DType::Bf16, call.tokens * call.heads.qkv_width())?,
         kv: call.kv.checked(OP, call.heads)?,
-        plan: call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?,
+        plan,
         slopes: per_head("slopes", slopes)?,
         sinks: per_head("sinks", sinks)?,
         partial_o: call.workspace.o.ptr(),

@@ -20,7 +20,7 @@ pub enum LinearEpilogue {
     Activate(ActivationKind),
     /// `out[r, i] = f(v[r, i]) * v[r, N + i]`: the gated feed-forward block (Shazeer 2020). The weight holds 2 N rows.
     Gated(ActivationKind),
-    /// `out = cap * tanh(v / cap)`: bounded logits (Bello et al. 2016, section 3). The cap is positive.
+    /// `out = cap * tanh(v / cap)`: bounded logits (Gemma Team 2024, section 2). The cap is positive.
     SoftCap(f32),
 }
 

@@ -70,23 +70,22 @@ impl LinearKernel {
     /// The kernel for `rows` tokens and a weight of `tile_rows` rows on a device of `num_sms`.
     ///
     /// Few rows: the narrowest token tile that holds them all, so that weights are read once; more weight rows per block where
-    /// enough blocks remain, since a block reads its tokens anew. Many rows: the largest tile that still gives every
-    /// multiprocessor a block; where none does, the skinny ones, which share K among warps.
+    /// enough blocks remain, since each block reads the tokens anew. Many rows: the largest tile that gives two thirds of the
+    /// multiprocessors a block; where none does, the skinny ones, which share K among warps.
     pub fn choose(rows: usize, tile_rows: usize, num_sms: u32) -> LinearKernel {
-        let sms = num_sms as usize;
-        let blocks = |kernel: Self| tile_rows.div_ceil(kernel.weight_rows()) * rows.div_ceil(kernel.tokens());
-        let few = match rows {
-            0..=8 => return Skinny16x8,
-            9..=16 => [Skinny32x16, Skinny16x16],
-            17..=32 => [Skinny32x32, Skinny32x32],
-            _ => [Skinny64x64, Skinny32x64],
+        let fills = |kernel: Self| {
+            let blocks = tile_rows.div_ceil(kernel.weight_rows()) * rows.div_ceil(kernel.tokens());
+            3 * blocks >= 2 * num_sms as usize
         };
-        let many = [Tiled128x128, Tiled128x64];
-        match many.into_iter().find(|&kernel| rows > 64 && blocks(kernel) >= sms) {
-            Some(kernel) => kernel,
-            None if rows > 256 => Tiled128x64,
-            // Two thirds of the multiprocessors, each with as much in flight as the wider tile allows, still saturate the memory.
-            None => few[usize::from(3 * blocks(few[0]) < 2 * sms)],
+        let wide_or = |wide: Self, narrow: Self| if fills(wide) { wide } else { narrow };
+        match rows {
+            0..=8 => Skinny16x8,
+            9..=16 => wide_or(Skinny32x16, Skinny16x16),
+            17..=32 => Skinny32x32,
+            33..=64 => wide_or(Skinny64x64, Skinny32x64),
+            _ if fills(Tiled128x128) => Tiled128x128,
+            _ if fills(Tiled128x64) || rows > 256 => Tiled128x64,
+            _ => wide_or(Skinny64x64, Skinny32x64),
         }
     }
 }

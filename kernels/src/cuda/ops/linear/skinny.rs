@@ -45,11 +45,11 @@ pub(super) fn launch(
     args: LinearArgs,
 ) -> Result<()> {
     use Grouping::{Dense, Experts};
-    use LinearKernel::{Skinny16x8, Skinny16x16, Skinny32x16, Skinny32x32, Skinny32x64, Skinny64x64};
+    use LinearKernel::{Skinny16x8, Skinny16x16, Skinny32x16, Skinny32x32, Skinny32x64};
     // What a block keeps in flight of its tokens: so many blocks of 32 of K in each of 8 warps.
-    let in_flight = match kernel {
-        Skinny64x64 => 2,
-        Skinny32x64 => 3,
+    let in_flight = match kernel.tokens() {
+        64 => 2,
+        32 => 3,
         _ => 4,
     };
     let shared_bytes = (512 * kernel.tokens() * in_flight) as u32;

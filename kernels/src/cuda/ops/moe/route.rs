@@ -40,7 +40,7 @@ pub struct MoeRoute<'a> {
     pub tokens: usize,
 }
 
-/// Queues the routing: softmax over all experts, then the k likeliest (Shazeer et al. 2017; Fedus et al. 2021).
+/// Queues the routing: softmax over all experts, then the k likeliest (Fedus, Zoph and Shazeer 2021, eq. 1).
 ///
 /// # Errors
 /// More experts than the kernel takes; a buffer that is smaller or of another type than the contract says; what the driver reports.
