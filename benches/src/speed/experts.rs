@@ -15,13 +15,7 @@ use tidemill_kernels::{
     },
 };
 
-use super::{
-    clock::{Clock, Work},
-    cuda::CudaMachine,
-    machine::Machine,
-    random::RandomTensors,
-    table::Cost,
-};
+use super::{clock::Work, cuda::CudaMachine, machine::Machine, random::RandomTensors, table::Cost};
 
 /// Sets of router logits: a step after another one meets other experts.
 const SETS: usize = 8;

@@ -16,7 +16,7 @@ use tidemill_engine::model::{
     spec::ModelSpec,
 };
 use tidemill_kernels::{
-    DType, Ops,
+    DType,
     ops::{BatchMeta, HeadShape, KvShape},
     sampling::{RowTask, SampleSpec},
 };
