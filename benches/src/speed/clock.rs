@@ -121,6 +121,7 @@ impl Clock for DeviceClock {
         queue()?;
         self.end.record()?;
         self.end.wait()?;
+        self.start.wait()?;
         Ok(f64::from(self.end.elapsed_ms(&self.start)?) / 1e3)
     }
 }

@@ -61,6 +61,8 @@ impl Shape {
         let mut mistral = llama(32000, 10000.0);
         mistral["architectures"] = json!(["MistralForCausalLM"]);
         mistral["model_type"] = json!("mistral");
+        // Version 0.2 and later; the first one had a window.
+        mistral["sliding_window"] = json!(null);
         let mut qwen = llama(151_936, 1e6);
         for (key, value) in [
             ("architectures", json!(["Qwen3ForCausalLM"])),
