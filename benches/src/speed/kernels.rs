@@ -18,7 +18,7 @@ use super::{
     limits::Limits,
     machine::Machine,
     random::RandomTensors,
-    shapes::{Options, Shapes},
+    shapes::{LOGITS_DEPTH, Options, Shapes, TABLE_ROWS},
     steps::{BLOCK_SIZE, Layout, Step, tasks},
     table::{Cost, Table},
 };
@@ -45,17 +45,11 @@ pub fn run<M: Machine>(machine: &M, options: &Options, table: &mut Table) -> Res
     table.fact("read_bytes_per_second", bandwidth.read.into());
     table.fact("copy_bytes_per_second", bandwidth.copy.into());
     let shapes = &options.shapes;
-    let largest = [
-        shapes.square.iter().map(|s| s.1 * s.1).max().unwrap_or(0),
-        shapes.sampled_vocab * 64,
-        shapes.vocab * shapes.hidden,
-        2 * shapes.inter * shapes.hidden,
-    ];
     let mut bench = Bench {
         machine,
         options,
         ops: machine.ops(shapes.sizes())?,
-        random: RandomTensors::new(largest.into_iter().max().unwrap_or(1), 1.0),
+        random: RandomTensors::new(shapes.largest(), 1.0),
         table,
     };
     let product = bench.peak_product()?;
@@ -82,7 +76,7 @@ pub fn best_product<M: Machine>(machine: &M, budget: Duration) -> Result<f64, Er
         machine,
         options: &options,
         ops: machine.ops(options.shapes.sizes())?,
-        random: RandomTensors::new(n * n, 1.0),
+        random: RandomTensors::new(options.shapes.largest(), 1.0),
         table: &mut Table::new(serde_json::json!({})),
     };
     Ok(bench.peak_product()?)
@@ -185,11 +179,10 @@ impl<M: Machine> Bench<'_, M> {
 
     /// Random activations: rows of a random embedding table.
     fn activations(&self, rows: usize, width: usize) -> Result<Buffer<M>, KernelError> {
-        let entries = 512;
-        let meta = Step::of(1, rows, rows).meta(Layout::new(1, rows), entries);
+        let meta = Step::of(1, rows, rows).meta(Layout::new(1, rows), TABLE_ROWS);
         let batch = self.ops.upload(meta.into(), tasks(1, &SampleSpec::greedy()))?;
         let mut out = self.ops.buffer(self.ops.extent(&batch).tokens.max(rows) * width)?;
-        let table = self.weight(entries, width)?;
+        let table = self.weight(TABLE_ROWS, width)?;
         self.ops.embedding(&mut out, &table, &batch)?;
         // The table must live until it has been read.
         self.ops.download(&out, 1)?;
@@ -418,15 +411,14 @@ impl<M: Machine> Bench<'_, M> {
     }
 
     fn sampling_case(&self, spec: &SampleSpec, plan: Plan) -> Result<f64, KernelError> {
-        const WIDTH: usize = 64;
         let Shapes { sampled_rows: rows, sampled_vocab: vocab, .. } = self.options.shapes;
         let (step, layout) = (Step::of(rows, 1, 1), Layout::new(rows, 1));
         let padded = self.extent(step, layout)?.logits_rows;
         let logits = (0..plan.sets).map(|_| self.ops.logits_buffer(padded * vocab));
         let mut work = Sampling {
             bench: self,
-            x: self.activations(padded, WIDTH)?,
-            weight: self.weight(vocab, WIDTH)?,
+            x: self.activations(padded, LOGITS_DEPTH)?,
+            weight: self.weight(vocab, LOGITS_DEPTH)?,
             logits: logits.collect::<Result<_, _>>()?,
             batch: self.batch(step, layout, spec)?,
             rows: padded,

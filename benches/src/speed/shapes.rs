@@ -6,6 +6,11 @@ use tidemill_kernels::ops::HeadShape;
 
 use super::{experts::Experts, machine::Sizes};
 
+/// Rows of the tables that activations are drawn from.
+pub const TABLE_ROWS: usize = 512;
+/// Terms of the products that logits are made of.
+pub const LOGITS_DEPTH: usize = 64;
+
 /// The shapes.
 #[derive(Debug, Clone)]
 pub struct Shapes {
@@ -79,6 +84,19 @@ impl Shapes {
 
     fn most(&self, of: impl Fn(&(&'static str, usize, usize, usize)) -> usize) -> usize {
         self.attention.iter().map(of).max().unwrap_or(1)
+    }
+
+    /// Elements of the largest random matrix.
+    pub fn largest(&self) -> usize {
+        let widest = self.inter.max(self.heads.qkv_width());
+        let square = self.square.iter().map(|s| s.1 * s.1.max(TABLE_ROWS));
+        let others = [
+            self.sampled_vocab * LOGITS_DEPTH,
+            self.vocab.max(TABLE_ROWS) * self.hidden,
+            2 * self.inter * self.hidden,
+            TABLE_ROWS * widest,
+        ];
+        others.into_iter().chain(square).max().unwrap_or(1)
     }
 
     /// What the ops are made for.
