@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use tidemill_engine::{
-    Engine, EngineConfig, EngineHandle, Generation,
+    DeviceChoice, Engine, EngineConfig, EngineHandle, Generation,
     ids::TokenId,
     model::files::ModelSource,
     request::{GenerateRequest, Prompt},
@@ -23,10 +23,18 @@ fn engine(max_num_batched_tokens: usize, kv_blocks: Option<usize>, look_ahead: b
         max_num_batched_tokens: Some(max_num_batched_tokens),
         kv_cache_memory: kv_blocks.map(|blocks| blocks * block_bytes),
         threads: Some(2),
+        device: device(),
         look_ahead: Some(look_ahead),
         ..EngineConfig::new(ModelSource::Builtin)
     };
     Engine::start(config, |_| ()).unwrap()
+}
+
+/// The CPU, or the GPU that `TIDEMILL_TEST_DEVICE=cuda:N` names.
+fn device() -> DeviceChoice {
+    let Ok(name) = std::env::var("TIDEMILL_TEST_DEVICE") else { return DeviceChoice::Cpu };
+    let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+    DeviceChoice::Cuda(ordinal.unwrap_or_else(|| panic!("TIDEMILL_TEST_DEVICE is {name:?}, not cuda:N")))
 }
 
 /// Requests of many lengths and all kinds of sampling.

@@ -6,6 +6,7 @@ use std::{error::Error, time::Duration};
 use clap::Parser;
 use serde_json::json;
 use tidemill_benches::{
+    aborts,
     load::{self, Wave, WaveTiming},
     server::ServerProcess,
     summary::{median, quantile},
@@ -19,6 +20,9 @@ struct Args {
     /// Model folder, or `builtin`.
     #[arg(long, default_value = "builtin")]
     model: String,
+    /// Where the server computes: auto, cpu or cuda[:N].
+    #[arg(long, default_value = "auto")]
+    device: String,
     /// Numbers of concurrent streams.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
     streams: Vec<usize>,
@@ -34,6 +38,9 @@ struct Args {
     /// Repetitions of each figure; medians are printed.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
+    /// Streams that are aborted after their first token, one after the other.
+    #[arg(long, default_value_t = 0)]
+    aborts: usize,
     /// Write the figures as JSON to this file.
     #[arg(long)]
     json: Option<std::path::PathBuf>,
@@ -44,7 +51,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     // Before the server runs, so that nothing competes.
     let bandwidth = probe::read_bandwidth(std::thread::available_parallelism()?.get())?;
-    let server = ServerProcess::start(&["--model", &args.model])?;
+    let server = ServerProcess::start(&["--model", &args.model, "--device", &args.device])?;
     let mut client = InferenceClient::connect(server.address.clone()).await?;
     let model = client.get_model(GetModelRequest {}).await?.into_inner();
     let bound = bandwidth / model.weight_bytes_per_step as f64;
@@ -87,12 +94,24 @@ async fn main() -> Result<(), Box<dyn Error>> {
         prefill = median(&rates);
         println!("\nprefill of {} tokens: {prefill:.0} tok/s", args.prefill_tokens);
     }
+    let mut receipts = Vec::new();
+    for number in 0..args.aborts {
+        let channel = tonic::transport::Endpoint::new(server.address.clone())?.connect().await?;
+        receipts.push(aborts::one(channel, number, model.max_model_len - 64).await?);
+    }
+    let receipt_ms = quantile(&receipts, 0.5).as_secs_f64() * 1e3;
+    if args.aborts > 0 {
+        println!(
+            "\nabort to receipt: {receipt_ms:.2} ms; {} streams aborted, all blocks came back",
+            args.aborts
+        );
+    }
     if let Some(path) = args.json {
         let all = json!({
             "model": model.served_model_name, "device": model.device, "read_bandwidth_bytes_per_second": bandwidth,
             "weight_bytes_per_step": model.weight_bytes_per_step, "bound_tokens_per_second": bound,
             "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens, "repeat": args.repeat,
-            "streams": figures, "prefill_tokens": args.prefill_tokens, "prefill_tokens_per_second": prefill,
+            "aborts": args.aborts, "abort_receipt_p50_ms": receipt_ms, "streams": figures, "prefill_tokens": args.prefill_tokens, "prefill_tokens_per_second": prefill,
         });
         std::fs::write(path, serde_json::to_string_pretty(&all)?)?;
     }

@@ -19,6 +19,15 @@ use crate::{
     },
 };
 
+/// Where a model's tensors come from: a [`Checkpoint`], or whatever makes them up.
+pub trait Tensors {
+    /// The tensor of this name, which must have this shape.
+    ///
+    /// # Errors
+    /// When there is none, or it has another shape or a type that we cannot read.
+    fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError>;
+}
+
 /// All tensors of a model folder. Nothing is read until it is used: the files are memory-mapped.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -200,5 +209,11 @@ impl Checkpoint {
     pub fn num_parameters(&self) -> u64 {
         // Shapes were checked against the file's size, so products do not overflow.
         self.tensors.values().map(|entry| entry.shape.iter().product::<usize>() as u64).sum()
+    }
+}
+
+impl Tensors for Checkpoint {
+    fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError> {
+        Checkpoint::tensor(self, name, expected_shape)
     }
 }

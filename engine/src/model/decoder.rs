@@ -11,7 +11,7 @@ use tidemill_kernels::{
     sampling::{RowTask, SampleSpec, Sampled},
 };
 
-use super::{checkpoint::Checkpoint, rope::rope_table, spec::ModelSpec};
+use super::{checkpoint::Tensors, rope::rope_table, spec::ModelSpec};
 use crate::error::LoadError;
 
 struct Layer<O: Ops> {
@@ -77,7 +77,7 @@ impl<O: Ops> Decoder<O> {
     pub fn load(
         ops: O,
         spec: &ModelSpec,
-        checkpoint: &Checkpoint,
+        checkpoint: &dyn Tensors,
         limits: DecoderLimits,
         mut progress: impl FnMut(usize),
     ) -> Result<Self, LoadError> {
@@ -252,7 +252,7 @@ impl<O: Ops> Decoder<O> {
 }
 
 impl<O: Ops> Layer<O> {
-    fn load(ops: &O, spec: &ModelSpec, checkpoint: &Checkpoint, index: usize) -> Result<Self, LoadError> {
+    fn load(ops: &O, spec: &ModelSpec, checkpoint: &dyn Tensors, index: usize) -> Result<Self, LoadError> {
         let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
         let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
         let prefix = format!("model.layers.{index}");

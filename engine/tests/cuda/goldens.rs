@@ -1,6 +1,6 @@
 //! The decoder on CUDA kernels against Hugging Face transformers and against the CPU backend.
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use safetensors::SafeTensors;
 use tidemill_engine::model::{
@@ -15,7 +15,9 @@ use tidemill_kernels::{
     cuda::{CudaConfig, CudaOps, Device},
     ops::{BatchMeta, HeadShape, KvShape},
 };
-use tidemill_kernels_emu::{EmuDriver, Schedule};
+use tidemill_kernels_emu::Schedule;
+
+use crate::device::{driver, fixture};
 
 const TINY: [&str; 5] = ["llama", "llama3_rope", "llama_bias", "llama_linear", "llama_yarn"];
 const BLOCK_SIZE: usize = 16;
@@ -23,10 +25,6 @@ const NUM_BLOCKS: usize = 12;
 const MAX_LEN: usize = NUM_BLOCKS * BLOCK_SIZE;
 /// Logits differ by at most this share of their range from those computed in float32.
 const TOLERANCE: f32 = 0.02;
-
-fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
 
 fn source(name: &str) -> ModelSource {
     if name == "demo" { ModelSource::Builtin } else { ModelSource::Dir(fixture(name)) }
@@ -104,7 +102,7 @@ fn cuda(name: &str, schedule: Schedule) -> Model<CudaOps> {
             vocab: spec.vocab_size,
             graphs: false,
         };
-        CudaOps::new(Device::new(Arc::new(EmuDriver::new(schedule))), config).unwrap()
+        CudaOps::new(Device::new(driver(schedule)), config).unwrap()
     })
 }
 

@@ -1,5 +1,7 @@
 //! `attention.cu` against f64, and against itself: whatever path, split or company a token has, its bits are the same.
 
+use std::sync::Arc;
+
 use tidemill_kernels::{
     KernelError,
     cuda::{
@@ -12,11 +14,11 @@ use tidemill_kernels::{
     },
     ops::{BatchMeta, HeadShape},
 };
-use tidemill_kernels_emu::Schedule;
+use tidemill_kernels_emu::{EmuDriver, Schedule};
 
 use crate::{
     common::{Rng, assert_same},
-    harness::{assert_near, f32s, poisoned, values},
+    harness::{self, assert_near, f32s, poisoned, values},
     paged::{Bed, CANCELLING, LAYER, Row, Step, kv, query, row},
 };
 
@@ -156,7 +158,7 @@ fn agrees(bed: &Bed, options: &Options, rows: &[Row]) {
 }
 
 fn on_every_bed(test: impl Fn(&Bed)) {
-    Schedule::all().into_iter().for_each(|schedule| test(&Bed::new(schedule)));
+    harness::schedules().into_iter().for_each(|schedule| test(&Bed::new(schedule)));
 }
 
 #[test]
@@ -313,7 +315,9 @@ fn a_row_has_the_same_bits_alone_and_among_others_and_padding_rows_are_not_writt
 #[test]
 fn attention_reads_shared_memory_without_bank_conflicts() {
     for head_dim in [64, 80, 96, 128, 192, 256] {
-        let bed = Bed::new(Schedule::default());
+        // Only the emulator counts them.
+        let emulator = Arc::new(EmuDriver::new(Schedule::default()));
+        let bed = Bed::over(emulator.clone());
         let options = plain(heads(2, 1, head_dim));
         for (rows, kernels) in [
             ([row(1, 1, 100)], AttentionKernels { split: true, block: false, combine: false }),
@@ -332,7 +336,7 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
             .unwrap();
             assert_eq!(needed, kernels);
             launch(&bed, &options, &step, &plan, kernels);
-            let stats = bed.driver.last_stats();
+            let stats = emulator.last_stats();
             assert!(stats.ldmatrix_phases > 0);
             assert_eq!(stats.ldmatrix_conflicts, 0, "D = {head_dim}, {kernels:?}");
         }

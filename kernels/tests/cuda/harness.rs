@@ -1,7 +1,7 @@
 //! What all CUDA tests share.
 #![allow(dead_code)]
 
-use std::sync::Arc;
+use std::{cell::OnceCell, sync::Arc};
 
 use half::bf16;
 use tidemill_kernels::{
@@ -9,16 +9,50 @@ use tidemill_kernels::{
     cuda::{
         Device,
         driver::{DevPtr, Driver, Pinned},
+        gpu::{self, GpuOptions},
         memory::DeviceBuffer,
     },
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
-/// Runs `test` on a device under each schedule.
+/// The variable that names a real device for all tests: `cuda:N`. Unset, the emulator runs them.
+const TEST_DEVICE: &str = "TIDEMILL_TEST_DEVICE";
+
+/// Runs `test` on the emulator under each schedule; or once on the GPU that [`TEST_DEVICE`] names.
 pub fn on_every_schedule(test: impl Fn(&Device)) {
-    for schedule in Schedule::all() {
-        test(&Device::new(Arc::new(EmuDriver::new(schedule))));
+    for schedule in schedules() {
+        let driver = driver(schedule);
+        test(&Device::new(driver.clone()));
+        // What went wrong on a GPU after the last comparison belongs to this test.
+        driver.synchronize().unwrap();
     }
+}
+
+/// The schedules that a test runs under: on a GPU there is one, and nobody chooses it.
+pub fn schedules() -> Vec<Schedule> {
+    if gpu_ordinal().is_some() { vec![Schedule::default()] } else { Schedule::all().into() }
+}
+
+/// An emulator that runs kernels under `schedule`; or the GPU that [`TEST_DEVICE`] names. Whoever names one that cannot be used
+/// gets no emulator in its place.
+pub fn driver(schedule: Schedule) -> Arc<dyn Driver> {
+    thread_local! {
+        // One per thread, as tests run on threads of their own and a driver has one stream.
+        static GPU: OnceCell<Arc<dyn Driver>> = const { OnceCell::new() };
+    }
+    let Some(ordinal) = gpu_ordinal() else { return Arc::new(EmuDriver::new(schedule)) };
+    let open = || -> Arc<dyn Driver> {
+        let gpu =
+            gpu::open(ordinal, &GpuOptions::default()).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}"));
+        Arc::new(gpu)
+    };
+    GPU.with(|gpu| gpu.get_or_init(open).clone())
+}
+
+fn gpu_ordinal() -> Option<usize> {
+    let name = std::env::var(TEST_DEVICE).ok()?;
+    let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+    Some(ordinal.unwrap_or_else(|| panic!("{TEST_DEVICE} is {name:?}, not cuda:N")))
 }
 
 fn upload<T: Copy>(device: &Device, dtype: DType, values: &[T]) -> DeviceBuffer {

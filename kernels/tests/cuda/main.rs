@@ -1,4 +1,5 @@
-//! Every CUDA kernel against its reference, executed on the CPU by the emulator under four schedules.
+//! Every CUDA kernel against its reference: on the CPU, by the emulator under four schedules, or on the GPU that
+//! `TIDEMILL_TEST_DEVICE=cuda:N` names.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,6 +13,7 @@ mod linear;
 mod moe;
 mod paged;
 mod planted;
+mod probe;
 mod rmsnorm;
 mod rope_kv_write;
 mod rows;

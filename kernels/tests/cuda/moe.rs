@@ -6,6 +6,7 @@ use tidemill_kernels::{
     DType, KernelError,
     cuda::{
         Device,
+        driver::Driver,
         memory::{DeviceBuffer, DeviceMemory},
         ops::{
             ActivationKind, Linear, LinearEpilogue, LinearKernel, MoeCombine, MoeLinear, MoeOrder,
@@ -14,7 +15,6 @@ use tidemill_kernels::{
         words::DeviceWords,
     },
 };
-use tidemill_kernels_emu::EmuDriver;
 
 use crate::{
     common::{Rng, assert_same},
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Memory for `count` words that no kernel has written yet.
-fn unwritten(driver: &Arc<EmuDriver>, count: usize) -> DeviceMemory {
+fn unwritten(driver: &Arc<dyn Driver>, count: usize) -> DeviceMemory {
     words::upload(driver, &vec![0xdead_beef; count])
 }
 
@@ -35,7 +35,7 @@ fn nan_f32s(device: &Device, elems: usize) -> DeviceBuffer {
 
 fn route(
     device: &Device,
-    driver: &Arc<EmuDriver>,
+    driver: &Arc<dyn Driver>,
     logits: &[f32],
     shape: MoeShape,
     renormalize: bool,
@@ -122,7 +122,7 @@ struct Order {
 impl Order {
     fn new(
         device: &Device,
-        driver: &Arc<EmuDriver>,
+        driver: &Arc<dyn Driver>,
         ids: &[u32],
         shape: MoeShape,
         kernel: LinearKernel,
@@ -228,7 +228,7 @@ impl Layer {
     fn run(
         &self,
         device: &Device,
-        driver: &Arc<EmuDriver>,
+        driver: &Arc<dyn Driver>,
         x: &[f32],
         (ids, weights): (&[u32], &[f32]),
         kernel: LinearKernel,

@@ -7,27 +7,31 @@ use tidemill_kernels::{
     DType,
     cuda::{
         Device,
+        driver::Driver,
         memory::{DeviceBuffer, DeviceMemory},
         ops::kv_cache_elems,
     },
     ops::{BatchMeta, HeadShape, KvShape},
 };
-use tidemill_kernels_emu::{EmuDriver, Schedule};
+use tidemill_kernels_emu::Schedule;
 
 use crate::{
     common::Rng,
-    harness::{bf16s, rounded},
+    harness::{self, bf16s, rounded},
 };
 
 /// A device, and its driver for what the device does not show.
 pub struct Bed {
-    pub driver: Arc<EmuDriver>,
+    pub driver: Arc<dyn Driver>,
     pub device: Device,
 }
 
 impl Bed {
     pub fn new(schedule: Schedule) -> Bed {
-        let driver = Arc::new(EmuDriver::new(schedule));
+        Bed::over(harness::driver(schedule))
+    }
+
+    pub fn over(driver: Arc<dyn Driver>) -> Bed {
         Bed { device: Device::new(driver.clone()), driver }
     }
 

@@ -12,7 +12,7 @@ use tidemill_kernels_emu::Schedule;
 
 use crate::{
     common::{Rng, assert_same},
-    harness::{assert_near, bf16s, f32s, rounded, values},
+    harness::{self, assert_near, bf16s, f32s, rounded, values},
     paged::{Bed, LAYER, Row, Step, row},
 };
 
@@ -161,7 +161,7 @@ fn rope_and_cache_write_agree_with_f64_for_every_head_size_and_rotation() {
         Options { block_size: 32, ..options(2, 1, 64, 64) },
         Options { block_size: 256, ..options(2, 2, 96, 96) },
     ];
-    for schedule in Schedule::all() {
+    for schedule in harness::schedules() {
         let bed = Bed::new(schedule);
         cases.iter().for_each(|options| check(&bed, options, &rows));
     }

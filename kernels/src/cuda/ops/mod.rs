@@ -8,6 +8,7 @@ mod layernorm;
 mod linear;
 mod moe;
 mod paged_kv;
+mod probe;
 mod rmsnorm;
 mod rope_kv_write;
 mod sampling;
@@ -25,6 +26,7 @@ pub use moe::{
     moe_permute, moe_route,
 };
 pub use paged_kv::{KvLayer, kv_cache_elems};
+pub use probe::{probe_copy_bandwidth, probe_read_bandwidth, probe_sums};
 pub use rmsnorm::{RmsNorm, rmsnorm};
 pub use rope_kv_write::{HeadNorm, PADDING_SLOT, RopeKvWrite, Rotary, rope_kv_write};
 pub use sampling::{
@@ -46,6 +48,7 @@ pub(super) static TABLES: &[&[Kernel]] = &[
     moe::COMBINE_KERNELS,
     moe::PERMUTE_KERNELS,
     moe::ROUTE_KERNELS,
+    probe::KERNELS,
     rmsnorm::KERNELS,
     rope_kv_write::KERNELS,
     sampling::CHOICE_KERNELS,

@@ -10,13 +10,13 @@ use tidemill_kernels::{
     cpu::{Compute, CpuOps},
     cuda::{
         Device,
+        driver::Driver,
         memory::DeviceMemory,
         ops::{BlockShape, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, list_words, sample},
         words::DeviceWords,
     },
     sampling::{RowTask, SampleSpec, Sampled},
 };
-use tidemill_kernels_emu::EmuDriver;
 
 use crate::{
     common::{Rng, buffer, devices},
@@ -83,7 +83,7 @@ struct Bench {
 
 impl Bench {
     /// Memory for `cases` and `padding` rows more.
-    fn new(device: &Device, driver: &Arc<EmuDriver>, cases: &[Case], padding: usize) -> Self {
+    fn new(device: &Device, driver: &Arc<dyn Driver>, cases: &[Case], padding: usize) -> Self {
         let tasks: Vec<RowTask> = cases.iter().map(|c| c.task.clone()).collect();
         let allowed: Vec<Option<&[u32]>> = cases.iter().map(|c| c.allowed.as_deref()).collect();
         let (rows, vocab) = (cases.len() + padding, cases[0].logits.len());
@@ -98,7 +98,7 @@ impl Bench {
         Self { tasks, shape, sampler, results: vec![], block, feedback, needs: encoded.needs }
     }
 
-    fn run(&mut self, device: &Device, driver: &Arc<EmuDriver>, cases: &[Case], needs: Needs) -> Run {
+    fn run(&mut self, device: &Device, driver: &Arc<dyn Driver>, cases: &[Case], needs: Needs) -> Run {
         let mut logits: Vec<f32> = cases.iter().flat_map(|c| c.logits.clone()).collect();
         logits.resize(self.shape.rows * self.shape.vocab, f32::NAN);
         let mut logits = f32s(device, &logits);
@@ -114,7 +114,7 @@ impl Bench {
         self.finish(driver)
     }
 
-    fn finish(&mut self, driver: &Arc<EmuDriver>) -> Run {
+    fn finish(&mut self, driver: &Arc<dyn Driver>) -> Run {
         let mut words = vec![0; self.shape.rows * RESULT_WORDS];
         let from = self.sampler.results().at_least("test", "results", words.len()).unwrap();
         copy_out(driver.as_ref(), from, &mut words);
@@ -129,7 +129,7 @@ impl Bench {
     }
 }
 
-fn run(device: &Device, driver: &Arc<EmuDriver>, cases: &[Case]) -> Run {
+fn run(device: &Device, driver: &Arc<dyn Driver>, cases: &[Case]) -> Run {
     let mut bench = Bench::new(device, driver, cases, 0);
     let needs = bench.needs;
     bench.run(device, driver, cases, needs)
@@ -173,7 +173,7 @@ fn assert_agrees(got: &Sampled, want: &Sampled, case: &Case) {
 }
 
 #[track_caller]
-fn check(device: &Device, driver: &Arc<EmuDriver>, ops: &CpuOps, cases: &[Case]) {
+fn check(device: &Device, driver: &Arc<dyn Driver>, ops: &CpuOps, cases: &[Case]) {
     let run = run(device, driver, cases);
     for (i, (got, case)) in run.results.iter().zip(cases).enumerate() {
         assert_agrees(got, &expected(ops, case), case);
