@@ -1,6 +1,6 @@
 //! Log-probabilities, broken rows, batch invariance, graphs, and what is refused.
 
-use tidemill_kernels::{KernelError, cuda::driver::Driver};
+use tidemill_kernels::KernelError;
 
 use super::*;
 use crate::words::{copy_in, device, on_every_schedule};
