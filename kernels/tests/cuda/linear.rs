@@ -136,6 +136,12 @@ impl Problem {
     }
 }
 
+/// Every kernel, for the tests of planted faults.
+pub fn sample(device: &Device) -> Vec<f32> {
+    let problem = Problem::new(34, 72, 328, Store, DType::Bf16);
+    LinearKernel::ALL.into_iter().flat_map(|kernel| problem.run(device, Some(kernel), 0, 34)).collect()
+}
+
 #[test]
 fn every_kernel_agrees_with_f64_on_every_schedule() {
     on_every_schedule(|device| {
