@@ -321,14 +321,15 @@ TM_DEVICE void combine(const AttentionArgs &a) {
 
 }  // namespace
 
+// Bounds on blocks tell ptxas how many registers it may take: by its own guess some variants spill a few.
 #define ATTENTION(D)                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(32) attention_split_##D(const AttentionArgs args) { attend_split<D>(args); }           \
+    extern "C" __global__ void __launch_bounds__(32, 8) attention_split_##D(const AttentionArgs args) { attend_split<D>(args); }        \
     KERNEL(attention_split_##D);                                                                                                        \
     extern "C" __global__ void __launch_bounds__(32 * BlockShape<D>::WARPS) attention_block_##D(const AttentionArgs args) {             \
         attend_block<D>(args);                                                                                                          \
     }                                                                                                                                   \
     KERNEL(attention_block_##D);                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, 3) attention_combine_##D(const AttentionArgs args) { combine<D>(args); }             \
+    extern "C" __global__ void __launch_bounds__(128, 3) attention_combine_##D(const AttentionArgs args) { combine<D>(args); }          \
     KERNEL(attention_combine_##D);
 
 ATTENTION(16)
