@@ -70,7 +70,6 @@ pub fn run<M: Machine>(machine: &M, options: &Options, table: &mut Table) -> Res
 /// What the device returned.
 pub fn best_product<M: Machine>(machine: &M, budget: Duration) -> Result<f64, Error> {
     let shapes = if machine.is_real() { Shapes::full() } else { Shapes::tiny() };
-    let n = shapes.square.iter().map(|s| s.1).max().unwrap_or(1);
     let options = Options { shapes, only: String::new(), budget, peak_flops: None };
     let bench = Bench {
         machine,
