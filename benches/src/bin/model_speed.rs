@@ -1,6 +1,6 @@
 //! The speed of whole models with random weights beside the limits of the machine, and what the engine's loop adds.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use serde_json::json;
@@ -38,11 +38,18 @@ struct Args {
     json: Option<PathBuf>,
 }
 
-fn main() -> Result<(), Error> {
+fn main() -> ExitCode {
     let args = Args::parse();
-    match args.device {
-        Place::Cuda(ordinal) => run(&CudaMachine::open(ordinal)?, &args),
+    let ran = match args.device {
+        Place::Cuda(ordinal) => CudaMachine::open(ordinal).and_then(|machine| run(&machine, &args)),
         Place::Cpu => run(&CpuMachine, &args),
+    };
+    match ran {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
