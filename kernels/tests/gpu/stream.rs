@@ -66,11 +66,16 @@ fn upload(device: &Device, dst: DevPtr, bytes: &[u8]) {
 }
 
 fn download(device: &Device, src: DevPtr, bytes: usize) -> Vec<u8> {
-    let mut out = vec![0; bytes];
-    // SAFETY: the caller's range; the vector lives until the synchronisation.
-    unsafe { device.driver().copy_to_host(out.as_mut_ptr(), src, bytes) }.unwrap();
-    device.driver().synchronize().unwrap();
-    out
+    let driver = device.driver();
+    let staging = driver.alloc_pinned(bytes, Pinned::Readback).unwrap();
+    // SAFETY: the caller's range; the staging memory is read after the synchronisation and freed once.
+    unsafe {
+        driver.copy_to_host(staging, src, bytes).unwrap();
+        driver.synchronize().unwrap();
+        let out = std::slice::from_raw_parts(staging, bytes).to_vec();
+        driver.free_pinned(staging);
+        out
+    }
 }
 
 /// What the emulator alone makes of it.
