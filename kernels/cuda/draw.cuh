@@ -96,7 +96,7 @@ TM_DEVICE Pick warp_best(Pick pick) {
     return pick;
 }
 
-// The best of the block, in every thread.
+// The best of the block, in every thread. `partial` is in use until the next barrier.
 TM_DEVICE Pick block_best(Pick pick, Pick (&partial)[WARPS]) {
     pick = warp_best(pick);
     if ((threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = pick;
@@ -105,7 +105,6 @@ TM_DEVICE Pick block_best(Pick pick, Pick (&partial)[WARPS]) {
     for (int i = 0; i < WARPS; i++) {
         if (beats(partial[i], pick)) pick = partial[i];
     }
-    __syncthreads();
     return pick;
 }
 

@@ -49,9 +49,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // Pairs and tiles of the experts before this one, and all tiles.
     const uint32_t others = thread < experts ? count[thread] : 0, others_tiles = (others + tile_tokens - 1) / tile_tokens;
     uint32_t begin, tile, all_tiles;
+    // The arrays take turns: everybody who has come to a scan's barrier has read what the scan before left.
     block_scan(thread < expert ? others : 0, partial_a, begin);
     block_scan(thread < expert ? others_tiles : 0, partial_b, tile);
-    __syncthreads();
     block_scan(others_tiles, partial_a, all_tiles);
     const uint32_t mine = count[expert];
     for (uint32_t i = thread; i * tile_tokens < mine; i += THREADS) tiles[tile + i] = make_uint2(expert, begin + i * tile_tokens);

@@ -23,7 +23,7 @@ TM_DEVICE float penalised(float x, uint32_t count, const Task &task) {
     return count ? x - (task.presence + product(task.frequency, (float)count)) : x;
 }
 
-// Edits the row's logits; returns whether this thread met a NaN.
+// Edits the row's logits; returns whether this thread met a NaN. All threads have come here before any returns.
 TM_DEVICE bool edit(const SampleArgs &args, const Task &task, float *row) {
     const uint32_t *list = args.block + task.lists;
     float *saved = args.saved + task.saved;
@@ -82,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_prepare(SampleAr
             args.masses[(size_t)row * BINS + i] = 0;
         }
     }
-    __syncthreads();
     if (task.flags & EDITED) {
+        // The barriers of `edit` lie between the clearing and this.
         if (edit(args, task, args.logits + (size_t)row * args.vocab)) atomicOr(&state.bad, 1u);
     }
 }
@@ -460,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_choose(SampleArg
             for (int i = threadIdx.x; i < BINS; i += THREADS) args.counts[(size_t)row * BINS + i] = 0;
         }
     }
-    __syncthreads();
+    // Nobody reads any more what is written here: of it, only `expected` was read, in filtered rows, ahead of the barrier in `block_best`.
     if (threadIdx.x == 0) {
         state.alive = 1, state.token = token, state.raw_max = raw_max;
         state.listed = 0, state.expected = 0;

@@ -157,6 +157,15 @@ fn agrees(bed: &Bed, options: &Options, rows: &[Row]) {
     assert_near(&out, &all_expected(options, rows), 0.004, 0.003, &what);
 }
 
+/// A run of every kernel, for the tests of planted faults: some blocks and warps get a second item, rings come round, tiles are merged.
+pub fn sample(bed: &Bed, head_dim: usize) -> Vec<f32> {
+    let blocks = [row(1, 5, 150), row(2, 5, 5), row(3, 5, 5)];
+    let mut out = run(bed, &plain(heads(26, 2, head_dim)), &blocks);
+    out.extend(run(bed, &plain(heads(17, 17, head_dim)), &[row(4, 1, 5), row(5, 1, 9)]));
+    out.extend(run(bed, &plain(heads(2, 1, head_dim)), &[row(6, 1, 150)]));
+    out
+}
+
 fn on_every_bed(test: impl Fn(&Bed)) {
     harness::schedules().into_iter().for_each(|schedule| test(&Bed::new(schedule)));
 }

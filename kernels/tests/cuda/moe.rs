@@ -19,6 +19,7 @@ use tidemill_kernels::{
 use crate::{
     common::{Rng, assert_same},
     harness::{assert_near, bf16s, f32s, poisoned, rounded, values},
+    paged::Bed,
     words,
 };
 
@@ -172,6 +173,24 @@ fn skewed_ids(tokens: usize, shape: MoeShape) -> Vec<u32> {
     ids
 }
 
+/// An order and products for the tests of planted faults.
+pub fn sample(bed: &Bed) -> Vec<f32> {
+    [sample_of_orders(bed), sample_of_products(bed)].concat()
+}
+
+/// More pairs than a block looks at in one round.
+fn sample_of_orders(bed: &Bed) -> Vec<f32> {
+    let (device, driver) = (&bed.device, &bed.driver);
+    let shape = MoeShape { experts: 3, top_k: 2 };
+    let order = Order::new(device, driver, &skewed_ids(2060, shape), shape, LinearKernel::Skinny16x8);
+    // All below 2^24, but for the mark of unused tiles.
+    [&order.sorted_pairs, &order.offsets, &order.tiles]
+        .into_iter()
+        .flat_map(|memory| words::download(driver, memory))
+        .map(|word| word as f32)
+        .collect()
+}
+
 #[test]
 fn pairs_are_sorted_by_expert_and_cut_into_tiles() {
     words::on_every_schedule(|device, driver| {
@@ -302,6 +321,36 @@ impl Layer {
         linear(device, call).unwrap();
         values(device, &out)
     }
+}
+
+/// A product of each kind of kernel. K is long enough for their queues to come round, and what the tiled one loads last is where
+/// its epilogue goes.
+fn sample_of_products(bed: &Bed) -> Vec<f32> {
+    const N: usize = 40;
+    const K: usize = 296;
+    let (device, driver) = (&bed.device, &bed.driver);
+    let (shape, tokens) = (MoeShape { experts: 2, top_k: 1 }, 9);
+    let mut rng = Rng::new(5);
+    let (x, weight) = (bf16s(device, &rng.units(tokens * K)), bf16s(device, &rng.units(2 * N * K)));
+    let product = |kernel| {
+        let ids: Vec<u32> = (0..tokens as u32).map(|token| token % 2).collect();
+        let order = Order::new(device, driver, &ids, shape, kernel);
+        let mut out = nan_f32s(device, tokens * N);
+        let call = MoeLinear {
+            order: order.view(),
+            rows: MoeRows::Gather,
+            out: &mut out,
+            x: &x,
+            weight: &weight,
+            bias: None,
+            n: N,
+            k: K,
+            epilogue: LinearEpilogue::Store,
+        };
+        moe_linear(device, call).unwrap();
+        values(device, &out)
+    };
+    [LinearKernel::Skinny32x16, LinearKernel::Tiled128x64].into_iter().flat_map(product).collect()
 }
 
 /// Tokens, their experts and weights.

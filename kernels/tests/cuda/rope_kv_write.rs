@@ -142,6 +142,12 @@ fn options(num_heads: usize, num_kv_heads: usize, head_dim: usize, rotary: usize
     }
 }
 
+/// A run for the tests of planted faults.
+pub fn sample(bed: &Bed) -> Vec<f32> {
+    let options = Options { norm: true, ..options(5, 1, 128, 128) };
+    run(bed, &options, &unwritten(&options, &[row(1, 2, 3)])).0
+}
+
 #[test]
 fn rope_and_cache_write_agree_with_f64_for_every_head_size_and_rotation() {
     let rows = [row(1, 1, 1), row(2, 3, 33), row(3, 1, 17)];

@@ -21,6 +21,7 @@ use tidemill_kernels::{
 use crate::{
     common::{Rng, buffer, devices},
     harness::{copy_out, f32s},
+    paged::Bed,
     words::{download, upload},
 };
 
@@ -233,4 +234,30 @@ fn specs(vocab: usize) -> Vec<SampleSpec> {
         SampleSpec { top_p: 0.8, ..edited.clone() },
         SampleSpec { temperature: 0.0, ..edited },
     ]
+}
+
+/// Runs of every path, for the tests of planted faults.
+pub fn sample_of_choices(bed: &Bed) -> Vec<f32> {
+    let mut rng = Rng::new(8);
+    let row = rng.units(300);
+    // Lists overlap, and different threads have a token in each. One token is far above all others only while the edits last.
+    let edited = SampleSpec {
+        logit_bias: (0..40).map(|t| (t, if t == 10 { 50.0 } else { -0.5 })).collect(),
+        token_counts: (30..70).map(|t| (t, 2)).collect(),
+        repetition_penalty: 1.5,
+        presence_penalty: 0.3,
+        forbidden: (60..90).collect(),
+        ..spec(1)
+    };
+    let deep: Vec<f32> = (0..300).map(|i| i as f32 * -50.0).collect();
+    let short = [
+        case(&row, RowTask::Sample(edited, Some(0))),
+        case(&row, RowTask::Sample(SampleSpec { top_p: 0.8, ..spec(2) }, Some(5))),
+        case(&deep, RowTask::Score(1, 3)),
+    ];
+    // More candidates than a list holds.
+    let flat: Vec<f32> = rng.units(2100).iter().map(|v| v * 0.02).collect();
+    let long = [drawn(&flat, SampleSpec { top_k: 2090, top_p: 0.9, ..spec(3) })];
+    let words = |cases: &[Case]| run(&bed.device, &bed.driver, cases).words;
+    [words(&short), words(&long)].concat().concat().into_iter().map(f32::from_bits).collect()
 }
