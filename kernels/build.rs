@@ -130,7 +130,8 @@ impl Nvcc {
         let mut flags: Vec<String> = ["-fatbin", "-O3", "-std=c++17"].map(String::from).into();
         flags.push(format!("-I{}", include.display()));
         let blackwell = (self.major, self.minor) >= (12, 8);
-        if blackwell {
+        // Drivers of CUDA 12 that came before 12.4 cannot unpack it.
+        if self.major >= 13 {
             flags.push("--compress-mode=size".into());
         }
         for target in TARGETS.split_whitespace().filter(|t| blackwell || !matches!(*t, "sm_100a" | "sm_120a"))

@@ -9,7 +9,7 @@ use crate::model::files::ModelSource;
 /// Arithmetic of the matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ComputeDtype {
-    /// `bfloat16` for checkpoints in bfloat16, `float32` for all others.
+    /// `bfloat16` for checkpoints in bfloat16 and on a GPU, `float32` for all others.
     #[default]
     Auto,
     /// Activations are rounded to bfloat16 before each product; sums are float32.

@@ -47,7 +47,7 @@ pub(crate) fn choose(config: &EngineConfig) -> Result<Option<Arc<dyn Driver>>, L
             Err(error) => Err(LoadError::Option { option: "--device", detail: error.to_string() }),
         },
         // What only the CPU computes is no reason to refuse.
-        DeviceChoice::Auto if config.dtype == ComputeDtype::F32 => Ok(None),
+        DeviceChoice::Auto if refuse_what_cuda_lacks(config).is_err() => Ok(None),
         DeviceChoice::Auto => match open(0) {
             Ok(driver) => Ok(Some(driver)),
             Err(error @ (GpuError::NoDriver | GpuError::NoDevice)) => {
@@ -102,7 +102,8 @@ impl Model<'_> {
         let dtype = if compute == Compute::Bf16 { DType::Bf16 } else { DType::F32 };
         let asked = Asked::check(self.config, self.spec, CPU_DEFAULTS)?;
         let budget = self.config.kv_cache_memory.unwrap_or(CPU_KV_BYTES);
-        let (kv, max_model_len) = asked.kv(self.spec, self.config.kv_cache_dtype.unwrap_or(dtype), budget)?;
+        let (kv, max_model_len) =
+            asked.kv(self.spec, self.config.kv_cache_dtype.unwrap_or(dtype), budget, "--kv-cache-memory")?;
         let ops = CpuOps::new(CpuConfig { compute, isa: None, threads: self.config.threads })?;
         let device = format!("cpu ({}, {} threads)", ops.isa(), ops.threads());
         let mut decoder = self.decoder(ops, asked.max_num_batched_tokens, max_model_len, progress)?;
@@ -145,16 +146,16 @@ impl Model<'_> {
             },
         )?;
         let mut decoder = self.decoder(ops, asked.max_num_batched_tokens, asked.max_model_len, progress)?;
-        let budget = match config.kv_cache_memory {
-            Some(bytes) => bytes,
+        let (budget, option) = match config.kv_cache_memory {
+            Some(bytes) => (bytes, "--kv-cache-memory"),
             None => {
                 // Whatever the largest step still needs is allocated by it.
                 decoder.allocate_kv(asked.kv_shape(spec, DType::Bf16, 1))?;
                 decoder.profile(asked.max_num_seqs)?;
-                decoder.ops().memory_left(config.gpu_memory_utilization)?
+                (decoder.ops().memory_left(config.gpu_memory_utilization)?, "--gpu-memory-utilization")
             }
         };
-        let (kv, max_model_len) = asked.kv(spec, DType::Bf16, budget)?;
+        let (kv, max_model_len) = asked.kv(spec, DType::Bf16, budget, option)?;
         decoder.allocate_kv(kv)?;
         decoder.warm_up()?;
         let facts = Facts {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crossbeam_channel::unbounded;
-use tidemill_kernels::cuda::driver::Driver;
+use tidemill_kernels::{DType, cuda::driver::Driver};
 
 use crate::{
     config::EngineConfig,
@@ -96,7 +96,10 @@ impl Engine {
         // The embedding is a look-up, unless it is the output matrix too.
         let table = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
         let looked_up = if spec.tie_word_embeddings { 0 } else { table.data.len() as u64 };
-        let weight_bytes_per_step = checkpoint.total_bytes().saturating_sub(looked_up);
+        // A GPU keeps all weights in bfloat16.
+        let halved = driver.is_some() && table.dtype == DType::F32;
+        let weight_bytes_per_step =
+            checkpoint.total_bytes().saturating_sub(looked_up) / if halved { 2 } else { 1 };
         let look_ahead = config.look_ahead.unwrap_or(driver.is_some());
         let (runner_config, runner_spec) = (config.clone(), spec.clone());
         let (runner, facts) = RunnerThread::start(move || {

@@ -53,11 +53,17 @@ impl Asked {
         Ok(asked)
     }
 
-    /// The KV cache that `budget` bytes hold, at most what a full batch needs, and the longest context that fits into it.
+    /// The KV cache that `budget` bytes, which `budget_option` decides, hold, at most what a full batch needs, and the longest context that fits into it.
     ///
     /// # Errors
     /// When it holds no block, or less than the `--max-model-len` asked for.
-    pub fn kv(&self, spec: &ModelSpec, dtype: DType, budget: usize) -> Result<(KvShape, usize), LoadError> {
+    pub fn kv(
+        &self,
+        spec: &ModelSpec,
+        dtype: DType,
+        budget: usize,
+        budget_option: &'static str,
+    ) -> Result<(KvShape, usize), LoadError> {
         let mut kv = self.kv_shape(spec, dtype, 0);
         let block_bytes = kv.block_bytes();
         let per_seq = self.max_model_len.div_ceil(self.block_size);
@@ -66,8 +72,9 @@ impl Asked {
         let addressable = u32::MAX as usize / self.block_size;
         kv.num_blocks = (budget / block_bytes).min(full).min(addressable);
         if kv.num_blocks == 0 {
-            let detail = format!("{budget} bytes hold no block of {block_bytes} bytes");
-            return option("--kv-cache-memory", detail);
+            let detail =
+                format!("{budget} bytes are left for keys and values, and a block takes {block_bytes}");
+            return option(budget_option, detail);
         }
         let capacity = kv.num_blocks * self.block_size;
         if self.max_model_len <= capacity {
@@ -75,8 +82,8 @@ impl Asked {
         }
         if self.len_is_explicit {
             let detail = format!(
-                "{} tokens need {} bytes of KV cache, but only {capacity} tokens fit; raise --kv-cache-memory (on a GPU, \
-                 --gpu-memory-utilization), or ask for fewer",
+                "{} tokens need {} bytes of KV cache, but only {capacity} tokens fit; raise {budget_option}, or ask for \
+                 fewer",
                 self.max_model_len,
                 per_seq * block_bytes
             );

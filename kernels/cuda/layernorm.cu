@@ -59,9 +59,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const float scale = rsqrtf(block_sum(square, squares) / (float)width + eps);
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
+        float w[8], b[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
         unpack(again[i], v);
+        load8(weight + 8 * i, w);
+        if (bias) load8(bias + 8 * i, b);
         TM_UNROLL
-        for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * scale * weight[8 * i + j] + (bias ? bias[8 * i + j] : 0.0f);
+        for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * scale * w[j] + b[j];
         ((bf16x8 *)(out + row))[i] = pack(v);
     }
 }

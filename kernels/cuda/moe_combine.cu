@@ -10,12 +10,6 @@ using namespace tidemill;
 
 static constexpr int THREADS = 256;
 
-TM_DEVICE void load8(const bf16 *from, float (&v)[8]) { unpack(*(const bf16x8 *)from, v); }
-TM_DEVICE void load8(const float *from, float (&v)[8]) {
-    TM_UNROLL
-    for (int i = 0; i < 8; i++) v[i] = from[i];
-}
-
 template <class T>
 TM_DEVICE void combine(bf16 *out, const T *rows, const float *weights, int k, int width, int accumulate) {
     const int h = 8 * (blockIdx.y * THREADS + threadIdx.x);

@@ -20,7 +20,7 @@ typedef unsigned long uintptr_t;
 #include <stddef.h>
 #include <stdint.h>
 #endif
-#define SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
 #define DYN_SHARED(T, name)                                              \
     extern __shared__ __align__(16) unsigned char tm_dynamic_shared[]; \
     T *name = reinterpret_cast<T *>(tm_dynamic_shared)
@@ -90,6 +90,13 @@ TM_DEVICE void unpack(const bf16x8 &v, float (&out)[8]) {
         out[2 * i] = low_f32(v.pair[i]);
         out[2 * i + 1] = high_f32(v.pair[i]);
     }
+}
+// Eight neighbouring elements, 16-byte aligned.
+TM_DEVICE void load8(const bf16 *p, float (&out)[8]) { unpack(*(const bf16x8 *)p, out); }
+TM_DEVICE void load8(const float *p, float (&out)[8]) {
+    const float4 a = ((const float4 *)p)[0], b = ((const float4 *)p)[1];
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
 TM_DEVICE bf16x8 pack(const float (&in)[8]) {
     bf16x8 v;

@@ -12,7 +12,9 @@ TM_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_gener
 TM_DEVICE void cp_async16(void *shared, const void *global, bool valid = true) {
 #if TM_GPU
     int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+    // The other half of a line of 128 bytes is fetched into L2 with it: the next stage wants it.
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(bytes)
                  : "memory");
 #else
     emu::cp_async(shared, global, 16, valid ? 16 : 0);
@@ -101,18 +103,20 @@ TM_DEVICE void named_barrier(int id, int threads TM_PLACE) {
 #endif
 }
 
-// ---- 16 bytes of weights that are read once: past L1, first to leave L2.
-TM_DEVICE uint4 load_streaming16(const void *p) {
+// ---- 16 bytes of weights that are read once: past L1. Not `valid`: zeros, and nothing is read.
+TM_DEVICE uint4 load_streaming16(const void *p, bool valid) {
+    uint4 v = make_uint4(0, 0, 0, 0);
 #if TM_GPU
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
+    asm volatile(
+        "{\n.reg .pred q;\nsetp.ne.b32 q, %5, 0;\n"
+        "@q ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}\n"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(p), "r"((int)valid));
 #else
-    if ((uintptr_t)p & 15) emu::fail("16-byte load from a misaligned address %p", p);
-    return *(const uint4 *)p;
+    if (valid && (uintptr_t)p & 15) emu::fail("16-byte load from a misaligned address %p", p);
+    if (valid) v = *(const uint4 *)p;
 #endif
+    return v;
 }
 
 // ---- Accesses to shared memory whose bank conflicts the emulator counts (`Stats::shared_phases`, `shared_conflicts`); on a GPU

@@ -45,9 +45,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float scale = rsqrtf(block_sum(sum, partial) / (float)width + eps);
     const bf16x8 *again = stream ? stream : in;
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
-        float v[8];
+        float v[8], w[8];
         unpack(again[i], v);
-        for (int j = 0; j < 8; j++) v[j] = v[j] * scale * weight[8 * i + j];
+        load8(weight + 8 * i, w);
+        TM_UNROLL
+        for (int j = 0; j < 8; j++) v[j] = v[j] * scale * w[j];
         ((bf16x8 *)(out + row))[i] = pack(v);
     }
 }

@@ -181,8 +181,8 @@ pub trait Ops: Send + Sync {
     fn extent(&self, batch: &Self::Batch) -> Extent;
 
     /// Runs `ops`, which queues the ops of a step, where they are cheapest to call (inside the CPU's thread pool). A device may
-    /// record them and replay the record for a later batch of the same extent, so `ops` must depend on nothing else.
-    fn run(&self, batch: &Self::Batch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()>;
+    /// record them and replay the record for a later batch of the same extent, so `ops` must depend on nothing else; it may be called again when a recording failed.
+    fn run(&self, batch: &Self::Batch, ops: impl FnMut() -> Result<()> + Send) -> Result<()>;
 
     /// `out[t, :] = table[token_ids[t], :]`; `out` is `[T, H]`, `table` `[V, H]`. Ids were validated: all are below V.
     fn embedding(&self, out: &mut Self::Buffer, table: &Self::Weight, batch: &Self::Batch) -> Result<()>;

@@ -67,7 +67,7 @@ fn examples(examples: &str) -> String {
 /// Arithmetic types that can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DtypeArg {
-    /// As the model is stored: bfloat16, or else float32.
+    /// As the model is stored: bfloat16, or else float32; on a GPU always bfloat16.
     Auto,
     /// Half the memory, 8 bits of precision.
     Bfloat16,

@@ -50,14 +50,19 @@ pub async fn run(config: RunConfig) -> Result<(), Failure> {
     let mut generation = handle.submit(handle.validate(request).map_err(explain)?)?;
     let started = Instant::now();
     let ended = tokio::select! {
-        ended = print(&mut generation) => ended?,
+        ended = print(&mut generation) => ended,
         // Dropping the generation aborts it.
         name = signals.next() => {
             drop(writeln!(io::stdout()));
             return Err(interrupted(name));
         }
     };
-    if let Some(finish) = ended.filter(|_| config.verbose) {
+    if matches!(&ended, Err(failure) if failure.exit == Exit::DeviceLost) {
+        // To give a lost device its memory back may take for ever.
+        std::mem::forget(engine);
+        return ended.map(drop);
+    }
+    if let Some(finish) = ended?.filter(|_| config.verbose) {
         report(&finish, loaded, started.elapsed());
     }
     Ok(())

@@ -51,7 +51,9 @@ pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure
         }
         _ => {
             server.stop(FLUSH).await;
-            drop(engine);
+            // A step that hangs holds its runner up for ever.
+            let dropped = tokio::task::spawn_blocking(move || drop(engine));
+            drop(tokio::time::timeout(FLUSH, dropped).await);
         }
     }
     end

@@ -57,7 +57,7 @@ fn wrong_usage_is_2_and_says_what_to_do() {
     fails(&["serve", "--max-num-seqs", "0"], 2, &["--max-num-seqs"]);
     fails(&["serve", "--max-num-seqs", "many"], 2, &["--max-num-seqs"]);
     fails(&["serve", "--kv-cache-memory", "4 parsecs"], 2, &["--kv-cache-memory", "4GiB"]);
-    fails(&["serve", "--device", "cuda"], 2, &["--device cpu"]);
+    fails(&["serve", "--device", "cuda:99"], 2, &["--device cpu"]);
     fails(&["serve", "--device", "cuda:x"], 2, &["cuda:N"]);
     fails(&["serve", "--dtype", "int3"], 2, &["bfloat16", "float32"]);
     fails(&["serve", "--host", "0.0.0.0"], 2, &["--api-key", "--insecure-bind"]);

@@ -111,7 +111,13 @@ fn alone_or_together_from_graphs_or_not_in_chunks_or_whole_the_bits_are_the_same
     assert!(alone.iter().all(|(tokens, bits)| tokens.len() == 5 && bits.len() == 10));
     assert_eq!(run(config(), true), alone, "together");
     assert_eq!(run(EngineConfig { enforce_eager: true, ..config() }, true), alone, "without graphs");
-    let chunks = EngineConfig { max_num_batched_tokens: Some(5), look_ahead: Some(false), ..config() };
+    // More rows than a step has tokens: the largest graph has as many as a step can hold.
+    let chunks = EngineConfig {
+        max_num_batched_tokens: Some(5),
+        max_num_seqs: Some(64),
+        look_ahead: Some(false),
+        ..config()
+    };
     assert_eq!(run(chunks, true), alone, "in chunks of 5 tokens, one step at a time");
 }
 
@@ -202,6 +208,10 @@ fn what_a_gpu_cannot_do_is_refused_with_what_to_do_instead() {
         (EngineConfig { block_size: 24, ..config() }, "--block-size"),
         (EngineConfig { kv_cache_memory: Some(100), ..config() }, "--kv-cache-memory"),
         (EngineConfig { kv_cache_memory: Some(1 << 16), ..config() }, "--max-model-len"),
+        (
+            EngineConfig { kv_cache_memory: None, gpu_memory_utilization: 0.001, ..config() },
+            "--gpu-memory-utilization",
+        ),
     ] {
         match refusal(&driver, config) {
             LoadError::Option { option: named, .. } => assert_eq!(named, option),

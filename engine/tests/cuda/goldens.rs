@@ -155,5 +155,7 @@ fn tiny_models_agree_with_transformers_and_in_greedy_tokens_with_the_cpu() {
 
 #[test]
 fn the_built_in_model_agrees_with_transformers_and_greedy_tokens_equal_the_cpu_s() {
-    check("demo", Schedule::all()[0], 0.0);
+    // Tensor cores round otherwise than the emulator does.
+    let near_tie = if std::env::var_os("TIDEMILL_TEST_DEVICE").is_some() { 0.002 } else { 0.0 };
+    check("demo", Schedule::all()[0], near_tie);
 }

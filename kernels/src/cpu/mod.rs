@@ -151,7 +151,7 @@ impl Ops for CpuOps {
         Extent { tokens: batch.meta.num_tokens(), logits_rows: batch.meta.logits_indices.len() }
     }
 
-    fn run(&self, _batch: &CpuBatch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn run(&self, _batch: &CpuBatch, ops: impl FnMut() -> Result<()> + Send) -> Result<()> {
         self.enter(ops)
     }
 

@@ -14,8 +14,8 @@ use super::{
     ops::{
         ActivationKind, Attention, AttentionKernels, BlockShape, Embedding, GatherRows, KvLayer, Linear,
         LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary, Sample,
-        Scoring, attention, decode_results, embedding, encode, gather_rows, kv_cache_elems, linear,
-        list_words, rmsnorm, rope_kv_write, sample,
+        Scoring, attention, check_model, decode_results, embedding, encode, gather_rows, kv_cache_elems,
+        linear, list_words, rmsnorm, rope_kv_write, sample,
     },
     steps::{Slot, Steps},
     weights::{CudaWeight, Uploader},
@@ -77,9 +77,9 @@ impl CudaOps {
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a model that the kernels cannot take.
     pub fn new(device: Device, config: CudaConfig) -> Result<Self> {
-        let rows = MAX_LOGITS_ROWS.min(config.max_rows.max(config.max_tokens));
+        check_model(config.heads)?;
         Ok(Self {
-            steps: Mutex::new(Steps::new(&device, &config, rows)?),
+            steps: Mutex::new(Steps::new(&device, &config, max_logits_rows(&config))?),
             uploader: Mutex::new(Uploader::new(&device)?),
             device,
             config,
@@ -120,6 +120,10 @@ impl CudaOps {
     }
 }
 
+fn max_logits_rows(config: &CudaConfig) -> usize {
+    MAX_LOGITS_ROWS.min(config.max_rows.max(config.max_tokens))
+}
+
 impl Ops for CudaOps {
     type Buffer = DeviceBuffer;
     type Weight = CudaWeight;
@@ -141,7 +145,7 @@ impl Ops for CudaOps {
     }
 
     fn max_logits_rows(&self) -> usize {
-        MAX_LOGITS_ROWS.min(self.config.max_rows.max(self.config.max_tokens))
+        max_logits_rows(&self.config)
     }
 
     fn decode_sizes(&self) -> Vec<usize> {
@@ -205,11 +209,15 @@ impl Ops for CudaOps {
         batch.extent
     }
 
-    fn run(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn run(&self, batch: &CudaBatch, mut ops: impl FnMut() -> Result<()> + Send) -> Result<()> {
         let Some(key) = batch.graph else { return ops() };
         if self.steps.lock().graphs.get(key).is_none() {
-            let graph = Graph::capture(self.device.driver.clone(), ops)?;
-            self.steps.lock().graphs.insert(key, graph);
+            match Graph::capture(self.device.driver.clone(), &mut ops) {
+                Ok(graph) => self.steps.lock().graphs.insert(key, graph),
+                // No memory for one more graph is no reason to fail a step.
+                Err(KernelError::Device { .. } | KernelError::OutOfMemory { .. }) => return ops(),
+                Err(error) => return Err(error),
+            }
         }
         let steps = self.steps.lock();
         match steps.graphs.get(key) {

@@ -156,9 +156,11 @@ impl Graph {
     /// What `queue` returned, or the driver.
     pub fn capture(driver: Arc<dyn Driver>, queue: impl FnOnce() -> Result<()>) -> Result<Self> {
         driver.begin_capture()?;
+        let mut recording = Recording(Some(driver.as_ref()));
         let queued = queue();
+        recording.0 = None;
         // The capture must end even when queueing failed.
-        let graph = driver.end_capture().map(|id| Self { driver, id });
+        let graph = driver.end_capture().map(|id| Self { driver: driver.clone(), id });
         queued?;
         graph
     }
@@ -173,6 +175,20 @@ impl Graph {
     pub unsafe fn launch(&self) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.driver.launch_graph(self.id) }
+    }
+}
+
+/// A capture that a panic must not leave open: everything queued later would be recorded.
+struct Recording<'a>(Option<&'a dyn Driver>);
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if let Some(driver) = self.0
+            && let Ok(graph) = driver.end_capture()
+        {
+            // SAFETY: made here, never launched.
+            unsafe { driver.destroy_graph(graph) }
+        }
     }
 }
 

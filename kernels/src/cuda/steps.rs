@@ -13,8 +13,6 @@ use super::{
 
 /// Words for the lists of a step's tasks at first; grows when a step needs more.
 const LIST_WORDS: usize = 16 << 10;
-/// Words of a step's metadata at first; grows when a step needs more.
-const ARENA_WORDS: usize = 64 << 10;
 /// Tiles of 128 positions whose attention may be computed apart.
 const SPLIT_TILES: usize = 4096;
 
@@ -60,7 +58,7 @@ impl Steps {
             num_sms: driver.info().num_sms as usize,
         };
         Ok(Self {
-            arena: DeviceMemory::new(driver.clone(), 4 * ARENA_WORDS, "step metadata")?,
+            arena: DeviceMemory::new(driver.clone(), 4 * usual_words(config), "step metadata")?,
             staging: Vec::new(),
             slots: Vec::new(),
             slot_words: config.max_tokens.max(max_logits_rows) * RESULT_WORDS,
@@ -74,7 +72,7 @@ impl Steps {
             )?,
             limits,
             graphs: if config.graphs {
-                Graphs::new(config.max_rows.min(max_logits_rows))
+                Graphs::new(config.max_rows.min(config.max_tokens).min(max_logits_rows))
             } else {
                 Graphs::off()
             },
@@ -129,7 +127,7 @@ impl Steps {
     }
 
     fn new_staging(&self, bytes: usize) -> Result<Staging> {
-        let bytes = bytes.next_power_of_two().max(4 * ARENA_WORDS);
+        let bytes = bytes.next_power_of_two().max(64 << 10);
         let memory = PinnedMemory::new(self.device.driver.clone(), bytes, Pinned::Upload)?;
         Ok(Staging { memory, sent: Event::new(self.device.driver.clone())? })
     }
@@ -166,6 +164,16 @@ impl Steps {
     pub fn words(&self, at: usize, words: usize) -> Result<DeviceWords<'_>> {
         DeviceWords::new(&self.arena).part(at, words)
     }
+}
+
+/// Words of the largest step without long lists of tasks: metadata, attention items, and block tables of full contexts. A step that
+/// needs more grows the arena, which costs all graphs.
+fn usual_words(config: &CudaConfig) -> usize {
+    let tables = config.max_rows * config.max_model_len.div_ceil(config.block_size);
+    let items = config.heads.num_kv_heads * config.max_rows
+        + 2 * SPLIT_TILES
+        + config.max_tokens * config.heads.num_heads / 32;
+    4 * config.max_tokens + 64 * config.max_rows + 8 * items + tables
 }
 
 impl Drop for Steps {

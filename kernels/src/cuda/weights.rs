@@ -26,18 +26,6 @@ pub struct CudaWeight {
     pub(super) k: usize,
 }
 
-impl CudaWeight {
-    /// N, the number of rows.
-    pub fn rows(&self) -> usize {
-        self.n
-    }
-
-    /// K, the length of a row.
-    pub fn width(&self) -> usize {
-        self.k
-    }
-}
-
 /// Copies host tensors to a device.
 pub(super) struct Uploader {
     device: Device,

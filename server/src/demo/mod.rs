@@ -27,7 +27,8 @@ use self::{
     streams::{Abort, Event, Timing},
 };
 use crate::{
-    config::GrpcConfig, exit::Exit, exit::Failure, grpc::Server, loading, serve::Signals, terminal::Style,
+    args::user_cache, config::GrpcConfig, exit::Exit, exit::Failure, grpc::Server, loading, serve::Signals,
+    terminal::Style,
 };
 
 /// The endless stream is aborted when it has given so many tokens.
@@ -58,7 +59,8 @@ async fn show(style: Style) -> Result<(), Failure> {
     say(&style.bold(&format!("Tidemill {version}: an LLM inference engine in Rust")))?;
     let started = Instant::now();
     let server = Server::bind(&GrpcConfig::loopback()).await?;
-    let engine = loading::load(EngineConfig::new(ModelSource::Builtin)).await?;
+    let config = EngineConfig { kernel_cache: user_cache(), ..EngineConfig::new(ModelSource::Builtin) };
+    let engine = loading::load(config).await?;
     server.ready(engine.handle()).await;
     let loaded = started.elapsed();
     let channel = connect(&server).await?;

@@ -41,9 +41,9 @@ impl Failure {
     /// Numbers, not names: a driver may be newer than the bindings. In order: deinitialised, uncorrectable ECC error, NVLink
     /// error, contained error; illegal address, launch timeout, context destroyed, assertion; hardware stack error, illegal
     /// instruction, misaligned address, invalid address space, invalid program counter, launch failure; tensor memory leak;
-    /// external device, unknown.
+    /// MPS server gone; external device, unknown. Invalid context (201) is what calls get after a reset of the device.
     fn is_sticky(self) -> bool {
-        matches!(self.code as u32, 4 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 911 | 999)
+        matches!(self.code as u32, 4 | 201 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 805..=807 | 911 | 999)
     }
 
     /// The error's name and NVIDIA's sentence about it.

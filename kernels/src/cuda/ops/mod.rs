@@ -16,6 +16,7 @@ mod sampling;
 pub use activation::{Activation, ActivationKind, activation};
 pub use attention::{
     Attention, AttentionKernels, AttentionWorkspace, PlanLimits, Scoring, attention, attention_plan,
+    check_model,
 };
 pub use embedding::{Embedding, embedding};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};

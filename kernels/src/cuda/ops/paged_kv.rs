@@ -38,8 +38,10 @@ impl KvLayer<'_> {
     pub(super) fn checked(&self, op: &'static str, heads: HeadShape) -> Result<DevPtr> {
         let KvLayer { cache, shape, layer } = self;
         if shape.dtype != DType::Bf16 {
-            let detail =
-                format!("the KV cache holds {:?}; the CUDA kernels take bf16 (--kv-dtype bf16)", shape.dtype);
+            let detail = format!(
+                "the KV cache holds {:?}; the CUDA kernels take bf16 (--kv-cache-dtype bfloat16)",
+                shape.dtype
+            );
             return Err(KernelError::Unsupported { op, detail });
         }
         if !shape.block_size.is_power_of_two() || !(16..=256).contains(&shape.block_size) {

@@ -238,6 +238,15 @@ impl Geometry {
     }
 }
 
+/// Refuses head layouts that the kernels cannot take, before anything is loaded for them.
+///
+/// # Errors
+/// [`KernelError::Unsupported`].
+pub fn check_model(heads: HeadShape) -> Result<()> {
+    check_heads(OP, heads)?;
+    Geometry::new(heads.head_dim).map(drop)
+}
+
 fn checked(call: &Attention<'_>) -> Result<Args> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = call.heads;
     check_heads(OP, call.heads)?;

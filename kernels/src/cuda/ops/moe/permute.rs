@@ -1,12 +1,15 @@
 //! `moe_permute.cu`.
 
 use super::MoeShape;
-use crate::cuda::{
-    Device,
-    driver::{DevPtr, LaunchConfig, Result},
-    ops::linear::LinearKernel,
-    table::kernels,
-    words::DeviceWords,
+use crate::{
+    KernelError,
+    cuda::{
+        Device,
+        driver::{DevPtr, LaunchConfig, Result},
+        ops::linear::LinearKernel,
+        table::kernels,
+        words::DeviceWords,
+    },
 };
 
 kernels! {
@@ -58,10 +61,15 @@ impl MoeOrder<'_> {
 
     pub(super) fn check(&self, op: &'static str) -> Result<OrderPtrs> {
         self.shape.check(op)?;
+        let tiles = self.tiles.at_least(op, "tiles", 2 * self.max_tiles())?;
+        if !tiles.0.is_multiple_of(8) {
+            let detail = "tiles begin off a multiple of 8 bytes".into();
+            return Err(KernelError::Unsupported { op, detail });
+        }
         Ok(OrderPtrs {
             sorted_pairs: self.sorted_pairs.at_least(op, "sorted_pairs", self.pairs())?,
             offsets: self.offsets.at_least(op, "offsets", self.shape.experts + 1)?,
-            tiles: self.tiles.at_least(op, "tiles", 2 * self.max_tiles())?,
+            tiles,
         })
     }
 }
