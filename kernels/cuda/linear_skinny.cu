@@ -55,7 +55,7 @@ struct Skinny {
             TM_UNROLL
             for (int i = 0; i < R; i++)
                 for (int h = 0; h < 2; h++)
-                    w[d][i][h] = load_streaming16(weight + row[i][h] + at, inside);
+                    w[d][i][h] = inside ? load_streaming16(weight + row[i][h] + at) : make_uint4(0, 0, 0, 0);
             TM_UNROLL
             for (int j = 0; j < T; j++) {
                 const bool present = inside && tile.first + 8 * j + (lane >> 2) < tile.end;

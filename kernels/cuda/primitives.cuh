@@ -103,20 +103,18 @@ TM_DEVICE void named_barrier(int id, int threads TM_PLACE) {
 #endif
 }
 
-// ---- 16 bytes of weights that are read once: past L1. Not `valid`: zeros, and nothing is read.
-TM_DEVICE uint4 load_streaming16(const void *p, bool valid) {
-    uint4 v = make_uint4(0, 0, 0, 0);
+// ---- 16 bytes of weights that are read once: past L1.
+TM_DEVICE uint4 load_streaming16(const void *p) {
 #if TM_GPU
-    asm volatile(
-        "{\n.reg .pred q;\nsetp.ne.b32 q, %5, 0;\n"
-        "@q ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}\n"
-        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-        : "l"(p), "r"((int)valid));
-#else
-    if (valid && (uintptr_t)p & 15) emu::fail("16-byte load from a misaligned address %p", p);
-    if (valid) v = *(const uint4 *)p;
-#endif
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
     return v;
+#else
+    if ((uintptr_t)p & 15) emu::fail("16-byte load from a misaligned address %p", p);
+    return *(const uint4 *)p;
+#endif
 }
 
 // ---- Accesses to shared memory whose bank conflicts the emulator counts (`Stats::shared_phases`, `shared_conflicts`); on a GPU

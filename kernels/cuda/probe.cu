@@ -18,7 +18,7 @@ TM_DEVICE void load_tile(uint4 (&v)[DEPTH], const uint4 *data, uint64_t tile, ui
     TM_UNROLL
     for (int j = 0; j < DEPTH; j++) {
         const uint64_t i = tile + j * THREADS + threadIdx.x;
-        v[j] = load_streaming16(data + i, i < count);
+        v[j] = i < count ? load_streaming16(data + i) : make_uint4(0, 0, 0, 0);
     }
 }
 
