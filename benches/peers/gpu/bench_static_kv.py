@@ -31,13 +31,13 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool = False
-    qk_norm: bool = False
 
 
 MODELS = {
     "mistral-7b": Shape(4096, 14336, 32, 32, 8, 128, 32000),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
-    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, tied=True, qk_norm=True),
+    # Like ours, without its norms of queries and keys.
+    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, tied=True),
 }
 
 
@@ -57,8 +57,6 @@ def layer(x, w, kv, rope, slots, shape):
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     qkv = F.linear(F.rms_norm(x, (shape.hidden,), w["norm1"]), w["qkv"])
     q, k, v = (t.view(batch, new, -1, shape.head_dim) for t in qkv.split([q_width, kv_width, kv_width], -1))
-    if shape.qk_norm:
-        q, k = F.rms_norm(q, (shape.head_dim,), w["q_norm"]), F.rms_norm(k, (shape.head_dim,), w["k_norm"])
     q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
     keys, values = kv
     keys.index_copy_(2, slots, k)
@@ -75,7 +73,7 @@ class Model:
         h, i, d = shape.hidden, shape.inter, shape.head_dim
         qkv, q = (shape.heads + 2 * shape.kv_heads) * d, shape.heads * d
         sizes = {"qkv": (qkv, h), "o": (h, q), "gate_up": (2 * i, h), "down": (h, i)}
-        ones = {"norm1": h, "norm2": h} | ({"q_norm": d, "k_norm": d} if shape.qk_norm else {})
+        ones = {"norm1": h, "norm2": h}
         self.layers = [
             {n: self.random(*s) for n, s in sizes.items()} | {n: self.one(s) for n, s in ones.items()}
             for _ in range(shape.layers)
