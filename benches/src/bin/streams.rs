@@ -20,7 +20,7 @@ struct Args {
     /// Model folder, or `builtin`.
     #[arg(long, default_value = "builtin")]
     model: String,
-    /// Where the server computes: auto, cpu or cuda[:N].
+    /// Where the server computes: `auto`, `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "auto")]
     device: String,
     /// Numbers of concurrent streams.

@@ -1,6 +1,6 @@
 //! A real GPU, over the CUDA driver API. With the rest of `crate::cuda`, the only place that knows cudarc.
 //!
-//! - [`open`], [`devices`]: from an ordinal to a [`GpuDriver`], or a [`GpuError`] that says what to do.
+//! - [`open()`], [`devices`]: from an ordinal to a [`GpuDriver`], or a [`GpuError`] that says what to do.
 //! - `stream`: [`GpuDriver`], the implementation of [`super::driver::Driver`].
 //! - `images`: the kernels as machine code, embedded by the build or compiled here by `nvrtc` and kept by `cache`.
 //! - `status`: what the driver answers, as errors.

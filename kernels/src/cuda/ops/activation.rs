@@ -58,7 +58,7 @@ pub struct Activation<'a> {
     pub rows: usize,
 }
 
-/// Queues the activation; see [`crate::Ops::silu_mul`].
+/// Queues the activation: what [`crate::Ops::linear_silu_mul`] fuses with its product.
 ///
 /// # Errors
 /// A buffer that is smaller or of another type than the contract says; what the driver reports.

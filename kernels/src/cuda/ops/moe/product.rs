@@ -41,7 +41,7 @@ pub struct MoeLinear<'a> {
     pub epilogue: LinearEpilogue,
 }
 
-/// Queues one product per expert, each over its own rows: [`super::super::linear`] with the expert's weight, to the bit.
+/// Queues one product per expert, each over its own rows: [`super::super::linear()`] with the expert's weight, to the bit.
 ///
 /// # Errors
 /// A buffer that is smaller or of another type than the contract says; extents beyond the kernels' index range; what the driver

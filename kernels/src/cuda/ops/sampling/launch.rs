@@ -93,7 +93,7 @@ pub struct Sample<'a> {
     pub sampler: &'a mut Sampler,
     /// `[R, V]` f32, overwritten.
     pub logits: &'a mut DeviceBuffer,
-    /// What [`super::encode`] gave for `shape`, on the device.
+    /// What [`super::encode()`] gave for `shape`, on the device.
     pub block: DeviceWords<'a>,
     /// Shape of the block; V is the sampler's.
     pub shape: BlockShape,

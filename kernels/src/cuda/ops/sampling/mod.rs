@@ -1,6 +1,6 @@
 //! `sampling.cu` and `logprobs.cu`: see [`crate::sampling`] for what is computed.
 //!
-//! A step's tasks travel as one block of words inside its metadata upload ([`encode`]); the kernels read everything that varies
+//! A step's tasks travel as one block of words inside its metadata upload ([`encode()`]); the kernels read everything that varies
 //! from there, so that a captured graph serves every step of the same padded number of rows. Results are words too
 //! ([`decode_results`]).
 
