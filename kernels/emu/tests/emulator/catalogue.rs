@@ -144,14 +144,14 @@ fn data_of_a_copy_that_was_not_waited_for_is_not_there() {
 
 /// For scripts/sanitize-kernels, which requires that ThreadSanitizer ends the process.
 #[test]
-#[ignore = "ends the process where it is meant to be run"]
+#[ignore = "run by scripts/sanitize-kernels, where a sanitizer must end the process"]
 fn a_race_between_threads_for_the_sanitizer() {
     call("no_barrier").run_all();
 }
 
 /// As above. Not a race that the emulator's own check looks for.
 #[test]
-#[ignore = "ends the process where it is meant to be run"]
+#[ignore = "run by scripts/sanitize-kernels, where a sanitizer must end the process"]
 fn a_race_between_blocks_for_the_sanitizer() {
     let mut race = call("global_race");
     race.grid = 8;
@@ -160,7 +160,7 @@ fn a_race_between_blocks_for_the_sanitizer() {
 
 /// As above, for AddressSanitizer.
 #[test]
-#[ignore = "ends the process where it is meant to be run"]
+#[ignore = "run by scripts/sanitize-kernels, where a sanitizer must end the process"]
 fn an_overrun_for_the_sanitizer() {
     let mut overrun = call("static_shared_overrun");
     overrun.n = 1;

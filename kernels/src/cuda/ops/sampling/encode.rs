@@ -59,11 +59,6 @@ pub struct Needs {
 impl Needs {
     /// What a graph is captured with that shall serve every step.
     pub const ALL: Needs = Needs { filters: true, logprobs: true };
-
-    /// Whether a step that needs `other` may run as one that needs `self`.
-    pub fn cover(self, other: Needs) -> bool {
-        (self.filters || !other.filters) && (self.logprobs || !other.logprobs)
-    }
 }
 
 /// A step's tasks, ready for the device.
@@ -284,7 +279,6 @@ mod tests {
         assert!(needs(SampleSpec { top_p: 0.9, ..spec() }).filters);
         assert!(needs(SampleSpec { min_p: 0.1, ..spec() }).filters);
         assert!(!needs(SampleSpec { min_p: 0.1, temperature: 0.0, ..spec() }).filters);
-        assert!(Needs::ALL.cover(Needs::default()) && !Needs::default().cover(Needs::ALL));
     }
 
     #[test]
