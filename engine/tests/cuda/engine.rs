@@ -137,11 +137,18 @@ fn an_abort_frees_its_blocks_and_the_next_request_is_served() {
 
 #[test]
 fn a_launch_that_is_refused_once_costs_nobody_a_token() {
+    const TOKENS: u32 = 24;
     let driver = Arc::new(EmuDriver::new(Schedule::default()));
-    let engine = start(&driver, config()).unwrap();
-    let expected = together(&engine, (0..2).map(|index| request(index, 3)));
+    // Without graphs every kernel of a step is a launch that can be refused.
+    let engine = start(&driver, EngineConfig { enforce_eager: true, ..config() }).unwrap();
+    let expected = together(&engine, (0..2).map(|index| request(index, TOKENS)));
+    let mut generations: Vec<_> = (0..2).map(|index| submit(&engine, request(index, TOKENS))).collect();
+    // From each its first token: from then on both share every step. A row that fails alone is lost.
+    let firsts: Vec<_> = generations.iter_mut().map(|g| g.next_blocking().unwrap().unwrap()).collect();
     driver.fail_launch(0, Failure::Refused);
-    assert_eq!(together(&engine, (0..2).map(|index| request(index, 3))), expected);
+    for ((first, rest), expected) in firsts.into_iter().zip(generations).zip(expected) {
+        assert_eq!([first.token_ids, outcome(rest).0].concat(), expected.0);
+    }
 }
 
 #[test]
