@@ -160,7 +160,7 @@ impl<R: Runner> StepQueue<R> {
             }
             TokenInput::Known(_) => row.clone(),
         };
-        StepPlan { rows: rows.iter().map(known).collect() }
+        StepPlan { rows: rows.iter().map(known).collect(), ..StepPlan::default() }
     }
 
     fn attempt<T>(&mut self, call: impl FnOnce(&mut R) -> Result<T, RunnerError>) -> Result<T, RunnerError> {
