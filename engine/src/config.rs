@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tidemill_kernels::DType;
 
-use crate::{ids::TenantId, model::files::ModelSource, scheduler::Policy};
+use crate::{explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy};
 
 /// Arithmetic of the matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +56,9 @@ pub struct EngineConfig {
     /// Bytes for keys and values; `None` takes what `max_num_seqs` full contexts need: on a CPU at most 2 GiB, on a GPU
     /// at most what `gpu_memory_utilization` leaves.
     pub kv_cache_memory: Option<usize>,
+    /// Bytes of host memory for KV blocks that are evicted from the prefix cache; used if copying a block back is quicker than computing it
+    /// again.
+    pub swap_space: usize,
     /// Where to compute.
     pub device: DeviceChoice,
     /// Share of a GPU's memory that this engine may take, in (0, 1].
@@ -70,6 +73,8 @@ pub struct EngineConfig {
     /// Plans a step while the one before it runs; the same tokens come out either way. `None` does so on a GPU, which would wait for
     /// its host otherwise; a CPU gains nothing by it.
     pub look_ahead: Option<bool>,
+    /// Gets the life of every request that has ended. What finds it full is lost and counted.
+    pub lives: Option<async_channel::Sender<EndedLife>>,
 }
 
 impl EngineConfig {
@@ -87,12 +92,14 @@ impl EngineConfig {
             scheduling: SchedulingConfig::default(),
             block_size: 16,
             kv_cache_memory: None,
+            swap_space: 0,
             device: DeviceChoice::Auto,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
             kernel_cache: None,
             threads: None,
             look_ahead: None,
+            lives: None,
         }
     }
 }
