@@ -43,6 +43,11 @@ pub struct SeqId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
+/// A place for one block's keys and values in host memory. Not a [`BlockId`]: no step can read or write it, and the two are numbered
+/// apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostBlockId(pub u32);
+
 /// A token of the model's vocabulary. Not a position and not a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]

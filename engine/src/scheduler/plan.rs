@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::{MAX_IN_FLIGHT, Scheduler, sequence::Place};
 use crate::{
-    ids::{BlockId, SeqId, TokenId},
+    ids::{BlockId, HostBlockId, SeqId, TokenId},
     sampling::Sampling,
 };
 
@@ -83,6 +83,10 @@ impl PlanRow {
 pub struct StepPlan {
     /// In the order in which they were planned.
     pub rows: Vec<PlanRow>,
+    /// Blocks copied out before anything else of the step.
+    pub saves: Vec<(BlockId, HostBlockId)>,
+    /// Blocks copied in after the saves, before the rows are computed.
+    pub loads: Vec<(HostBlockId, BlockId)>,
 }
 
 impl StepPlan {
