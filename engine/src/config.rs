@@ -1,10 +1,10 @@
 //! How an engine is to be started.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tidemill_kernels::DType;
 
-use crate::model::files::ModelSource;
+use crate::{ids::TenantId, model::files::ModelSource, scheduler::Policy};
 
 /// Arithmetic of the matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -49,8 +49,8 @@ pub struct EngineConfig {
     pub max_num_seqs: Option<usize>,
     /// Tokens per step; `None` takes 512 on a CPU, 2048 on a GPU.
     pub max_num_batched_tokens: Option<usize>,
-    /// Requests that may wait for a row.
-    pub max_num_queued_reqs: usize,
+    /// Who is served when, and what is refused.
+    pub scheduling: SchedulingConfig,
     /// Tokens per KV block.
     pub block_size: usize,
     /// Bytes for keys and values; `None` takes what `max_num_seqs` full contexts need: on a CPU at most 2 GiB, on a GPU
@@ -87,7 +87,7 @@ impl EngineConfig {
             max_model_len: None,
             max_num_seqs: None,
             max_num_batched_tokens: None,
-            max_num_queued_reqs: 1024,
+            scheduling: SchedulingConfig::default(),
             block_size: 16,
             kv_cache_memory: None,
             swap_space: 0,
@@ -97,6 +97,52 @@ impl EngineConfig {
             kernel_cache: None,
             threads: None,
             look_ahead: None,
+        }
+    }
+}
+
+/// Who is served when, and what is refused.
+#[derive(Debug, Clone)]
+pub struct SchedulingConfig {
+    /// Order of the queue.
+    pub policy: Policy,
+    /// Shares of tenants under [`Policy::Fair`]; whoever is not named has 1.
+    pub tenant_weights: BTreeMap<TenantId, u32>,
+    /// Keep the blocks of ended requests for others with the same beginning.
+    pub enable_prefix_caching: bool,
+    /// Report what the prefix cache stores and drops, to [`crate::EngineHandle::watch_kv`].
+    pub enable_kv_cache_events: bool,
+    /// Prompts with more tokens to compute than this are long: only the oldest of them is sure of its part of a step, and of no more than this, while
+    /// others want to be read. `None` takes half of `max_num_batched_tokens`.
+    pub long_prefill_token_threshold: Option<usize>,
+    /// The inter-token latency to be kept while prompts are read; prompts get as much of a step as that leaves.
+    pub target_itl: Option<Duration>,
+    /// Requests that may wait for a row.
+    pub max_num_queued_reqs: usize,
+    /// Prompt tokens of the requests that may wait for a row.
+    pub max_num_queued_tokens: Option<usize>,
+    /// What a request may wait for a row; one that would or does wait longer is refused.
+    pub max_queue_time: Option<Duration>,
+    /// Tokens that a stream may hold unread before its sequences are parked.
+    pub max_stream_buffer: usize,
+    /// What a stream may stay parked before its request ends.
+    pub slow_reader_timeout: Duration,
+}
+
+impl Default for SchedulingConfig {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Fcfs,
+            tenant_weights: BTreeMap::new(),
+            enable_prefix_caching: true,
+            enable_kv_cache_events: false,
+            long_prefill_token_threshold: None,
+            target_itl: None,
+            max_num_queued_reqs: 1024,
+            max_num_queued_tokens: None,
+            max_queue_time: None,
+            max_stream_buffer: 1024,
+            slow_reader_timeout: Duration::from_secs(60),
         }
     }
 }

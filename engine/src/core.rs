@@ -14,7 +14,8 @@ use crossbeam_channel::{Receiver, never, select_biased};
 use crate::{
     error::{RequestError, StopReason},
     event::Event,
-    handle::Drained,
+    explain::Explanation,
+    handle::{Drained, KvWatch},
     ids::{RequestId, SeqId, Ticket},
     ledger::{Delivery, Ledger, Opening},
     output::{AbortReceipt, AbortStage, FinishReason},
@@ -58,6 +59,18 @@ pub(crate) enum Command {
     Drain {
         deadline: Option<Instant>,
         reply: async_channel::Sender<Drained>,
+    },
+    /// Answered with nothing when nobody remembers the request.
+    Explain {
+        id: RequestId,
+        reply: async_channel::Sender<Option<Explanation>>,
+    },
+    WatchKv {
+        reply: async_channel::Sender<Result<KvWatch, RequestError>>,
+    },
+    /// Answered with the number of blocks that became free.
+    ResetPrefixCache {
+        reply: async_channel::Sender<usize>,
     },
     Shutdown,
 }
@@ -227,6 +240,12 @@ impl Core {
                 self.stats.set_draining();
                 self.draining.push(Draining { deadline, open_at_start: self.ledger.num_open(), reply });
             }
+            Command::Explain { reply, .. } => drop(reply.try_send(None)),
+            Command::WatchKv { reply } => {
+                let error = RequestError::Unsupported("this engine has no prefix cache".into());
+                drop(reply.try_send(Err(error)));
+            }
+            Command::ResetPrefixCache { reply } => drop(reply.try_send(0)),
             Command::Shutdown => return Flow::stop("it was shut down"),
         }
         Flow::Continue

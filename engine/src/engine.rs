@@ -13,7 +13,7 @@ use crossbeam_channel::unbounded;
 use tidemill_kernels::{DType, cuda::driver::Driver};
 
 use crate::{
-    config::EngineConfig,
+    config::{EngineConfig, SchedulingConfig},
     core::{Command, Core},
     device::{self, Model},
     error::{LoadError, StopReason},
@@ -46,10 +46,10 @@ pub enum Progress {
 }
 
 /// What an engine is told besides its runner and its model.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct EngineOptions {
-    /// Requests that may wait for a row.
-    pub max_num_queued_reqs: usize,
+    /// Who is served when, and what is refused.
+    pub scheduling: SchedulingConfig,
     /// Plans a step while the one before it runs.
     pub look_ahead: bool,
 }
@@ -130,7 +130,7 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        let options = EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead };
+        let options = EngineOptions { scheduling: config.scheduling, look_ahead };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -163,7 +163,7 @@ impl Engine {
             info,
             text,
             stats: stats.clone(),
-            max_num_queued_reqs: options.max_num_queued_reqs,
+            max_num_queued_reqs: options.scheduling.max_num_queued_reqs,
             queued: Arc::new(AtomicUsize::new(0)),
             next_ticket: AtomicU64::new(0),
             stopped: OnceLock::new(),

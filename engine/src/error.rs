@@ -30,7 +30,7 @@ pub enum ErrorCode {
     NotFound,
     /// A live request has this id already.
     AlreadyExists,
-    /// The queue is full.
+    /// The queue is full or too long, or the client does not read its stream.
     ResourceExhausted,
     /// Draining, shut down or failed.
     Unavailable,
@@ -70,6 +70,22 @@ pub enum RequestError {
         /// A sensible time to wait before the next try.
         retry_after: Duration,
     },
+    /// The request would have to wait, or has waited, longer than it may.
+    #[error("the queue is too long: {}; retry in {} ms", overload(*.wait, *.limit), retry_after.as_millis())]
+    Overloaded {
+        /// What it would wait, by the present rate, or has waited.
+        wait: Duration,
+        /// What it may wait: the server's limit, or what its deadline leaves.
+        limit: Duration,
+        /// A sensible time to wait before the next try.
+        retry_after: Duration,
+    },
+    /// The client left its stream unread for too long.
+    #[error("the stream was not read for {} s; read faster or ask for fewer tokens", unread.as_secs())]
+    SlowReader {
+        /// How long it was parked.
+        unread: Duration,
+    },
     /// The server is going down and takes no new work.
     #[error("the server is draining; send the request to another replica")]
     Draining,
@@ -96,6 +112,10 @@ pub enum RequestError {
     Internal(String),
 }
 
+fn overload(wait: Duration, limit: Duration) -> String {
+    format!("{} ms of waiting, {} ms are allowed", wait.as_millis(), limit.as_millis())
+}
+
 impl RequestError {
     /// A refusal for one field.
     pub fn invalid(field: &'static str, message: impl Into<String>) -> Self {
@@ -109,7 +129,9 @@ impl RequestError {
             Self::Unsupported(_) => ErrorCode::FailedPrecondition,
             Self::ModelNotFound { .. } => ErrorCode::NotFound,
             Self::DuplicateId(_) => ErrorCode::AlreadyExists,
-            Self::QueueFull { .. } => ErrorCode::ResourceExhausted,
+            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::SlowReader { .. } => {
+                ErrorCode::ResourceExhausted
+            }
             Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
             Self::DeviceLost(_) => ErrorCode::DeviceLost,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,

@@ -13,9 +13,11 @@ use crossbeam_channel::Sender;
 use crate::{
     core::{Command, Submission},
     error::{RequestError, StopReason},
+    explain::Explanation,
     generation::Generation,
     ids::{RequestId, Ticket},
     info::ModelInfo,
+    kv::KvEventBatch,
     output::AbortReceipt,
     queue::QueueSlot,
     request::{GenerateRequest, ValidatedRequest, Validator},
@@ -126,6 +128,40 @@ impl EngineHandle {
         }
     }
 
+    /// Why a request waits, and its life so far; `None` for one that was never seen or ended long ago.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
+    pub async fn explain(&self, id: RequestId) -> Result<Option<Explanation>, RequestError> {
+        let (reply, explanation) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        self.commands.send(Command::Explain { id, reply }).map_err(|_| stopped())?;
+        explanation.recv().await.map_err(|_| stopped())
+    }
+
+    /// Everything that the prefix cache holds, and then its changes.
+    ///
+    /// # Errors
+    /// [`RequestError::Unsupported`] when the engine was started without KV cache events; [`RequestError::EngineStopped`],
+    /// [`RequestError::DeviceLost`].
+    pub async fn watch_kv(&self) -> Result<KvWatch, RequestError> {
+        let (reply, watch) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        self.commands.send(Command::WatchKv { reply }).map_err(|_| stopped())?;
+        watch.recv().await.map_err(|_| stopped())?
+    }
+
+    /// Forgets all cached prefixes that no live request uses; those in use are not found by others any more. Returns how many blocks became free.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
+    pub async fn reset_prefix_cache(&self) -> Result<usize, RequestError> {
+        let (reply, freed) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        self.commands.send(Command::ResetPrefixCache { reply }).map_err(|_| stopped())?;
+        freed.recv().await.map_err(|_| stopped())
+    }
+
     /// Gauges and counters now.
     pub fn stats(&self) -> EngineStats {
         self.shared.stats.read()
@@ -170,4 +206,18 @@ pub struct Drained {
     pub finished: usize,
     /// Requests that were cut off.
     pub cut_off: usize,
+}
+
+/// The prefix cache as it is and as it changes.
+#[derive(Debug)]
+pub struct KvWatch {
+    pub(crate) batches: async_channel::Receiver<KvEventBatch>,
+}
+
+impl KvWatch {
+    /// The next batch; the first is the snapshot. `None` when the engine has stopped, or when the reader has fallen so far behind that it
+    /// must watch anew.
+    pub async fn next(&mut self) -> Option<KvEventBatch> {
+        self.batches.recv().await.ok()
+    }
 }

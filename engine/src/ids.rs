@@ -43,10 +43,41 @@ pub struct SeqId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
-/// A place for one block's keys and values in host memory. Not a [`BlockId`]: no step can read or write it, and the two are numbered
-/// apart.
+/// A block's place in host memory. Not a [`BlockId`]: that one is on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostBlockId(pub u32);
+
+/// Who is served: the key of the fair queue. Not a credential: a gateway may speak for many tenants with one key. Empty for whoever says
+/// nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TenantId(Arc<str>);
+
+impl TenantId {
+    /// Longest accepted name in bytes.
+    pub const MAX_BYTES: usize = 256;
+
+    /// Wraps a name as it came from the client.
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self(name.into())
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for TenantId {
+    fn default() -> Self {
+        Self::new("")
+    }
+}
+
+impl fmt::Display for TenantId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// A token of the model's vocabulary. Not a position and not a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

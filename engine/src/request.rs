@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Instant};
 
 use crate::{
     error::{RequestError, Violation},
-    ids::{RequestId, TokenId},
+    ids::{RequestId, TenantId, TokenId},
     model::generation_config::GenerationDefaults,
     sampling::{Sampling, SamplingParams},
     text::{TextModel, chat::ChatPrompt},
@@ -41,6 +41,15 @@ pub struct GenerateRequest {
     pub model: Option<String>,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
+    /// Under the policy `priority`: lower is served first.
+    pub priority: i32,
+    /// Under the policy `fair`: who shares the engine with whom.
+    pub tenant: TenantId,
+    /// What the client authenticated with, in whatever form; empty for nothing. Requests share cached prefixes only with others of the
+    /// same credential.
+    pub credential: Arc<str>,
+    /// Narrows that further: only requests of the same salt share cached prefixes.
+    pub cache_salt: String,
 }
 
 impl GenerateRequest {
@@ -54,6 +63,10 @@ impl GenerateRequest {
             include_special_tokens: false,
             model: None,
             deadline: None,
+            priority: 0,
+            tenant: TenantId::default(),
+            credential: "".into(),
+            cache_salt: String::new(),
         }
     }
 }
@@ -69,6 +82,10 @@ pub struct ValidatedRequest {
     pub(crate) text_output: bool,
     pub(crate) include_special_tokens: bool,
     pub(crate) deadline: Option<Instant>,
+    pub(crate) priority: i32,
+    pub(crate) tenant: TenantId,
+    pub(crate) credential: Arc<str>,
+    pub(crate) cache_salt: String,
 }
 
 impl ValidatedRequest {
@@ -104,6 +121,8 @@ pub mod limits {
     pub const MAX_LOGIT_BIAS: usize = 1024;
     /// `max_tokens` where neither the client nor the model gives one.
     pub const DEFAULT_MAX_TOKENS: usize = 1024;
+    /// Bytes of `cache_salt`.
+    pub const MAX_CACHE_SALT_BYTES: usize = 256;
 }
 
 /// The one door: checks a request against the model and the engine's limits.
@@ -154,6 +173,12 @@ impl Validator {
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
         self.check_stops(&request, &mut found);
+        found.check(request.tenant.as_str().len() <= TenantId::MAX_BYTES, "tenant", || {
+            format!("longer than {} bytes", TenantId::MAX_BYTES)
+        });
+        found.check(request.cache_salt.len() <= limits::MAX_CACHE_SALT_BYTES, "cache_salt", || {
+            format!("longer than {} bytes", limits::MAX_CACHE_SALT_BYTES)
+        });
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -175,6 +200,10 @@ impl Validator {
             text_output: !request.token_ids_only,
             include_special_tokens: request.include_special_tokens,
             deadline: request.deadline,
+            priority: request.priority,
+            tenant: request.tenant,
+            credential: request.credential,
+            cache_salt: request.cache_salt,
         })
     }
 

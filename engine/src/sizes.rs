@@ -39,7 +39,7 @@ impl Asked {
             ("--max-num-seqs", asked.max_num_seqs),
             ("--max-num-batched-tokens", asked.max_num_batched_tokens),
             ("--block-size", asked.block_size),
-            ("--max-num-queued-reqs", config.max_num_queued_reqs),
+            ("--max-num-queued-reqs", config.scheduling.max_num_queued_reqs),
         ] {
             if value == 0 || value > 1 << 20 {
                 return option(name, format!("{value} is not in [1, {}]", 1 << 20));

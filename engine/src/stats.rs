@@ -16,10 +16,14 @@ pub struct EngineStats {
     pub num_requests_running: usize,
     /// Sequences that wait.
     pub num_requests_waiting: usize,
+    /// Sequences that are parked: their client does not read.
+    pub num_requests_parked: usize,
     /// KV blocks by state.
     pub kv_blocks: BlockCounts,
     /// Counters since the start.
     pub counters: Counters,
+    /// Distributions since the start.
+    pub histograms: Histograms,
     /// Since a step was last launched or done; zero when none is in flight.
     pub heartbeat_age: Duration,
     /// Since the start.
@@ -47,6 +51,54 @@ pub struct Counters {
     pub refused: u64,
     /// Requests that ended in an error.
     pub failed: u64,
+    /// Tokens that were looked up in the prefix cache.
+    pub prefix_cache_queries: u64,
+    /// Of these, found.
+    pub prefix_cache_hits: u64,
+    /// Blocks copied out to host memory.
+    pub blocks_saved: u64,
+    /// Blocks copied back in.
+    pub blocks_loaded: u64,
+    /// Times that sequences were parked because their client did not read.
+    pub parked: u64,
+}
+
+/// Distributions since the start; seconds unless said otherwise.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Histograms {
+    /// From submission to the first token.
+    pub time_to_first_token: Histogram,
+    /// Between two tokens of one sequence.
+    pub inter_token_latency: Histogram,
+    /// From submission to the end, of requests that ended by stop or length.
+    pub e2e_request_latency: Histogram,
+    /// From submission to the first step.
+    pub request_queue_time: Histogram,
+    /// From the first step to the first token.
+    pub request_prefill_time: Histogram,
+    /// From the first token to the end.
+    pub request_decode_time: Histogram,
+    /// Tokens computed per step.
+    pub iteration_tokens: Histogram,
+    /// From the engine's receipt of an abort until everything was free.
+    pub abort_to_free: Histogram,
+    /// Planning a step.
+    pub step_plan: Histogram,
+    /// A step on the device.
+    pub step_execute: Histogram,
+    /// Taking a step's results in.
+    pub step_resolve: Histogram,
+}
+
+/// How often values fell into which range.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Histogram {
+    /// Upper bounds, inclusive, rising.
+    pub bounds: &'static [f64],
+    /// `bounds.len() + 1` counts, each of its own range: the last is for what is over the last bound.
+    pub counts: Vec<u64>,
+    /// Sum of all values.
+    pub sum: f64,
 }
 
 /// What the engine thread publishes.
@@ -112,6 +164,8 @@ impl SharedStats {
         EngineStats {
             num_requests_running: published.running,
             num_requests_waiting: published.waiting,
+            num_requests_parked: 0,
+            histograms: Histograms::default(),
             kv_blocks: self.pool.counts(),
             counters: Counters {
                 refused: published.counters.refused + self.refused.load(Relaxed),

@@ -11,7 +11,8 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use tidemill_engine::{
-    Engine, EngineHandle, EngineOptions, ErrorCode, Generation, ModelInfo, RequestError, StopReason,
+    Engine, EngineHandle, EngineOptions, ErrorCode, Generation, ModelInfo, RequestError, SchedulingConfig,
+    StopReason,
     ids::{RequestId, TokenId},
     model::{
         files::{ModelFiles, ModelSource},
@@ -123,7 +124,10 @@ impl Bench {
             has_chat_template: true,
             defaults: GenerationDefaults::default(),
         };
-        let options = EngineOptions { max_num_queued_reqs: 3, look_ahead };
+        let options = EngineOptions {
+            scheduling: SchedulingConfig { max_num_queued_reqs: 3, ..SchedulingConfig::default() },
+            look_ahead,
+        };
         Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options).unwrap()) }
     }
 

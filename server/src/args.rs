@@ -164,7 +164,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
     pub max_num_seqs: Option<NonZeroUsize>,
     /// Requests that may wait for a place in the batch; more are refused with RESOURCE_EXHAUSTED.
-    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
+    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().scheduling.max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
     pub max_num_queued_reqs: NonZeroUsize,
     /// Seconds that running requests get to finish after SIGTERM or SIGINT.
     #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds, allow_negative_numbers = true)]

@@ -200,7 +200,7 @@ async fn a_drain_cuts_off_what_outlasts_its_grace() {
 
 #[tokio::test]
 async fn a_storm_of_given_up_streams_leaves_nothing_behind_and_a_survivor_unharmed() {
-    let mut harness = Harness::tuned(|config| config.max_num_queued_reqs = 4096).await;
+    let mut harness = Harness::tuned(|config| config.scheduling.max_num_queued_reqs = 4096).await;
     let calm =
         text("Once upon a time", tidemill_proto::v1::SamplingParams { ignore_eos: true, ..greedy(200) });
     let expected = harness.complete(calm.clone()).await.ids;

@@ -13,12 +13,14 @@
 //! still writes to it is given to a later step only, which writes after it.
 
 mod plan;
+mod policy;
 mod resolve;
 mod sequence;
 
 use std::collections::BTreeMap;
 
 pub use plan::{PlanRow, SamplePlan, StepPlan, TokenInput};
+pub use policy::{Policy, WaitReason};
 pub use resolve::{Effect, RowOutput, RowResult, StepOutput};
 use sequence::Place;
 pub use sequence::{NewSequence, Sequence};

@@ -83,9 +83,9 @@ impl PlanRow {
 pub struct StepPlan {
     /// In the order in which they were planned.
     pub rows: Vec<PlanRow>,
-    /// Blocks copied out before anything else of the step.
+    /// Blocks to be copied out to host memory before anything else of the step.
     pub saves: Vec<(BlockId, HostBlockId)>,
-    /// Blocks copied in after the saves, before the rows are computed.
+    /// Blocks to be copied in from host memory after the saves and before the rows are computed.
     pub loads: Vec<(HostBlockId, BlockId)>,
 }
 

@@ -79,7 +79,7 @@ impl ServeConfig {
         let mut engine = engine_config(args.model)?;
         engine.served_model_name = args.limits.served_model_name;
         engine.max_num_seqs = args.limits.max_num_seqs.map(Into::into);
-        engine.max_num_queued_reqs = args.limits.max_num_queued_reqs.into();
+        engine.scheduling.max_num_queued_reqs = args.limits.max_num_queued_reqs.into();
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
         Ok(Self { engine, grpc: grpc_config(args.network, args.limits.shutdown_timeout)?, log })
     }

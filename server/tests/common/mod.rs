@@ -48,7 +48,7 @@ pub fn engine_config() -> EngineConfig {
 /// One row, and one place in the queue.
 pub fn narrow(config: &mut EngineConfig) {
     config.max_num_seqs = Some(1);
-    config.max_num_queued_reqs = 1;
+    config.scheduling.max_num_queued_reqs = 1;
 }
 
 /// A device that gives the same token again and again, until it is pulled out.
@@ -82,7 +82,7 @@ impl Runner for Frail {
 
 /// An engine whose device is lost when the flag is set.
 pub fn frail_engine(lost: Arc<AtomicBool>, config: EngineConfig) -> Engine {
-    let options = EngineOptions { max_num_queued_reqs: config.max_num_queued_reqs, look_ahead: true };
+    let options = EngineOptions { scheduling: config.scheduling.clone(), look_ahead: true };
     let like = Engine::start(config, |_| ()).unwrap().handle();
     let (runner, ()) = RunnerThread::start(move || Ok((Frail { lost, steps: VecDeque::new() }, ()))).unwrap();
     Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap()

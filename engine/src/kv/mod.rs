@@ -4,8 +4,11 @@
 //! references to some of them and gives them back when dropped. `free + owned + cached = total` holds at all times;
 //! `cached` counts blocks that nobody references but whose content is kept.
 
+mod events;
+
 use std::{fmt, sync::Arc};
 
+pub use events::{BlockHash, KvEvent, KvEventBatch};
 use parking_lot::Mutex;
 
 use crate::ids::BlockId;
