@@ -85,8 +85,11 @@ impl Admission {
     /// [`RequestError::Overloaded`] when it would wait longer than it may, or longer than its deadline leaves it after the time that serving it
     /// takes. Without anybody ahead there is no wait, and so no refusal.
     pub(crate) fn judge(&self, arrival: Arrival, now: Instant) -> Result<(), RequestError> {
-        let Some(wait) = self.predict(arrival.ahead, now).filter(|wait| !wait.is_zero()) else { return Ok(()) };
-        let left = arrival.deadline.map(|at| at.saturating_duration_since(now).saturating_sub(arrival.service));
+        let Some(wait) = self.predict(arrival.ahead, now).filter(|wait| !wait.is_zero()) else {
+            return Ok(());
+        };
+        let left =
+            arrival.deadline.map(|at| at.saturating_duration_since(now).saturating_sub(arrival.service));
         match self.max_queue_time.into_iter().chain(left).min() {
             Some(limit) if wait > limit => {
                 // By then the queue is as short as it must be.
@@ -164,7 +167,8 @@ mod tests {
     fn the_limit_refuses_with_the_time_by_which_the_queue_is_short_enough() {
         let (admission, now) = steady(Some(1000 * MS));
         assert_eq!(admission.judge(arrival(9), now), Ok(()));
-        let Err(RequestError::Overloaded { wait, limit, retry_after }) = admission.judge(arrival(25), now) else {
+        let Err(RequestError::Overloaded { wait, limit, retry_after }) = admission.judge(arrival(25), now)
+        else {
             panic!("2.5 s are over 1 s")
         };
         assert!(wait.abs_diff(2500 * MS) < MS && limit == 1000 * MS && retry_after.abs_diff(1500 * MS) < MS);
@@ -182,8 +186,14 @@ mod tests {
             admission.judge(arrival, now)
         };
         assert_eq!(asked(5, 400, 1000), Ok(()));
-        assert!(matches!(asked(7, 400, 1000), Err(RequestError::Overloaded { limit, .. }) if limit == 600 * MS));
-        assert_eq!(asked(0, 4000, 1000), Ok(()), "nobody is ahead: the estimate of the service alone refuses nobody");
+        assert!(
+            matches!(asked(7, 400, 1000), Err(RequestError::Overloaded { limit, .. }) if limit == 600 * MS)
+        );
+        assert_eq!(
+            asked(0, 4000, 1000),
+            Ok(()),
+            "nobody is ahead: the estimate of the service alone refuses nobody"
+        );
         assert_eq!(Admission::new(None).judge(arrival(1000), now), Ok(()), "no rate is known");
     }
 

@@ -61,8 +61,8 @@ pub struct EngineConfig {
     /// Bytes for keys and values; `None` takes what `max_num_seqs` full contexts need: on a CPU at most 2 GiB, on a GPU
     /// at most what `gpu_memory_utilization` leaves.
     pub kv_cache_memory: Option<usize>,
-    /// Bytes of host memory for KV blocks that are evicted from the prefix cache; used if copying a block back is quicker than computing it
-    /// again.
+    /// Bytes of host memory for blocks of keys and values that leave the KV cache for a while; 0 keeps none. On a GPU they are
+    /// page-locked.
     pub swap_space: usize,
     /// Where to compute.
     pub device: DeviceChoice,
@@ -169,7 +169,8 @@ impl SchedulingConfig {
             return refuse("--tenant-weight", "counts only with --scheduling-policy fair".into());
         }
         if self.enable_kv_cache_events && !self.enable_prefix_caching {
-            let detail = "there is nothing to report without a prefix cache; leave --no-enable-prefix-caching out";
+            let detail =
+                "there is nothing to report without a prefix cache; leave --no-enable-prefix-caching out";
             return refuse("--enable-kv-cache-events", detail.into());
         }
         if max_num_batched_tokens < max_num_seqs {

@@ -2,10 +2,7 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
-    sync::{
-        Arc, OnceLock,
-        atomic::AtomicU64,
-    },
+    sync::{Arc, OnceLock, atomic::AtomicU64},
     thread,
 };
 
@@ -32,6 +29,7 @@ use crate::{
     runner::{RunnerThread, panic_message},
     scheduler::{Limits, SchedulerConfig},
     stats::SharedStats,
+    swap::SwapFacts,
     text::TextModel,
 };
 
@@ -48,7 +46,7 @@ pub enum Progress {
 }
 
 /// What an engine is told besides its runner and its model.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct EngineOptions {
     /// Who is served when, and what is refused.
     pub scheduling: SchedulingConfig,
@@ -56,6 +54,8 @@ pub struct EngineOptions {
     pub look_ahead: bool,
     /// Gets the life of every request that has ended. What finds it full is lost and counted.
     pub lives: Option<async_channel::Sender<EndedLife>>,
+    /// Blocks of host memory that the runner has, for what the prefix cache gives up.
+    pub host_blocks: usize,
 }
 
 /// A running engine. Dropping it shuts it down: whatever is live fails with `EngineStopped`.
@@ -87,6 +87,13 @@ impl Engine {
         config: EngineConfig,
         mut progress: impl FnMut(Progress) + Send + 'static,
     ) -> Result<Self, LoadError> {
+        if config.swap_space > 0 && !config.scheduling.enable_prefix_caching {
+            return Err(LoadError::Option {
+                option: "--swap-space",
+                detail: "what is swapped out is found through the prefix cache; leave --no-enable-prefix-caching out"
+                    .into(),
+            });
+        }
         let mut files = ModelFiles::open(&config.source)?;
         if let Some(path) = &config.chat_template {
             files = files.with_chat_template(path);
@@ -134,7 +141,11 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        let options = EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives };
+        // Saving what costs more to bring back than to compute would be a loss.
+        let swap = facts.swap.filter(SwapFacts::pays);
+        let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
+        let options =
+            EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives, host_blocks };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -148,12 +159,12 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, lives } = options;
+        let EngineOptions { scheduling, look_ahead, lives, host_blocks } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
         let pool = match scheduling.enable_prefix_caching {
             true => {
                 let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
-                let cache = CacheConfig { key, events, host_blocks: 0 };
+                let cache = CacheConfig { key, events, host_blocks };
                 BlockPool::with_cache(info.num_kv_blocks, info.block_size, cache)
             }
             false => BlockPool::new(info.num_kv_blocks, info.block_size),

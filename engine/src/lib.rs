@@ -25,6 +25,7 @@ pub mod sampling;
 pub mod scheduler;
 mod sizes;
 mod stats;
+mod swap;
 pub mod text;
 mod unread;
 

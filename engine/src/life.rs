@@ -32,7 +32,8 @@ impl LifeLog {
 
     /// Takes note of what happened to a completion.
     pub(crate) fn push(&mut self, index: usize, what: Life, now: Instant) {
-        let event = LifeEvent { at: now.saturating_duration_since(self.submitted), index: index as u32, what };
+        let event =
+            LifeEvent { at: now.saturating_duration_since(self.submitted), index: index as u32, what };
         if self.first.len() < FIRST {
             return self.first.push(event);
         }

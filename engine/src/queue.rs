@@ -52,7 +52,8 @@ impl Queue {
 
     /// Tells the queue how quickly it moves.
     pub(crate) fn publish_interval(&self, interval: Option<Duration>) {
-        let nanos = interval.map_or(0, |interval| u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX).max(1));
+        let nanos =
+            interval.map_or(0, |interval| u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX).max(1));
         self.interval.store(nanos, Relaxed);
     }
 
@@ -117,7 +118,11 @@ mod tests {
         assert_eq!(refused(&queue, 10).1, Duration::from_secs(1), "the rate is not known yet");
         queue.publish_interval(Some(Duration::from_millis(200)));
         assert_eq!(refused(&queue, 10).1, Duration::from_millis(200));
-        assert_eq!(refused(&queue, 60).1, Duration::from_millis(600), "60 tokens are three of those that wait");
+        assert_eq!(
+            refused(&queue, 60).1,
+            Duration::from_millis(600),
+            "60 tokens are three of those that wait"
+        );
         assert_eq!(refused(&queue, 5000).1, Duration::from_millis(800), "once all have left it is taken");
     }
 }

@@ -35,7 +35,8 @@ impl Core {
     /// Ends everything that is open.
     pub(super) fn abort_all(&mut self, received: Instant) -> Vec<AbortReceipt> {
         let open = self.ledger.tickets().into_iter();
-        let named: Vec<_> = open.filter_map(|ticket| Some((ticket, self.ledger.id(ticket)?.clone()))).collect();
+        let named: Vec<_> =
+            open.filter_map(|ticket| Some((ticket, self.ledger.id(ticket)?.clone()))).collect();
         named.into_iter().map(|(ticket, id)| self.abort_open(ticket, id, received)).collect()
     }
 

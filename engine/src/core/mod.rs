@@ -18,8 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use command::{Command, Submission};
 use command::{Answer, Draining};
+pub(crate) use command::{Command, Submission};
 use crossbeam_channel::{Receiver, never, select_biased};
 use step::InFlight;
 use watch::Watchers;

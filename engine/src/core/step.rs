@@ -41,7 +41,11 @@ impl Core {
         histograms.iteration_tokens.record(tokens as f64);
         self.counters.blocks_saved += plan.saves.len() as u64;
         self.counters.blocks_loaded += plan.loads.len() as u64;
-        self.in_flight.push_back(InFlight { launched: now, decode_rows, prefill_tokens: tokens - decode_rows });
+        self.in_flight.push_back(InFlight {
+            launched: now,
+            decode_rows,
+            prefill_tokens: tokens - decode_rows,
+        });
         self.stats.beat();
         self.said_no_more = false;
         self.runner.launch(plan);

@@ -122,12 +122,7 @@ impl Ledger {
 
     /// Notes that a sequence got its first row, with so many tokens of its prompt from the prefix cache: its request does not queue any
     /// more. True when it is the first sequence of its request.
-    pub(crate) fn admitted(
-        &mut self,
-        seq: SeqId,
-        cached_tokens: usize,
-        now: Instant,
-    ) -> bool {
+    pub(crate) fn admitted(&mut self, seq: SeqId, cached_tokens: usize, now: Instant) -> bool {
         self.note(seq, Life::Admitted { cached_tokens }, now);
         let Some(&(ticket, _)) = self.by_seq.get(&seq) else { return false };
         let Some(entry) = self.open.get_mut(&ticket).filter(|entry| entry.first_scheduled.is_none()) else {
@@ -153,12 +148,15 @@ impl Ledger {
         let Some(entry) = self.open.get_mut(&ticket) else { return Delivered::Open };
         if entry.first_token().is_none() {
             self.histograms.time_to_first_token.record_duration(entry.since_submission(Some(now)));
-            let prefill = entry.first_scheduled.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+            let prefill =
+                entry.first_scheduled.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
             self.histograms.request_prefill_time.record_duration(prefill);
         }
         let completion = &mut entry.completions[index];
         match completion.last_token.replace(now) {
-            Some(last) => self.histograms.inter_token_latency.record_duration(now.saturating_duration_since(last)),
+            Some(last) => {
+                self.histograms.inter_token_latency.record_duration(now.saturating_duration_since(last))
+            }
             None => {
                 completion.first_token = Some(now);
                 entry.life.push(index, Life::FirstToken, now);
@@ -290,13 +288,7 @@ impl Ledger {
         self.timers.extend(at.map(|at| (at, ticket, timer)));
     }
 
-    fn end_completion(
-        &mut self,
-        ticket: Ticket,
-        index: usize,
-        reason: FinishReason,
-        now: Instant,
-    ) -> bool {
+    fn end_completion(&mut self, ticket: Ticket, index: usize, reason: FinishReason, now: Instant) -> bool {
         let Some(entry) = self.open.get_mut(&ticket) else { return false };
         if let Some(seq) = entry.completions[index].seq.take() {
             self.by_seq.remove(&seq);
@@ -306,7 +298,8 @@ impl Ledger {
         if over {
             if reason != FinishReason::Abort {
                 self.histograms.e2e_request_latency.record_duration(entry.since_submission(Some(now)));
-                let decode = entry.first_token().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+                let decode =
+                    entry.first_token().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
                 self.histograms.request_decode_time.record_duration(decode);
             }
             self.close(ticket);

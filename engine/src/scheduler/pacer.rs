@@ -68,7 +68,9 @@ impl Pacer {
 
     /// Prompt tokens that the next step may read beside so many rows that decode.
     pub fn prefill_budget(&self, decode_rows: usize) -> usize {
-        let Some(target) = self.target.filter(|_| decode_rows > 0) else { return self.max_num_batched_tokens };
+        let Some(target) = self.target.filter(|_| decode_rows > 0) else {
+            return self.max_num_batched_tokens;
+        };
         let left = (target - self.base.value.unwrap_or(0.0)).max(0.0);
         let fits = match self.cost.value {
             // A division by zero gives infinity, or NaN where nothing is left; `as` makes the largest and 0 of them.

@@ -75,7 +75,9 @@ fn a_wait_that_would_be_too_long_is_refused_at_once_with_a_hint() {
         }
         taken.push(generation);
     }
-    let Some((error, after)) = refused else { panic!("40 requests that would wait for more than 3 s are in") };
+    let Some((error, after)) = refused else {
+        panic!("40 requests that would wait for more than 3 s are in")
+    };
     let RequestError::Overloaded { wait, limit: said, retry_after } = error else { panic!("{error:?}") };
     assert!(wait > limit && said == limit && retry_after == (wait - limit).max(Duration::from_millis(50)));
     assert_eq!(error.code(), ErrorCode::ResourceExhausted);
@@ -96,9 +98,9 @@ fn whoever_waits_longer_than_the_limit_is_told_so() {
     let error = collect(submit(&handle, request("queued", &[1], 1))).unwrap_err();
     let RequestError::Overloaded { wait, limit, .. } = error else { panic!("{error:?}") };
     assert!(wait >= limit && limit == Duration::from_millis(60), "{wait:?}");
+    eventually("its place is given back", || handle.stats().num_requests_waiting == 0);
     let counters = handle.stats().counters;
     assert_eq!((counters.refused, counters.failed), (1, 0));
-    eventually("its place is given back", || handle.stats().num_requests_waiting == 0);
     // The limit is for the queue: the running one stays.
     bench.finish_step();
     assert_eq!(collect(running).unwrap().0, [301]);

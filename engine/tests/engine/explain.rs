@@ -68,11 +68,11 @@ fn a_request_is_explained_at_every_stage_and_after_its_end() {
 
 #[test]
 fn a_preempted_request_says_so() {
-    // 16 blocks of 4 tokens: two that need 9 each do not fit.
+    // 16 blocks of 4 tokens: two that need 13 each do not fit.
     let bench = Bench::new();
     let handle = bench.handle();
-    let old = submit(&handle, request("old", &[1, 2], 34));
-    let young = submit(&handle, request("young", &[1, 2], 34));
+    let old = submit(&handle, request("old", &[1, 2], 50));
+    let young = submit(&handle, request("young", &[1, 2], 50));
     let mut steps = 0;
     while handle.stats().counters.preemptions == 0 {
         bench.step_started();

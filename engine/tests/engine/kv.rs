@@ -35,7 +35,8 @@ impl View {
         let mut watch = block_on(bench.handle().watch_kv()).unwrap();
         let first = block_on(watch.next()).unwrap();
         assert!(first.is_snapshot);
-        let mut view = Self { watch, sequence: first.sequence, stored: BTreeSet::new(), removed: 0, cleared: 0 };
+        let mut view =
+            Self { watch, sequence: first.sequence, stored: BTreeSet::new(), removed: 0, cleared: 0 };
         first.events.into_iter().for_each(|event| view.take(event));
         view
     }
@@ -44,7 +45,10 @@ impl View {
         match event {
             KvEvent::Stored { hash, parent, tokens } => {
                 assert_eq!(tokens.len(), BLOCK_SIZE);
-                assert!(parent.is_none_or(|parent| self.stored.contains(&parent)), "a block before its parent");
+                assert!(
+                    parent.is_none_or(|parent| self.stored.contains(&parent)),
+                    "a block before its parent"
+                );
                 assert!(self.stored.insert(hash), "stored twice");
             }
             KvEvent::Removed { hash } => {
@@ -102,7 +106,7 @@ fn a_watcher_sees_what_is_stored_removed_and_cleared() {
     assert_eq!((&late.stored, late.sequence), (&early.stored, early.sequence));
     // Others fill the cache and drive the oldest out.
     for other in 1..8u32 {
-        run(&bench, request("b", &(0..12).map(|n| other * 20 + n).collect::<Vec<_>>(), 1));
+        run(&bench, request("b", &(0..12).map(|n| 100 + other * 20 + n).collect::<Vec<_>>(), 1));
     }
     for view in [&mut early, &mut late] {
         view.catch_up(&bench);

@@ -322,4 +322,3 @@ fn a_stop_string_ends_the_completion_before_its_tokens_run_out() {
     assert!(finish.usage.completion_tokens <= 3, "tokens after the stop string are not part of it");
     eventually("all blocks are free", || bench.all_free());
 }
-

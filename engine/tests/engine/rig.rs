@@ -113,7 +113,7 @@ impl Bench {
             engine: EngineOptions {
                 scheduling: SchedulingConfig { max_num_queued_reqs: 3, ..SchedulingConfig::default() },
                 look_ahead: true,
-                lives: None,
+                ..EngineOptions::default()
             },
             max_num_seqs: 2,
             max_num_batched_tokens: 8,
