@@ -9,8 +9,8 @@ use crate::{
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
     model::generation_config::GenerationDefaults,
-    scheduler::Policy,
     sampling::{Sampling, SamplingParams},
+    scheduler::Policy,
     text::{TextModel, chat::ChatPrompt},
 };
 

@@ -80,6 +80,29 @@ fn wrong_usage_is_2_and_says_what_to_do() {
 }
 
 #[test]
+fn options_of_the_scheduler_are_checked_before_a_model_is_loaded() {
+    fails(&["serve", "--scheduling-policy", "lottery"], 2, &["fcfs", "priority", "fair"]);
+    fails(&["serve", "--tenant-weight", "fox=2"], 2, &["--tenant-weight", "--scheduling-policy fair"]);
+    let fair = |weight| ["serve", "--scheduling-policy", "fair", "--tenant-weight", weight];
+    for wrong in ["fox", "=2", "fox=0", "fox=1001", "fox=1.5", "fox=2,fox=3"] {
+        fails(&fair(wrong), 2, &["--tenant-weight"]);
+    }
+    let contradiction = ["serve", "--no-enable-prefix-caching", "--enable-kv-cache-events"];
+    fails(&contradiction, 2, &["--no-enable-prefix-caching", "--enable-kv-cache-events"]);
+    fails(&["serve", "--no-enable-prefix-caching", "--swap-space", "1GiB"], 2, &["--swap-space"]);
+    fails(&["serve", "--swap-space", "4"], 2, &["--swap-space", "4GiB"]);
+    for option in ["--long-prefill-token-threshold", "--max-num-queued-tokens", "--max-stream-buffer"] {
+        fails(&["serve", option, "0"], 2, &[option]);
+    }
+    for option in ["--target-itl-ms", "--max-queue-time", "--slow-reader-timeout"] {
+        for wrong in ["0", "-1", "NaN", "soon"] {
+            fails(&["serve", option, wrong], 2, &[option]);
+        }
+    }
+    fails(&["serve", "--otlp-endpoint", "localhost:4317"], 2, &["--otlp-endpoint", "http://"]);
+}
+
+#[test]
 fn a_model_that_cannot_be_loaded_is_3_and_named() {
     fails(&["run", "--model", "/no/such/model", "x"], 3, &["/no/such/model", "no such folder"]);
     fails(&["serve", "--grpc-port", "0", "--model", "/no/such/model"], 3, &["/no/such/model"]);
@@ -111,6 +134,10 @@ fn help_shows_options_examples_and_exit_codes() {
         "--max-num-batched-tokens",
         "--tls-client-ca",
         "--insecure-bind",
+        "--scheduling-policy",
+        "--no-enable-prefix-caching",
+        "--otlp-endpoint",
+        "TIDEMILL_TENANT_WEIGHT",
         "TIDEMILL_MODEL",
         "[default: 50051]",
     ] {
@@ -295,7 +322,8 @@ fn the_command_line_wins_over_the_environment_and_that_over_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tidemill.toml");
     let file = "grpc-port = 0\nserved-model-name = \"file\"\nmax-num-seqs = 3\nmax-model-len = 100\nlog-level = \"info\"\n\
-                kv-cache-memory = \"16MiB\"\napi-key = [\"a\", \"b\"]\ninsecure-bind = true\nshutdown-timeout = 1.5\n";
+                kv-cache-memory = \"16MiB\"\napi-key = [\"a\", \"b\"]\ninsecure-bind = true\nshutdown-timeout = 1.5\n\
+                scheduling-policy = \"fair\"\ntenant-weight = [\"fox=2\", \"a=b=3\"]\nno-enable-prefix-caching = true\ntarget-itl-ms = 12.5\n";
     std::fs::write(&path, file).unwrap();
     let mut command = tidemill(&["serve", "--config", path.to_str().unwrap(), "--max-model-len", "300"]);
     command.env("TIDEMILL_MAX_MODEL_LEN", "200").env("TIDEMILL_MAX_NUM_SEQS", "5");
