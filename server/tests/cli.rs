@@ -13,7 +13,7 @@ use std::{
 };
 
 use common::{endless, greedy, text};
-use tidemill_proto::v1::{FinishReason, inference_client::InferenceClient};
+use tidemill_proto::v1::{FinishReason, GenerateRequest, inference_client::InferenceClient};
 use tonic::Code;
 
 fn tidemill(args: &[&str]) -> Command {
@@ -280,6 +280,43 @@ async fn sigterm_lets_the_running_finish_and_exits_0() {
     assert!(log.contains("\"finished\":1,\"cut_off\":0"), "{log}");
     assert!(log.lines().all(|line| line.starts_with('{')), "every line is JSON: {log}");
     assert!(!log.contains("Once upon"), "prompts are not logged");
+}
+
+#[tokio::test]
+async fn a_request_is_one_line_of_the_log_and_a_collector_that_is_away_is_one_warning() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let endpoint = format!("http://{closed}");
+    let options = ["serve", "--grpc-port", "0", "--log-format", "json", "--otlp-endpoint", &endpoint];
+    let serving = Serving::start(&mut tidemill(&options));
+    let mut client = InferenceClient::connect(format!("http://{}", serving.address)).await.unwrap();
+    for id in ["first", "second"] {
+        let tenant = "fox\nforged line".to_owned();
+        let request =
+            GenerateRequest { request_id: id.into(), tenant, ..text("Once upon a time", greedy(5)) };
+        common::collect(client.generate(request).await.unwrap().into_inner()).await.unwrap();
+        // Longer than spans wait for others to be sent with: two exports fail, or one and its repetition.
+        tokio::time::sleep(Duration::from_millis(600)).await;
+    }
+    serving.signal("TERM");
+    let (code, log) = tokio::task::spawn_blocking(|| serving.end()).await.unwrap();
+    assert_eq!(code, Some(0), "{log}");
+    for id in ["first", "second"] {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
+        let [line] = lines[..] else { panic!("{id}: {lines:?}") };
+        for word in [
+            "\"message\":\"request\"",
+            "\"outcome\":\"length\"",
+            "\"completion_tokens\":5",
+            "queue_ms",
+            "prefill_ms",
+            "decode_ms",
+        ] {
+            assert!(line.contains(word), "{word}: {line}");
+        }
+        assert!(line.contains("fox") && !line.contains("parked_ms"), "{line}");
+    }
+    assert!(log.lines().all(|line| line.starts_with('{')), "no line is forged: {log}");
+    assert_eq!(log.matches("traces cannot be exported").count(), 1, "{log}");
 }
 
 #[tokio::test]

@@ -19,6 +19,11 @@ use opentelemetry_proto::tonic::{
     trace::v1::{ResourceSpans, Span, status::StatusCode},
 };
 use tidemill::{config::GrpcConfig, lives::Lives};
+use tidemill_engine::{
+    explain::{EndedLife, Explanation, Life, LifeEvent, RequestState},
+    ids::{RequestId, TenantId},
+    output::FinishReason,
+};
 use tidemill_proto::v1::GenerateRequest;
 use tokio::{net::TcpListener, sync::mpsc};
 use tonic::{Request, Response, Status};
@@ -148,6 +153,90 @@ async fn the_stages_of_a_life_arrive_as_spans_under_the_callers() {
     let (dropped, _) = of_request(&spans, "running");
     assert_eq!(attribute(dropped, "tidemill.outcome"), Value::StringValue("dropped".into()));
     assert!(dropped.parent_span_id.is_empty() && hex(&dropped.trace_id) != TRACE, "a trace of its own");
+}
+
+/// A life of two completions, of which one met everything that can happen.
+fn eventful(id: &str) -> EndedLife {
+    let life = [
+        (0, 0, Life::Queued),
+        (10, 0, Life::Admitted { cached_tokens: 16 }),
+        (11, 0, Life::Chunk { tokens: 34, computed: 50 }),
+        (20, 0, Life::FirstToken),
+        (21, 1, Life::Admitted { cached_tokens: 48 }),
+        (25, 1, Life::FirstToken),
+        (30, 0, Life::Preempted),
+        (40, 0, Life::Resumed { cached_tokens: 48 }),
+        (50, 0, Life::Parked),
+        (70, 0, Life::Unparked),
+        (75, 0, Life::Resumed { cached_tokens: 48 }),
+        (80, 1, Life::Finished(FinishReason::Stop)),
+        (90, 0, Life::Finished(FinishReason::Length)),
+    ];
+    let event = |(ms, index, what)| LifeEvent { at: Duration::from_millis(ms), index, what };
+    EndedLife {
+        submitted: Instant::now() - Duration::from_millis(100),
+        trace_parent: None,
+        explanation: Explanation {
+            id: RequestId::new(id),
+            state: RequestState::Ended,
+            waits_for: None,
+            ahead: 0,
+            predicted_wait: None,
+            priority: 3,
+            tenant: TenantId::new("fox"),
+            prompt_tokens: 50,
+            cached_tokens: 16,
+            completion_tokens: 40,
+            kv_blocks: 0,
+            num_preemptions: 1,
+            life: life.map(event).to_vec(),
+            events_left_out: 0,
+        },
+    }
+}
+
+#[tokio::test]
+async fn preempted_and_parked_stages_are_spans_too_and_lives_are_batched_and_flushed() {
+    let (address, spans) = collector().await;
+    let endpoint = format!("http://{address}").parse().unwrap();
+    let (lives, sender) = Lives::start(Some(&endpoint)).unwrap();
+    for number in 0..300 {
+        sender.try_send(eventful(&format!("life-{number}"))).unwrap();
+    }
+    let spans = arrived(lives, spans).await;
+    assert_eq!(spans.len(), 300 * 12, "nothing is lost");
+    let (root, stages) = of_request(&spans, "life-7");
+    let ms = |from: u64, to: u64| (to - from) / 1_000_000;
+    let shape: Vec<_> = stages
+        .iter()
+        .map(|stage| {
+            let (from, to) = (stage.start_time_unix_nano, stage.end_time_unix_nano);
+            let index = attribute(stage, "tidemill.index");
+            (
+                stage.name.as_str(),
+                index == Value::IntValue(1),
+                ms(root.start_time_unix_nano, from),
+                ms(from, to),
+            )
+        })
+        .collect();
+    let expected = [
+        ("queue", false, 0, 10),
+        ("prefill", false, 10, 10),
+        ("decode", false, 20, 10),
+        ("preempted", false, 30, 10),
+        ("decode", false, 40, 10),
+        ("parked", false, 50, 20),
+        ("queue", false, 70, 5),
+        ("decode", false, 75, 15),
+        ("queue", true, 0, 21),
+        ("prefill", true, 21, 4),
+        ("decode", true, 25, 55),
+    ];
+    assert_eq!(shape[..], expected);
+    assert_eq!(attribute(root, "tidemill.outcome"), Value::StringValue("stop,length".into()));
+    assert_eq!(attribute(root, "tidemill.num_preemptions"), Value::IntValue(1));
+    assert_eq!(attribute(stages[4], "tidemill.cached_tokens"), Value::IntValue(48));
 }
 
 #[tokio::test]

@@ -24,7 +24,13 @@ pub enum PolicyArg {
 #[command(next_help_heading = "Scheduling")]
 pub struct SchedulingArgs {
     /// Order of the queue.
-    #[arg(long, value_enum, default_value = "fcfs", env = "TIDEMILL_SCHEDULING_POLICY")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "POLICY",
+        default_value = "fcfs",
+        env = "TIDEMILL_SCHEDULING_POLICY"
+    )]
     pub scheduling_policy: PolicyArg,
     /// Share of a tenant under --scheduling-policy fair, 1 to 1000; whoever is not named has 1. May be given several times; the variable
     /// takes a comma-separated list. A tenant is what requests name, or else the fingerprint of their API key (`b3sum`, first 16 digits).
