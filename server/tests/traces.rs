@@ -169,6 +169,7 @@ fn eventful(id: &str) -> EndedLife {
         (50, 0, Life::Parked),
         (70, 0, Life::Unparked),
         (75, 0, Life::Resumed { cached_tokens: 48 }),
+        (75, 1, Life::Resumed { cached_tokens: 48 }),
         (80, 1, Life::Finished(FinishReason::Stop)),
         (90, 0, Life::Finished(FinishReason::Length)),
     ];
@@ -204,7 +205,7 @@ async fn preempted_and_parked_stages_are_spans_too_and_lives_are_batched_and_flu
         sender.try_send(eventful(&format!("life-{number}"))).unwrap();
     }
     let spans = arrived(lives, spans).await;
-    assert_eq!(spans.len(), 300 * 12, "nothing is lost");
+    assert_eq!(spans.len(), 300 * 15, "nothing is lost");
     let (root, stages) = of_request(&spans, "life-7");
     let ms = |from: u64, to: u64| (to - from) / 1_000_000;
     let shape: Vec<_> = stages
@@ -231,7 +232,10 @@ async fn preempted_and_parked_stages_are_spans_too_and_lives_are_batched_and_flu
         ("decode", false, 75, 15),
         ("queue", true, 0, 21),
         ("prefill", true, 21, 4),
-        ("decode", true, 25, 55),
+        ("decode", true, 25, 25),
+        ("parked", true, 50, 20),
+        ("queue", true, 70, 5),
+        ("decode", true, 75, 5),
     ];
     assert_eq!(shape[..], expected);
     assert_eq!(attribute(root, "tidemill.outcome"), Value::StringValue("stop,length".into()));

@@ -66,7 +66,11 @@ pub fn stages(life: &[LifeEvent]) -> Vec<Stage> {
     let ended = life.iter().map(|event| event.at).max().unwrap_or_default();
     let mut completions: BTreeMap<u32, Completion> = BTreeMap::new();
     for event in life {
-        completions.entry(event.index).or_insert_with(|| Completion::new(event.index)).take(event);
+        completions.entry(event.index).or_insert_with(|| Completion::new(event.index));
+        // The stream is one, so its reader stops all completions.
+        let all = matches!(event.what, Life::Parked | Life::Unparked);
+        let concerned = completions.values_mut().filter(|completion| all || completion.index == event.index);
+        concerned.for_each(|completion| completion.take(event));
     }
     completions.into_values().flat_map(|completion| completion.end(ended)).collect()
 }
@@ -82,7 +86,9 @@ pub fn time_in(stages: &[Stage], kind: StageKind) -> Duration {
 
 /// One completion, event by event.
 struct Completion {
+    index: u32,
     done: Vec<Stage>,
+    /// Nothing once it has ended.
     open: Option<Stage>,
     gave_token: bool,
 }
@@ -90,15 +96,12 @@ struct Completion {
 impl Completion {
     /// All completions wait from the submission on.
     fn new(index: u32) -> Self {
-        let open = Stage {
-            kind: StageKind::Queue,
-            index,
-            from: Duration::ZERO,
-            to: Duration::ZERO,
-            cached_tokens: None,
-            chunks: Vec::new(),
-        };
-        Self { done: Vec::new(), open: Some(open), gave_token: false }
+        let open = Some(Self::stage(index, StageKind::Queue, Duration::ZERO, None));
+        Self { index, done: Vec::new(), open, gave_token: false }
+    }
+
+    fn stage(index: u32, kind: StageKind, from: Duration, cached_tokens: Option<usize>) -> Stage {
+        Stage { kind, index, from, to: from, cached_tokens, chunks: Vec::new() }
     }
 
     fn take(&mut self, event: &LifeEvent) {
@@ -125,9 +128,10 @@ impl Completion {
     }
 
     fn turn_to(&mut self, kind: StageKind, at: Duration, cached_tokens: Option<usize>) {
-        let index = self.open.as_ref().or(self.done.last()).map_or(0, |stage| stage.index);
-        self.close(at);
-        self.open = Some(Stage { kind, index, from: at, to: at, cached_tokens, chunks: Vec::new() });
+        if self.open.is_some() {
+            self.close(at);
+            self.open = Some(Self::stage(self.index, kind, at, cached_tokens));
+        }
     }
 
     fn close(&mut self, at: Duration) {
@@ -223,6 +227,26 @@ mod tests {
         ];
         assert_eq!(shape(&stages), expected);
         assert_eq!(time_in(&stages, StageKind::Decode), Duration::from_millis(5), "of the longest");
+    }
+
+    #[test]
+    fn a_stream_that_is_not_read_parks_all_completions_that_still_run() {
+        let stages = stages(&life(&[
+            (0, 0, Life::Queued),
+            (1, 0, Life::FirstToken),
+            (1, 1, Life::FirstToken),
+            (1, 2, Life::FirstToken),
+            (2, 2, Life::Finished(FinishReason::Stop)),
+            (3, 0, Life::Parked),
+            (8, 0, Life::Unparked),
+            (9, 1, Life::Dropped),
+        ]));
+        for index in [0, 1] {
+            let parked = ("parked", index, 3, 8);
+            assert!(shape(&stages).contains(&parked), "{stages:?}");
+        }
+        let last = shape(&stages).into_iter().rfind(|stage| stage.1 == 2);
+        assert_eq!(last, Some(("decode", 2, 1, 2)), "it had ended");
     }
 
     #[test]
