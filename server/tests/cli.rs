@@ -199,7 +199,7 @@ fn the_demonstration_streams_aborts_and_ends_with_every_block_free() {
     assert_eq!(output.status.code(), Some(0), "{text}{}", stderr(&output));
     for word in [
         "Control.Abort(\"endless\") took effect in decode",
-        "4096 of 4096 free",
+        "0 of 4096 in use",
         "tokens/s",
         "aborted",
         "tidemill serve",
@@ -289,7 +289,7 @@ async fn a_request_is_one_line_of_the_log_and_a_collector_that_is_away_is_one_wa
     let options = ["serve", "--grpc-port", "0", "--log-format", "json", "--otlp-endpoint", &endpoint];
     let serving = Serving::start(&mut tidemill(&options));
     let mut client = InferenceClient::connect(format!("http://{}", serving.address)).await.unwrap();
-    for id in ["first", "second"] {
+    for id in ["life-one", "life-two"] {
         let tenant = "fox\nforged line".to_owned();
         let request =
             GenerateRequest { request_id: id.into(), tenant, ..text("Once upon a time", greedy(5)) };
@@ -300,7 +300,7 @@ async fn a_request_is_one_line_of_the_log_and_a_collector_that_is_away_is_one_wa
     serving.signal("TERM");
     let (code, log) = tokio::task::spawn_blocking(|| serving.end()).await.unwrap();
     assert_eq!(code, Some(0), "{log}");
-    for id in ["first", "second"] {
+    for id in ["life-one", "life-two"] {
         let lines: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
         let [line] = lines[..] else { panic!("{id}: {lines:?}") };
         for word in [
