@@ -44,6 +44,10 @@ class RawStream:
         """The messages of a Generate call that have come."""
         return [pb.GenerateResponse.FromString(message) for message in messages(self.data)]
 
+    def num_tokens(self):
+        """How many tokens they carry."""
+        return sum(len(message.token_ids) for message in self.generated())
+
 
 class RawClient:
     """One connection. With `window`, that many bytes of each response are accepted and no more."""
@@ -143,6 +147,12 @@ class RawClient:
             assert not stream.ended and not self.closed, stream.headers
             self._receive(end)
         return stream
+
+    def wait_for_tokens(self, number, count, seconds=10):
+        """Reads until so many tokens of a Generate call have come."""
+        while self.streams[number].num_tokens() < count:
+            self.wait_for_data(number, len(self.streams[number].data) + 1, seconds)
+        return self.streams[number]
 
     def open_window(self, number, size):
         """Lets the server send more on a stream, and keeps it flowing from now on."""

@@ -6,7 +6,7 @@ import math
 import pytest
 from client import ABORT, LENGTH, refusal, violations
 from prompts import request
-from stages import LONG, LONG_DECODE, LONG_PREFILL, in_stage, occupied
+from stages import LONG, LONG_DECODE, in_stage, occupied, options_in
 from tidemill.v1 import tidemill_pb2 as pb
 
 
@@ -19,7 +19,7 @@ def abort_at_once(server, request_id):
         assert after.num_requests_waiting == 0
     else:
         assert after.num_requests_running == 0
-        assert after.kv_blocks_free == after.kv_blocks_total
+        assert after.kv_blocks_owned == 0
     assert after.requests_aborted_total == before.requests_aborted_total + 1
     return receipt
 
@@ -34,7 +34,8 @@ def test_queued(narrow):
 
 
 def test_in_prefill(narrow):
-    with in_stage(narrow, "prefill", lambda: narrow.client.start(**LONG_PREFILL, request_id="reads")) as stream:
+    options = options_in("mid-chunk", request_id="reads")
+    with in_stage(narrow, "mid-chunk", lambda: narrow.client.start(**options)) as stream:
         receipt = abort_at_once(narrow, "reads")
         result = stream.result()
     assert receipt.stage == pb.ABORT_STAGE_PREFILL
