@@ -160,6 +160,19 @@ class RawClient:
         self.h2.increment_flow_control_window(size, number)
         self._flush()
 
+    def allow(self, number, size):
+        """Lets the server send so much more on a stream, and no more than that."""
+        self.h2.increment_flow_control_window(size)
+        self.h2.increment_flow_control_window(size, number)
+        self._flush()
+
+    def read_for(self, seconds):
+        """Takes in what comes meanwhile."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError):
+            while not self.closed and time.monotonic() < end:
+                self._receive(end)
+
     # Ways to go, from polite to rude.
 
     def reset_streams(self, spare=None):
