@@ -71,6 +71,10 @@ fn wrong_usage_is_2_and_says_what_to_do() {
     );
     fails(&["serve", "--log-level", "info,,=x=y"], 2, &["--log-level"]);
     fails(&["serve", "--shutdown-timeout", "-1"], 2, &["--shutdown-timeout"]);
+    for seconds in ["0", "-1", "1e18", "soon"] {
+        fails(&["serve", "--keepalive-interval", seconds], 2, &["--keepalive-interval"]);
+        fails(&["serve", "--keepalive-timeout", seconds], 2, &["--keepalive-timeout"]);
+    }
     fails(&["serve", "--max-model-len", "5000"], 2, &["--max-model-len", "1024"]);
     fails(&["serve", "--kv-cache-memory", "1"], 2, &["--kv-cache-memory"]);
     fails(&["run"], 2, &["PROMPT"]);
