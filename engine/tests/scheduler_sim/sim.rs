@@ -1,281 +1,627 @@
-//! Random requests, aborts and failures, and what must hold after every turn.
+//! Runs a scenario: the host's part of the engine around a real scheduler, a real pool and a real queue of steps.
 
-use std::{cell::Cell, collections::BTreeMap, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, VecDeque},
+    rc::Rc,
+    sync::Arc,
+};
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use tidemill_engine::{
-    ids::{SeqId, TokenId},
-    kv::BlockPool,
-    output::FinishReason,
+    ids::{SeqId, TenantId, TokenId},
+    kv::{BlockHash, BlockPool, CacheConfig},
     runner::StepQueue,
     sampling::Sampling,
-    scheduler::{Effect, Limits, MAX_IN_FLIGHT, NewSequence, PlanRow, Scheduler, StepPlan, TokenInput},
+    scheduler::{
+        Effect, Limits, MAX_IN_FLIGHT, NewSequence, Note, Policy, Scheduler, SchedulerConfig, StepPlan, TokenInput,
+    },
 };
 
 use crate::{
-    device::{Device, EOS, Fate, VOCAB, fate, next_token},
+    check::{Cache, Contents},
+    device::{Device, Wires},
+    fairness::{Service, Size},
+    model::{End, EOS, Fate, Part, Script, VOCAB, mix},
     sampling,
+    scenario::{Arrival, Config, Event, Scenario},
 };
 
-/// How a request ends.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum End {
-    Finished(FinishReason),
-    Broken(Fate),
+/// Where a sequence is, as far as the scheduler's notes say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Where {
+    Waiting,
+    Running,
+    Parked,
 }
 
-/// A live request of the simulation.
-struct Live {
-    prompt: Arc<[TokenId]>,
-    sampling: Arc<Sampling>,
-    seed: u64,
-    output: Vec<TokenId>,
-    scored: Vec<TokenId>,
-    /// It has had a row of a step.
-    started: bool,
-    /// Launches in a row that left it out although it was the oldest.
-    left_out: usize,
+/// A live sequence of the simulation.
+pub struct Live {
+    pub request: u32,
+    pub script: Script,
+    pub sampling: Arc<Sampling>,
+    /// Tokens of the script that came so far, the prompt included.
+    pub known: usize,
+    /// Prompt tokens that were scored.
+    pub scored: usize,
+    pub priority: i32,
+    pub tenant: usize,
+    /// Sequences of different domains share no block.
+    pub domain: u64,
+    /// The sequence that reads the prompt for this one too.
+    pub prompt_of: Option<SeqId>,
+    pub place: Where,
+    /// It has had a row of the batch.
+    pub admitted: bool,
+    /// Steps in flight that contain it.
+    pub in_flight: usize,
+    /// Its client does not read.
+    pub unread: bool,
+    /// Launches in a row that left it out although it was the first of the batch.
+    pub left_out: usize,
 }
 
-impl Live {
-    /// What the request gives when it runs alone. End-of-sequence tokens before `min_tokens` do not end it here either: the
-    /// simulated model cannot be forbidden to choose them.
-    fn alone(&self) -> (Vec<TokenId>, End) {
-        let mut tokens = self.prompt.to_vec();
-        let end = loop {
-            let fate = fate(self.seed);
-            if matches!(fate, Fate::Poison(limit) | Fate::NotFinite(limit) if tokens.len() >= limit) {
-                break End::Broken(fate);
-            }
-            let output = &tokens[self.prompt.len()..];
-            let mut counts = BTreeMap::new();
-            if self.sampling.has_penalties() {
-                counts.extend(self.prompt.iter().map(|&token| (token, 0)));
-                output.iter().for_each(|&token| *counts.entry(token).or_insert(0) += 1);
-            }
-            let counts: Vec<_> = counts.into_iter().collect();
-            let forbid = output.len() < self.sampling.min_tokens;
-            tokens.push(next_token(self.seed, &tokens, &counts, forbid));
-            let output = &tokens[self.prompt.len()..];
-            if output.len() >= self.sampling.min_tokens && output.last() == Some(&EOS) {
-                break End::Finished(FinishReason::Stop);
-            }
-            if output.len() == self.sampling.max_tokens {
-                break End::Finished(FinishReason::Length);
-            }
-        };
-        (tokens.split_off(self.prompt.len()), end)
-    }
+/// A live request.
+struct Request {
+    seqs: Vec<SeqId>,
+    deadline: Option<u64>,
 }
 
 /// How often the simulation came by the states that matter.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub struct Seen {
-    pub finished: usize,
-    pub broken: usize,
+    pub finished: u64,
+    pub broken: u64,
+    pub refused: u64,
+    pub expired: u64,
     pub preemptions: u64,
-    pub fed_back: usize,
-    pub aborts_over_two_steps: usize,
-    pub failed_steps: usize,
+    pub resumed: u64,
+    pub parked: u64,
+    pub fed_back: u64,
+    pub aborts_over_two_steps: u64,
+    pub failed_steps: u64,
     /// Plans that left a row out for want of a block, behind a step in flight.
-    pub shortages: usize,
+    pub shortages: u64,
     /// Rows that came too late: their sequence had ended.
-    pub late_rows: usize,
+    pub late_rows: u64,
+    /// Tokens found in the prefix cache, and tokens generated by others among them.
+    pub cached_tokens: u64,
+    pub saves: u64,
+    pub loads: u64,
+    /// Comparisons of two tenants' service while both waited.
+    pub compared: u64,
+}
+
+impl Seen {
+    pub fn add(&mut self, other: &Self) {
+        let Self { finished, broken, refused, expired, preemptions, resumed, parked, fed_back, .. } = other;
+        let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
+        let Self { saves, loads, compared, .. } = other;
+        self.finished += finished;
+        self.broken += broken;
+        self.refused += refused;
+        self.expired += expired;
+        self.preemptions += preemptions;
+        self.resumed += resumed;
+        self.parked += parked;
+        self.fed_back += fed_back;
+        self.aborts_over_two_steps += aborts_over_two_steps;
+        self.failed_steps += failed_steps;
+        self.shortages += shortages;
+        self.late_rows += late_rows;
+        self.cached_tokens += cached_tokens;
+        self.saves += saves;
+        self.loads += loads;
+        self.compared += compared;
+    }
+}
+
+thread_local! {
+    /// The event that runs, for the report of a failure.
+    pub static AT: Cell<usize> = const { Cell::new(0) };
 }
 
 pub struct Sim {
-    rng: StdRng,
-    limits: Limits,
-    depth: usize,
-    pool: BlockPool,
-    scheduler: Scheduler,
+    pub config: Config,
+    pub pool: BlockPool,
+    pub scheduler: Scheduler,
     steps: StepQueue<Device>,
-    live: BTreeMap<SeqId, Live>,
-    next_id: u64,
-    failures: Rc<Cell<usize>>,
-    seen: Seen,
+    pub wires: Rc<RefCell<Wires>>,
+    pub live: BTreeMap<SeqId, Live>,
+    requests: BTreeMap<u32, Request>,
+    next_request: u32,
+    next_seq: u64,
+    /// What ended requests read and wrote, youngest first.
+    conversations: VecDeque<Vec<TokenId>>,
+    /// In simulated milliseconds.
+    now: u64,
+    /// Sequences and loads of the steps in flight.
+    pub flights: VecDeque<StepPlan>,
+    pub contents: Contents,
+    pub cache: Cache,
+    pub service: Service,
+    pub seen: Seen,
+    notes: Vec<Note>,
+    effects: Vec<Effect>,
+    turns: u64,
 }
 
 impl Sim {
-    /// Everything about it follows from the seed.
-    pub fn new(seed: u64) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let block_size = rng.random_range(1..=8);
-        let blocks = rng.random_range(1..=40);
-        let limits = Limits {
-            max_num_seqs: rng.random_range(1..=8),
-            max_num_batched_tokens: rng.random_range(1..=48),
+    pub fn new(config: &Config) -> Self {
+        let Config { block_size, blocks, host_blocks, .. } = *config;
+        let key = std::array::from_fn(|at| mix(config.key ^ at as u64) as u8);
+        let cache = CacheConfig { key, events: true, host_blocks };
+        let pool = match config.caching {
+            true => BlockPool::with_cache(blocks, block_size, cache),
+            false => BlockPool::new(blocks, block_size),
         };
-        let pool = BlockPool::new(blocks, block_size);
-        let flakiness = if rng.random_bool(0.3) { 0.1 } else { 0.0 };
-        let device = Device::new(seed, blocks, block_size, flakiness);
+        let limits = Limits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            long_prefill_token_threshold: config.long_prefill_token_threshold,
+        };
+        let weights = (0..).zip(config.weights).map(|(tenant, weight)| (tenant_id(tenant), weight)).collect();
+        let wires = Rc::<RefCell<Wires>>::default();
+        let device = Device::new(wires.clone(), block_size, blocks, host_blocks);
         Self {
-            scheduler: Scheduler::new(limits, pool.clone()),
-            failures: device.failures.clone(),
+            scheduler: Scheduler::new(SchedulerConfig { limits, policy: config.policy, weights }, pool.clone()),
             steps: StepQueue::new(device),
-            depth: if rng.random_bool(0.15) { 1 } else { MAX_IN_FLIGHT },
-            rng,
-            limits,
             pool,
+            wires,
             live: BTreeMap::new(),
-            next_id: 0,
+            requests: BTreeMap::new(),
+            next_request: 0,
+            next_seq: 0,
+            conversations: VecDeque::new(),
+            now: 0,
+            flights: VecDeque::new(),
+            contents: Contents::new(config),
+            cache: Cache::default(),
+            service: Service::new(config),
             seen: Seen::default(),
+            notes: Vec::new(),
+            effects: Vec::new(),
+            turns: 0,
+            config: config.clone(),
         }
     }
 
-    fn arrive(&mut self) {
-        let prompt_len = self.rng.random_range(1..=40);
-        let max_tokens = self.rng.random_range(1..=30);
-        if !self.scheduler.fits(prompt_len, max_tokens) {
-            return; // Refused at admission: it can never fit.
+    /// Runs a scenario, and then until nothing is left.
+    pub fn run(scenario: &Scenario) -> Seen {
+        let mut sim = Self::new(&scenario.config);
+        for (at, event) in scenario.events.iter().enumerate() {
+            AT.set(at);
+            sim.happen(event);
         }
-        let token = |rng: &mut StdRng| TokenId(rng.random_range(0..VOCAB as u32));
-        let prompt: Arc<[TokenId]> = (0..prompt_len).map(|_| token(&mut self.rng)).collect();
-        let min_tokens = self.rng.random_range(0..=max_tokens);
-        let mut sampling = sampling(max_tokens, min_tokens);
-        sampling.presence_penalty = if self.rng.random_bool(0.2) { 0.5 } else { 0.0 };
-        sampling.prompt_logprobs = self.rng.random_bool(0.2).then_some(0);
-        let first = SeqId(self.next_id);
-        for _ in 0..self.rng.random_range(1..=3) {
-            let id = SeqId(self.next_id);
-            self.next_id += 1;
-            let prompt_of = (id != first).then_some(first);
-            // The first completion reports the prompt.
-            let prompt_logprobs = sampling.prompt_logprobs.filter(|_| prompt_of.is_none());
-            let sampling = Arc::new(Sampling { prompt_logprobs, ..sampling.clone() });
-            let new =
-                NewSequence { id, prompt: prompt.clone(), sampling: sampling.clone(), seed: id.0, prompt_of };
-            self.scheduler.add(new);
-            let live = Live {
-                prompt: prompt.clone(),
-                sampling,
-                seed: id.0,
-                output: Vec::new(),
-                scored: Vec::new(),
-                started: false,
-                left_out: 0,
-            };
-            self.live.insert(id, live);
-        }
+        AT.set(scenario.events.len());
+        sim.drain();
+        sim.seen
     }
 
-    fn abort_someone(&mut self) {
-        let pick = self.rng.random_range(0..self.live.len().max(1));
-        let Some(&id) = self.live.keys().nth(pick) else { return };
-        self.seen.aborts_over_two_steps += usize::from(self.scheduler.num_in_flight() == MAX_IN_FLIGHT);
-        let before = self.pool.counts().free;
-        let removed = self.scheduler.remove(id).expect("it is live");
-        assert_eq!(removed.blocks_freed, self.pool.counts().free - before, "the receipt tells the truth");
-        assert_eq!(removed.completion_tokens, self.live.remove(&id).expect("it is live").output.len());
-        assert!(self.scheduler.remove(id).is_none(), "a second abort finds nothing");
-        self.scheduler.check();
-    }
-
-    /// Plans a step or takes one's results, whatever is possible, by chance where both are.
-    fn turn(&mut self) {
-        let in_flight = self.scheduler.num_in_flight();
-        let launch = in_flight == 0 || (in_flight < self.depth && self.rng.random_bool(0.7));
-        if !(launch && self.launch()) && in_flight > 0 {
-            self.resolve();
-        }
-        self.scheduler.check();
-    }
-
-    /// False when nothing can be planned now.
-    fn launch(&mut self) -> bool {
-        let (in_flight, preemptions) = (self.scheduler.num_in_flight(), self.scheduler.num_preemptions());
-        let plan = self.scheduler.plan();
-        self.check_plan(&plan);
-        assert!(in_flight == 0 || preemptions == self.scheduler.num_preemptions(), "preempted in flight");
-        if plan.rows.is_empty() {
-            assert!(in_flight > 0 || self.live.is_empty(), "live requests, but nothing runs");
-            self.seen.shortages += usize::from(in_flight > 0 && self.pool.counts().free == 0);
-            return false;
-        }
-        let fed_back = |row: &&PlanRow| matches!(row.input, TokenInput::Sampled(_));
-        self.seen.fed_back += plan.rows.iter().filter(fed_back).count();
-        self.steps.launch(plan).unwrap();
-        true
-    }
-
-    fn check_plan(&mut self, plan: &StepPlan) {
-        assert!(plan.rows.len() <= self.limits.max_num_seqs);
-        assert!(plan.num_tokens() <= self.limits.max_num_batched_tokens);
-        for (at, row) in plan.rows.iter().enumerate() {
-            let live = self.live.get(&row.seq).expect("a plan for a request that is gone");
-            assert!(row.input.num_tokens() > 0 && !plan.rows[..at].iter().any(|other| other.seq == row.seq));
-            assert!(row.end() < live.prompt.len() + live.sampling.max_tokens, "computed past its last token");
-        }
-        // One that never had a row may wait for a prompt, and a prompt for what decode rows leave of the budget.
-        if let Some((id, live)) = self.live.iter_mut().find(|(_, live)| live.started) {
-            let spare = !plan.rows.is_empty() && plan.num_tokens() < self.limits.max_num_batched_tokens;
-            let has_row = plan.rows.iter().any(|row| row.seq == *id);
-            live.left_out = if has_row { 0 } else { live.left_out + usize::from(spare) };
-            assert!(live.left_out <= 2, "the oldest does not advance");
-        }
-        plan.rows.iter().for_each(|row| self.live(row.seq).started = true);
-    }
-
-    fn resolve(&mut self) {
-        let (plan, output) = self.steps.finish().unwrap();
-        self.seen.late_rows += plan.rows.iter().filter(|row| !self.live.contains_key(&row.seq)).count();
-        for effect in self.scheduler.resolve(&plan, output) {
-            match effect {
-                Effect::Token { seq, token, finish, .. } => {
-                    self.live(seq).output.push(token);
-                    if let Some((reason, _)) = finish {
-                        self.end(seq, End::Finished(reason));
-                        self.seen.finished += 1;
-                    }
-                }
-                Effect::PromptLogprobs { seq, logprobs } => {
-                    self.live(seq).scored.extend(logprobs.iter().map(|scored| scored.token));
-                }
-                Effect::Failed { seq, error, .. } => {
-                    let fate = fate(seq.0);
-                    assert_eq!(matches!(fate, Fate::NotFinite(_)), error.is_none(), "{seq:?}: {error:?}");
-                    self.end(seq, End::Broken(fate));
-                    self.seen.broken += 1;
+    fn happen(&mut self, event: &Event) {
+        self.now += 1;
+        self.expire();
+        match *event {
+            Event::Arrive(ref arrival) => self.arrive(arrival),
+            Event::Abort { pick } => {
+                if let Some(request) = self.pick(pick) {
+                    self.abort(request);
                 }
             }
-        }
-    }
-
-    fn live(&mut self, seq: SeqId) -> &mut Live {
-        self.live.get_mut(&seq).expect("an effect on a request that is gone")
-    }
-
-    fn end(&mut self, seq: SeqId, end: End) {
-        let live = self.live.remove(&seq).expect("it was live");
-        assert_eq!((live.output.clone(), end), live.alone(), "{seq:?} differs from the same request alone");
-        if live.sampling.prompt_logprobs.is_some() && !live.output.is_empty() {
-            assert_eq!(live.scored, live.prompt[1..], "each prompt token is scored once");
-        }
-    }
-
-    /// So many turns, and then until nothing is left.
-    pub fn run(mut self, turns: usize) -> Seen {
-        for _ in 0..turns {
-            if self.live.len() < 24 && self.rng.random_bool(0.25) {
-                self.arrive();
+            Event::AbortGone { pick } => self.abort_gone(pick),
+            Event::Stop { pick } => self.stop(pick),
+            Event::Park { pick } => self.set_unread(pick, true),
+            Event::Unpark { pick } => self.set_unread(pick, false),
+            Event::Reset => self.reset(),
+            Event::FailLaunch => self.wires.borrow_mut().fail_launch = true,
+            Event::FailStep => self.wires.borrow_mut().fail_step = true,
+            Event::Wait { ms } => self.now += u64::from(ms),
+            Event::Plan { prefill, eager } => {
+                self.wires.borrow_mut().eager = eager;
+                let depth = self.config.depth;
+                let launched = self.scheduler.num_in_flight() < depth && self.plan(usize::from(prefill));
+                if !launched && self.scheduler.num_in_flight() > 0 {
+                    self.resolve();
+                }
             }
-            if self.rng.random_bool(0.05) {
-                self.abort_someone();
-            }
-            self.turn();
+            Event::Resolve if self.scheduler.num_in_flight() > 0 => self.resolve(),
+            Event::Resolve => drop(self.plan(self.config.max_num_batched_tokens)),
         }
-        // Everything that is left finishes: nobody starves.
-        for _ in 0..100_000 {
+        self.turns += 1;
+        self.check_state(self.turns);
+    }
+
+    /// I5 and I8: everything that is left finishes when the load ends, and every block comes back.
+    fn drain(&mut self) {
+        let unread: Vec<SeqId> = self.live.iter().filter(|(_, live)| live.unread).map(|(&id, _)| id).collect();
+        for id in unread {
+            self.live(id).unread = false;
+            self.unpark(id);
+        }
+        for turn in 0..30_000 {
             if self.live.is_empty() && self.scheduler.num_in_flight() == 0 {
                 break;
             }
-            self.turn();
+            let prefill = 1 + turn % self.config.max_num_batched_tokens;
+            self.happen(&Event::Plan { prefill: prefill as u16, eager: turn % 3 == 0 });
         }
-        assert!(self.live.is_empty(), "requests that fit alone must finish");
-        let counts = self.pool.counts();
-        assert_eq!(counts.free, counts.total, "blocks leaked");
+        assert!(self.live.is_empty(), "I5: requests that fit alone must finish");
+        self.check_nothing_is_left();
         self.seen.preemptions = self.scheduler.num_preemptions();
-        self.seen.failed_steps = self.failures.get();
-        self.seen
+        let wires = self.wires.borrow();
+        self.seen.failed_steps = wires.failures as u64;
+        [self.seen.saves, self.seen.loads] = wires.copies.map(|copies| copies as u64);
+        self.seen.compared = self.service.compared;
     }
+
+    /// A live sequence.
+    ///
+    /// # Panics
+    /// I3: when it is gone.
+    pub fn live(&mut self, seq: SeqId) -> &mut Live {
+        self.live.get_mut(&seq).expect("I3: something happened to a request that is gone")
+    }
+
+    fn pick(&self, pick: u16) -> Option<u32> {
+        let len = self.requests.len();
+        self.requests.keys().nth(usize::from(pick) % len.max(1)).copied()
+    }
+
+    fn prompt(&self, arrival: &Arrival, request: u32) -> Vec<TokenId> {
+        let mut prompt = match usize::from(arrival.follows).checked_sub(1) {
+            Some(back) => self.conversations.get(back).cloned().unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let size = self.config.block_size as u64;
+        let token = |of: u64| TokenId((mix(of) % u64::from(VOCAB)) as u32);
+        prompt.extend((0..u64::from(arrival.shared)).map(|at| match (arrival.family, at) {
+            // Every block has the same tokens, so only what came before tells them apart.
+            (3, at) => token(at % size),
+            // As above, but for what is before it.
+            (4, 0) => token(4),
+            (4, at) => token(at % size),
+            // As family 0, but for the first token.
+            (1, 0) => token(1 << 32),
+            (0 | 1, at) => token(at),
+            (family, at) => token(u64::from(family) << 40 | at),
+        }));
+        let key = self.config.key ^ u64::from(request) << 20;
+        prompt.extend((0..u64::from(arrival.tail)).map(|at| token(key ^ at << 1)));
+        prompt
+    }
+
+    fn arrive(&mut self, arrival: &Arrival) {
+        let request = self.next_request;
+        self.next_request += 1;
+        let prompt = self.prompt(arrival, request);
+        let max_tokens = usize::from(arrival.max_tokens);
+        let mine = self.live.values().filter(|live| live.tenant == usize::from(arrival.tenant)).count();
+        let flood = self.config.policy == Policy::Fair && mine >= self.config.max_live.div_ceil(2);
+        if flood || self.live.len() >= self.config.max_live || prompt.is_empty() {
+            return;
+        }
+        let room = self.config.blocks * self.config.block_size;
+        let fits = self.scheduler.fits(prompt.len(), max_tokens);
+        assert_eq!(fits, prompt.len() + max_tokens - 1 <= room, "I5: what fits is known at admission");
+        // Follow-ups grow without end.
+        if !fits || prompt.len() > 120 {
+            self.seen.refused += 1;
+            return;
+        }
+        let first = SeqId(self.next_seq);
+        let prompt: Arc<[TokenId]> = prompt.into();
+        let (root, domain) = self.root(arrival, request);
+        let seqs: Vec<SeqId> = (0..u64::from(arrival.n)).map(|index| SeqId(first.0 + index)).collect();
+        self.next_seq += u64::from(arrival.n);
+        for &id in &seqs {
+            let live = self.sequence(arrival, &prompt, id, Origin { request, first, domain });
+            self.scheduler.add(NewSequence {
+                id,
+                prompt: prompt.clone(),
+                sampling: live.sampling.clone(),
+                seed: id.0,
+                prompt_of: live.prompt_of,
+                priority: live.priority,
+                tenant: tenant_id(live.tenant),
+                root,
+            });
+            if live.prompt_of.is_none() {
+                self.service.queue(id, live.tenant);
+            }
+            self.live.insert(id, live);
+        }
+        let deadline = arrival.patience.map(|patience| self.now + u64::from(patience));
+        self.requests.insert(request, Request { seqs, deadline });
+    }
+
+    /// The beginning of a request's chain of blocks, and what stands for it here.
+    fn root(&self, arrival: &Arrival, request: u32) -> (BlockHash, u64) {
+        let salt = ["", "salt"][usize::from(arrival.salt > 0)];
+        let root = self.pool.prefix_root(&["model", salt], u64::from(request));
+        let domain = match self.config.caching {
+            true => u64::from(arrival.salt),
+            false => 1 << 32 | u64::from(request),
+        };
+        (root, domain)
+    }
+
+    fn sequence(&mut self, arrival: &Arrival, prompt: &[TokenId], id: SeqId, origin: Origin) -> Live {
+        let prompt_of = (id != origin.first).then_some(origin.first);
+        let part = Part {
+            seed: id.0,
+            fate: arrival.fate,
+            min_tokens: usize::from(arrival.min_tokens),
+            max_tokens: usize::from(arrival.max_tokens),
+            ignore_eos: arrival.ignore_eos,
+            penalties: arrival.penalties,
+        };
+        let mut sampling = sampling(part.max_tokens, part.min_tokens);
+        sampling.presence_penalty = if part.penalties { 0.5 } else { 0.0 };
+        // The first completion reports the prompt.
+        sampling.prompt_logprobs = (arrival.prompt_logprobs && prompt_of.is_none()).then_some(0);
+        sampling.eos_token_ids = if part.ignore_eos { Vec::new() } else { vec![EOS] };
+        if part.fate != Fate::Healthy {
+            self.wires.borrow_mut().fates.insert(id, part.fate);
+        }
+        Live {
+            request: origin.request,
+            script: Script::alone(prompt, &part),
+            sampling: Arc::new(sampling),
+            known: prompt.len(),
+            scored: 0,
+            priority: i32::from(arrival.priority),
+            tenant: usize::from(arrival.tenant),
+            domain: origin.domain,
+            prompt_of,
+            place: Where::Waiting,
+            admitted: false,
+            in_flight: 0,
+            unread: false,
+            left_out: 0,
+        }
+    }
+
+    /// Takes a sequence out of the scheduler, wherever it is.
+    fn remove(&mut self, id: SeqId) {
+        let live = self.live.remove(&id).expect("the simulation removes what is live");
+        let before = self.pool.counts();
+        let removed = self.scheduler.remove(id).expect("I3: it was live");
+        let after = self.pool.counts();
+        assert_eq!(removed.blocks_freed, before.owned - after.owned, "I3: the receipt tells the truth");
+        assert_eq!(removed.completion_tokens, live.known - live.script.prompt_len, "I3: so many came");
+        assert_eq!(removed.rows_freed, usize::from(live.place == Where::Running), "I3: it had this row");
+        assert!(self.scheduler.remove(id).is_none(), "I4: a second abort finds nothing");
+        self.forget(id, live.tenant);
+    }
+
+    fn forget(&mut self, id: SeqId, tenant: usize) {
+        self.service.gone(id, tenant);
+        self.wires.borrow_mut().fates.remove(&id);
+    }
+
+    fn abort(&mut self, request: u32) {
+        self.seen.aborts_over_two_steps += u64::from(self.scheduler.num_in_flight() == MAX_IN_FLIGHT);
+        let request = self.requests.remove(&request).expect("picked among the live");
+        for id in request.seqs {
+            self.remove(id);
+        }
+    }
+
+    /// I4: an abort of what ended, or never was, changes nothing.
+    fn abort_gone(&mut self, pick: u16) {
+        let id = SeqId(u64::from(pick) % (self.next_seq + 2));
+        if !self.live.contains_key(&id) {
+            let before = self.pool.counts();
+            assert!(self.scheduler.remove(id).is_none(), "I3: {id:?} is gone, and still somewhere");
+            self.scheduler.park(id);
+            self.scheduler.unpark(id);
+            assert_eq!(before, self.pool.counts(), "I4: an abort of nothing frees nothing");
+        }
+    }
+
+    fn stop(&mut self, pick: u16) {
+        let Some(request) = self.pick(pick) else { return };
+        let seqs = &self.requests[&request].seqs;
+        let id = seqs[usize::from(pick) / 7 % seqs.len()];
+        self.remove(id);
+        self.close(request, id);
+    }
+
+    /// I4: a completion ends once, and its request with the last of them.
+    fn close(&mut self, request: u32, id: SeqId) {
+        let open = self.requests.get_mut(&request).expect("I4: the request had ended");
+        let at = open.seqs.iter().position(|&seq| seq == id).expect("I4: the completion had ended");
+        open.seqs.remove(at);
+        if open.seqs.is_empty() {
+            self.requests.remove(&request);
+        }
+    }
+
+    /// I9: what is past its deadline is taken out at once; anything that comes for it later hits nobody.
+    fn expire(&mut self) {
+        let late = |request: &Request| request.deadline.is_some_and(|deadline| deadline <= self.now);
+        let late: Vec<u32> = self.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
+        for request in late {
+            self.abort(request);
+            self.seen.expired += 1;
+        }
+    }
+
+    fn set_unread(&mut self, pick: u16, unread: bool) {
+        let Some(request) = self.pick(pick) else { return };
+        for id in self.requests[&request].seqs.clone() {
+            self.live(id).unread = unread;
+            match unread {
+                true => self.scheduler.park(id),
+                false => self.unpark(id),
+            }
+        }
+        self.take_notes();
+    }
+
+    fn unpark(&mut self, id: SeqId) {
+        self.scheduler.unpark(id);
+        let live = self.live(id);
+        if live.place == Where::Parked {
+            live.place = Where::Waiting;
+            if !live.admitted && live.prompt_of.is_none() {
+                let tenant = live.tenant;
+                self.service.queue(id, tenant);
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        let before = self.pool.counts();
+        let freed = self.pool.clear_cache();
+        assert_eq!((freed, 0), (before.cached, self.pool.counts().cached), "a reset frees what is cached");
+        assert_eq!(self.pool.counts().owned, before.owned, "a reset takes nothing from anybody");
+    }
+
+    /// Plans and launches a step. False when nothing can be planned now.
+    fn plan(&mut self, prefill: usize) -> bool {
+        let (in_flight, preemptions) = (self.scheduler.num_in_flight(), self.scheduler.num_preemptions());
+        let mut decode_rows = 0;
+        let plan = self.scheduler.plan(|rows| {
+            decode_rows = rows;
+            prefill
+        });
+        let preempted = self.scheduler.num_preemptions() - preemptions;
+        assert!(in_flight == 0 || preempted == 0, "nobody is preempted while a step is in flight");
+        self.check_plan(&plan, decode_rows, prefill);
+        self.take_notes();
+        self.check_first(&plan);
+        if plan.rows.is_empty() {
+            let ready = self.live.values().any(|live| !live.unread);
+            assert!(in_flight > 0 || !ready, "I5: somebody is ready, and nothing runs");
+            self.seen.shortages += u64::from(in_flight > 0 && ready);
+            return false;
+        }
+        self.seen.fed_back +=
+            plan.rows.iter().filter(|row| matches!(row.input, TokenInput::Sampled(_))).count() as u64;
+        for row in &plan.rows {
+            self.live(row.seq).in_flight += 1;
+        }
+        self.flights.push_back(plan.clone());
+        self.steps.launch(plan).expect("the simulated device is never lost");
+        true
+    }
+
+    fn take_notes(&mut self) {
+        let mut notes = std::mem::take(&mut self.notes);
+        self.scheduler.take_notes(&mut notes);
+        for note in notes.drain(..) {
+            match note {
+                Note::Admitted { seq, cached_tokens, resumed, .. } => self.admitted(seq, cached_tokens, resumed),
+                Note::Preempted { seq } => {
+                    self.check_victim(seq);
+                    self.live(seq).place = Where::Waiting;
+                }
+                Note::Parked { seq } => {
+                    self.seen.parked += 1;
+                    let live = self.live(seq);
+                    assert!(live.unread && live.place != Where::Parked, "parked without need");
+                    live.place = Where::Parked;
+                    let tenant = live.tenant;
+                    self.service.unqueue(seq, tenant);
+                }
+            }
+        }
+        self.notes = notes;
+    }
+
+    fn admitted(&mut self, seq: SeqId, cached_tokens: usize, resumed: bool) {
+        self.check_turn(seq);
+        let live = self.live(seq);
+        assert!(live.place == Where::Waiting && !live.unread, "{seq:?} was admitted from {:?}", live.place);
+        assert_eq!(resumed, live.admitted, "I6: whoever had a row before is resumed");
+        live.place = Where::Running;
+        live.admitted = true;
+        let (tenant, to_compute) = (live.tenant, live.known - cached_tokens);
+        let size = Size { prompt: live.script.prompt_len, output: live.script.output().len() };
+        if !resumed {
+            self.service.admitted(seq, tenant, to_compute, size);
+        }
+        self.seen.resumed += u64::from(resumed);
+        self.seen.cached_tokens += cached_tokens as u64;
+    }
+
+    fn resolve(&mut self) {
+        let (plan, output) = self.steps.finish().expect("the simulated device is never lost");
+        for row in &plan.rows {
+            match self.live.get_mut(&row.seq) {
+                Some(live) => live.in_flight -= 1,
+                None => self.seen.late_rows += 1,
+            }
+        }
+        self.flights.pop_front();
+        let mut effects = std::mem::take(&mut self.effects);
+        self.scheduler.resolve(plan, output, &mut effects);
+        self.take_notes();
+        for effect in effects.drain(..) {
+            self.commit(effect);
+        }
+        self.effects = effects;
+    }
+
+    /// I8: everything that a request gives is what it gives alone.
+    fn commit(&mut self, effect: Effect) {
+        match effect {
+            Effect::Token { seq, token, finish, .. } => {
+                let live = self.live(seq);
+                let expected = live.script.tokens.get(live.known).copied();
+                assert_eq!(Some(token), expected, "I8: {seq:?} differs from the same request alone");
+                live.known += 1;
+                let tenant = live.tenant;
+                self.service.generated(tenant);
+                if let Some((reason, _)) = finish {
+                    self.end(seq, End::Finished(reason));
+                    self.seen.finished += 1;
+                }
+            }
+            Effect::PromptLogprobs { seq, logprobs } => {
+                let live = self.live(seq);
+                for scored in logprobs {
+                    let at = live.scored;
+                    let expected = (live.script.prompt().get(at + 1), live.script.scores.get(at));
+                    let given = (Some(&scored.token), Some(&scored.logprob));
+                    assert_eq!(given, expected, "I8: {seq:?}: a prompt token is scored as alone, once");
+                    live.scored += 1;
+                }
+            }
+            Effect::Failed { seq, error, .. } => {
+                let fate = self.wires.borrow().fates.get(&seq).copied().unwrap_or_default();
+                assert_eq!(matches!(fate, Fate::NotFinite(_)), error.is_none(), "{seq:?}: {error:?}");
+                self.end(seq, End::Broken(fate));
+                self.seen.broken += 1;
+            }
+        }
+    }
+
+    fn end(&mut self, seq: SeqId, end: End) {
+        let live = self.live.remove(&seq).expect("I4: a second end");
+        assert_eq!(
+            (end, live.known),
+            (live.script.end, live.script.tokens.len()),
+            "I8: {seq:?} ends otherwise than alone"
+        );
+        if live.sampling.prompt_logprobs.is_some() && live.known > live.script.prompt_len {
+            assert_eq!(live.scored + 1, live.script.prompt_len, "I8: every prompt token is scored");
+        }
+        assert!(self.scheduler.get(seq).is_none(), "I3: it has ended and is still there");
+        self.close(live.request, seq);
+        self.forget(seq, live.tenant);
+        self.conversations.push_front(live.script.tokens);
+        self.conversations.truncate(4);
+    }
+}
+
+/// What a sequence has from its request.
+struct Origin {
+    request: u32,
+    first: SeqId,
+    domain: u64,
+}
+
+pub fn tenant_id(tenant: usize) -> TenantId {
+    TenantId::new(["a", "b", "c", "d"][tenant])
 }
