@@ -159,7 +159,7 @@ impl Core {
 
     /// Plans and launches a step. False when there is nothing to run for now.
     fn launch(&mut self) -> bool {
-        let plan = self.scheduler.plan();
+        let plan = self.scheduler.plan(|_| usize::MAX);
         if plan.rows.is_empty() {
             return false;
         }
@@ -196,7 +196,7 @@ impl Core {
             Ok((plan, output)) => {
                 self.stats.beat();
                 self.said_no_more = false;
-                self.resolve(&plan, output);
+                self.resolve(plan, output);
                 Flow::Continue
             }
             Err(lost) => Flow::Stop(StopReason::DeviceLost(lost.to_string())),
@@ -269,6 +269,7 @@ impl Core {
         let seqs: Vec<SeqId> = (0..u64::from(request.n)).map(|i| SeqId(self.next_seq + i)).collect();
         self.next_seq += u64::from(request.n);
         let mut sampling = request.sampling;
+        let root = self.scheduler.prefix_root(&[&request.credential, &request.cache_salt], first.0);
         self.ledger.open(Opening {
             ticket,
             id: request.id,
@@ -290,6 +291,9 @@ impl Core {
                 seed: sampling.seed_of(index),
                 sampling: sampling.clone(),
                 prompt_of: (id != first).then_some(first),
+                priority: request.priority,
+                tenant: request.tenant.clone(),
+                root,
             });
         }
     }
@@ -363,8 +367,9 @@ impl Core {
         }
     }
 
-    fn resolve(&mut self, plan: &StepPlan, output: StepOutput) {
-        let effects = self.scheduler.resolve(plan, output);
+    fn resolve(&mut self, plan: StepPlan, output: StepOutput) {
+        let mut effects = Vec::new();
+        self.scheduler.resolve(plan, output, &mut effects);
         self.counters.steps += 1;
         let now = Instant::now();
         for effect in effects {

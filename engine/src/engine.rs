@@ -19,7 +19,7 @@ use crate::{
     error::{LoadError, StopReason},
     handle::{EngineHandle, Shared},
     info::ModelInfo,
-    kv::BlockPool,
+    kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
         files::{ModelFiles, ModelSource},
@@ -28,7 +28,7 @@ use crate::{
     },
     request::Validator,
     runner::{RunnerThread, panic_message},
-    scheduler::{Limits, Scheduler},
+    scheduler::{Limits, Scheduler, SchedulerConfig},
     stats::SharedStats,
     text::TextModel,
 };
@@ -144,10 +144,22 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let pool = BlockPool::new(info.num_kv_blocks, info.block_size);
+        let EngineOptions { scheduling, look_ahead } = options;
+        let pool = match scheduling.enable_prefix_caching {
+            true => {
+                let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
+                let cache = CacheConfig { key, events, host_blocks: 0 };
+                BlockPool::with_cache(info.num_kv_blocks, info.block_size, cache)
+            }
+            false => BlockPool::new(info.num_kv_blocks, info.block_size),
+        };
         let stats = Arc::new(SharedStats::new(pool.clone()));
-        let limits =
-            Limits { max_num_seqs: info.max_num_seqs, max_num_batched_tokens: info.max_num_batched_tokens };
+        let threshold = scheduling.long_prefill_token_threshold;
+        let limits = Limits {
+            max_num_seqs: info.max_num_seqs,
+            max_num_batched_tokens: info.max_num_batched_tokens,
+            long_prefill_token_threshold: threshold.unwrap_or(info.max_num_batched_tokens.div_ceil(2)),
+        };
         let (commands_tx, commands) = unbounded();
         let (alive_guard, alive) = async_channel::bounded(1);
         let shared = Arc::new(Shared {
@@ -163,14 +175,16 @@ impl Engine {
             info,
             text,
             stats: stats.clone(),
-            max_num_queued_reqs: options.scheduling.max_num_queued_reqs,
+            max_num_queued_reqs: scheduling.max_num_queued_reqs,
             queued: Arc::new(AtomicUsize::new(0)),
             next_ticket: AtomicU64::new(0),
             stopped: OnceLock::new(),
             alive,
         });
-        let scheduler = Scheduler::new(limits, pool);
-        let mut core = Core::new(scheduler, runner, commands, stats, options.look_ahead);
+        let config =
+            SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights };
+        let scheduler = Scheduler::new(config, pool);
+        let mut core = Core::new(scheduler, runner, commands, stats, look_ahead);
         let thread_shared = shared.clone();
         let body = move || {
             let ended = panic::catch_unwind(AssertUnwindSafe(|| core.run()));

@@ -1,6 +1,6 @@
 //! What a step's results mean.
 
-use super::{Scheduler, StepPlan};
+use super::{PlanRow, Scheduler, StepPlan};
 use crate::{
     ids::{SeqId, TokenId},
     output::{FinishReason, MatchedStop, TokenLogprobs},
@@ -70,41 +70,52 @@ pub enum Effect {
 }
 
 impl Scheduler {
-    /// Takes the results of the oldest step in flight in. Rows whose sequence is gone meanwhile are skipped: aborted, or ended by
-    /// the step before, when this one had been planned already.
-    pub fn resolve(&mut self, plan: &StepPlan, output: StepOutput) -> Vec<Effect> {
-        let mut effects = Vec::with_capacity(plan.rows.len());
+    /// Takes the results of the oldest step in flight in; what they change goes to the end of `effects`. Rows whose sequence is gone meanwhile are
+    /// skipped: aborted, or ended by the step before, when this one had been planned already.
+    pub fn resolve(&mut self, plan: StepPlan, output: StepOutput, effects: &mut Vec<Effect>) {
         debug_assert_eq!(plan.rows.len(), output.rows.len(), "one result per row");
         self.num_in_flight = self.num_in_flight.checked_sub(1).expect("what was planned is resolved once");
+        self.pool.loaded(&plan.loads);
         for (row, result) in plan.rows.iter().zip(output.rows) {
-            let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
-            let computed = row.end();
-            match result {
-                RowResult::Done(output) => {
-                    seq.num_computed = computed;
-                    if !output.prompt_logprobs.is_empty() {
-                        seq.num_scored = row.score_at.end;
-                        effects
-                            .push(Effect::PromptLogprobs { seq: row.seq, logprobs: output.prompt_logprobs });
+            if let Some(seq) = self.seqs.get_mut(&row.seq) {
+                match result {
+                    RowResult::Done(output) => {
+                        seq.computed(row.end());
+                        self.take_output(row, output, effects);
                     }
-                    match output.sampled {
-                        Some(token) => effects.push(self.advance(row.seq, token, output.logprobs)),
-                        None if row.sample.is_some() => {
-                            effects.push(self.fail(row.seq, computed, Some("no token was sampled".into())));
-                        }
-                        None => {}
-                    }
+                    RowResult::NotFinite => effects.push(self.fail(row, None)),
+                    RowResult::Failed(error) => effects.push(self.fail(row, Some(error))),
                 }
-                RowResult::NotFinite => effects.push(self.fail(row.seq, computed, None)),
-                RowResult::Failed(error) => effects.push(self.fail(row.seq, computed, Some(error))),
             }
         }
-        effects
+        self.spare.recycle(plan);
+    }
+
+    fn take_output(&mut self, row: &PlanRow, output: RowOutput, effects: &mut Vec<Effect>) {
+        let id = row.seq;
+        let seq = self.seqs.get_mut(&id).expect("resolve looked it up");
+        if !output.prompt_logprobs.is_empty() {
+            seq.num_scored = row.score_at.end;
+            effects.push(Effect::PromptLogprobs { seq: id, logprobs: output.prompt_logprobs });
+        }
+        if !seq.held.is_empty() && seq.has_prompt() {
+            let held = std::mem::take(&mut seq.held);
+            self.pass_prompt_on(held, true);
+        }
+        match output.sampled {
+            Some(token) => effects.push(self.advance(id, token, output.logprobs)),
+            None if row.sample.is_some() => {
+                effects.push(self.fail(row, Some("no token was sampled".into())));
+            }
+            None => {}
+        }
+        self.settle_unread(id);
     }
 
     fn advance(&mut self, id: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>) -> Effect {
         let seq = self.seqs.get_mut(&id).expect("resolve looked it up");
         seq.push(token);
+        self.waiting.charge(&seq.turn.tenant, 0, 1);
         let num_preemptions = seq.num_preemptions;
         let sampling = &seq.sampling;
         let finish = if seq.completion_tokens() >= sampling.min_tokens
@@ -124,8 +135,8 @@ impl Scheduler {
         Effect::Token { seq: id, token, logprobs, finish, num_preemptions }
     }
 
-    fn fail(&mut self, seq: SeqId, position: usize, error: Option<String>) -> Effect {
-        self.remove(seq);
-        Effect::Failed { seq, position, error }
+    fn fail(&mut self, row: &PlanRow, error: Option<String>) -> Effect {
+        self.remove(row.seq);
+        Effect::Failed { seq: row.seq, position: row.end(), error }
     }
 }

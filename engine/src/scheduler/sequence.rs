@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::Stage;
+use super::{Stage, waiting::Turn};
 use crate::{
-    ids::{SeqId, TokenId},
-    kv::BlockTable,
+    ids::{SeqId, TenantId, TokenId},
+    kv::{BlockHash, BlockTable},
     sampling::Sampling,
 };
 
@@ -20,21 +20,35 @@ pub struct NewSequence {
     pub sampling: Arc<Sampling>,
     /// Key of this completion's random stream.
     pub seed: u64,
-    /// An older sequence with the same prompt, whose prompt blocks this one waits for and shares.
+    /// An older completion of the same request, which reads the prompt for this one too.
     pub prompt_of: Option<SeqId>,
+    /// Under [`Policy::Priority`](super::Policy): lower is served first.
+    pub priority: i32,
+    /// Under [`Policy::Fair`](super::Policy): who shares with whom.
+    pub tenant: TenantId,
+    /// The beginning of its chain of blocks: only sequences of the same beginning share
+    /// ([`BlockPool::prefix_root`](crate::kv::BlockPool::prefix_root)).
+    pub root: BlockHash,
 }
 
-/// Whether a sequence has a row of the batch.
+/// Where a live sequence is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
+    /// Another completion of its request reads the prompt for it.
+    Held,
     Queue,
     Batch,
+    /// Its client does not read; it comes to the queue when it does.
+    Parked,
 }
 
 /// A live sequence.
 #[derive(Debug)]
 pub struct Sequence {
     pub(super) place: Place,
+    pub(super) turn: Turn,
+    /// To be parked: at once, or as soon as no step in flight contains it.
+    pub(super) is_unread: bool,
     /// Prompt, then everything generated.
     pub(super) tokens: Vec<TokenId>,
     pub(super) prompt_len: usize,
@@ -47,7 +61,8 @@ pub struct Sequence {
     pub(super) table: BlockTable,
     pub(super) sampling: Arc<Sampling>,
     pub(super) seed: u64,
-    pub(super) prompt_of: Option<SeqId>,
+    /// Completions of the same request that are [held](Place::Held) until this one has read the prompt.
+    pub(super) held: Vec<SeqId>,
     /// Occurrences in the output of every token of prompt and output; kept only when a penalty asks for it.
     pub(super) token_counts: BTreeMap<TokenId, u32>,
     /// Prompt positions whose log-probabilities were handed out: a recomputation does not repeat them.
@@ -61,9 +76,14 @@ impl Sequence {
         if new.sampling.has_penalties() {
             token_counts.extend(new.prompt.iter().map(|&token| (token, 0)));
         }
+        // Room for the whole of it: a growing one would allocate in the midst of decoding.
+        let mut tokens = Vec::with_capacity(new.prompt.len() + new.sampling.max_tokens);
+        tokens.extend_from_slice(&new.prompt);
         Self {
             place: Place::Queue,
-            tokens: new.prompt.to_vec(),
+            turn: Turn { id: new.id, priority: new.priority, tenant: new.tenant, resumed: false },
+            is_unread: false,
+            tokens,
             prompt_len: new.prompt.len(),
             num_computed: 0,
             num_planned: 0,
@@ -71,7 +91,7 @@ impl Sequence {
             table,
             sampling: new.sampling,
             seed: new.seed,
-            prompt_of: new.prompt_of,
+            held: Vec::new(),
             token_counts,
             num_scored: 0,
             num_preemptions: 0,
@@ -109,17 +129,41 @@ impl Sequence {
     pub(super) fn is_plannable(&self) -> bool {
         let known_to_end = self.num_tokens() - self.prompt_len >= self.sampling.max_tokens;
         // Penalties count the tokens of the output.
-        self.num_sampling() == 0 || !(known_to_end || self.sampling.has_penalties())
+        !self.is_unread && (self.num_sampling() == 0 || !(known_to_end || self.sampling.has_penalties()))
+    }
+
+    /// Whether its prompt is in the KV cache, for others to share. In flight is not enough: if that row fails, nobody has written the
+    /// blocks.
+    pub(super) fn has_prompt(&self) -> bool {
+        self.num_computed >= self.prompt_len
+    }
+
+    /// Whether a step in flight contains it.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.num_planned > self.num_computed
+    }
+
+    /// Tokens of its beginning that may be taken from the prefix cache: the last one is computed, because its logits choose the next, and so
+    /// is every position whose logits are still to be reported.
+    pub(super) fn reusable(&self) -> usize {
+        let unscored = self.sampling.prompt_logprobs.is_some() && self.num_scored + 1 < self.prompt_len;
+        (self.tokens.len() - 1).min(if unscored { self.num_scored } else { usize::MAX })
     }
 
     pub(super) fn stage(&self) -> Stage {
         match self.place {
-            Place::Queue => Stage::Queued,
+            Place::Held | Place::Queue | Place::Parked => Stage::Queued,
             Place::Batch if self.tokens.len() - self.num_computed > 1 || self.completion_tokens() == 0 => {
                 Stage::Prefill
             }
             Place::Batch => Stage::Decode,
         }
+    }
+
+    /// Notes that so many of its tokens are in the KV cache; full blocks can be found by others from now on.
+    pub(super) fn computed(&mut self, tokens: usize) {
+        self.num_computed = tokens;
+        self.table.register(&self.tokens[..tokens]);
     }
 
     /// Appends a generated token.
@@ -130,13 +174,11 @@ impl Sequence {
         }
     }
 
-    /// Back to the queue with nothing computed; never while a step in flight contains it. Its tokens stay, and so does what its client has seen.
-    pub(super) fn preempt(&mut self) {
-        self.table.release();
-        self.place = Place::Queue;
+    /// Gives its blocks and its row up; never while a step in flight contains it. Its tokens stay, and so does what its client has seen.
+    pub(super) fn release(&mut self, place: Place) -> usize {
+        self.place = place;
+        self.turn.resumed = true;
         (self.num_computed, self.num_planned) = (0, 0);
-        self.num_preemptions += 1;
-        // The blocks it once shared may be gone; it can compute its prompt itself.
-        self.prompt_of = None;
+        self.table.release()
     }
 }

@@ -1,0 +1,92 @@
+//! From the queue into the batch.
+
+use super::{Note, Policy, Scheduler, plan::Prompts, sequence::Place};
+use crate::{ids::SeqId, kv::Fit};
+
+impl Scheduler {
+    /// Gives free rows to waiting sequences in the order of the policy, while their whole prompts find blocks. Nobody overtakes: where the head
+    /// of the queue finds none, the others wait too.
+    pub(super) fn admit(&mut self, prompts: &mut Prompts) {
+        while prompts.budget > 0 && self.running.len() < self.limits.max_num_seqs {
+            let Some(id) = self.waiting.head() else { return };
+            let fit = self.fit(id);
+            if !self.has_room(fit) {
+                return;
+            }
+            self.take_in(id);
+            let missing = self.seqs[&id].num_missing();
+            prompts.give(id, missing, self.limits.long_prefill_token_threshold);
+        }
+    }
+
+    /// What it takes to take a waiting sequence in.
+    pub(super) fn fit(&mut self, id: SeqId) -> Fit {
+        let seq = self.seqs.get_mut(&id).expect("whoever waits is live");
+        let reusable = seq.reusable();
+        seq.table.probe(&seq.tokens, reusable)
+    }
+
+    /// Whether there are blocks enough, with one for each running sequence besides: one that was just taken in would else be the next to be preempted.
+    pub(super) fn has_room(&self, fit: Fit) -> bool {
+        let reserve = self.running.len().min(self.pool.total() / 8);
+        fit.needed + reserve <= fit.available
+    }
+
+    fn take_in(&mut self, id: SeqId) {
+        let seq = self.seqs.get_mut(&id).expect("whoever waits is live");
+        self.waiting.remove(&seq.turn);
+        let reusable = seq.reusable();
+        let cached_tokens = seq.table.match_prefix(&seq.tokens, reusable);
+        let fits = seq.table.reserve(seq.tokens.len());
+        assert!(fits, "probed just now");
+        (seq.num_computed, seq.num_planned) = (cached_tokens, cached_tokens);
+        seq.place = Place::Batch;
+        let resumed = seq.turn.resumed;
+        self.notes.push(Note::Admitted { seq: id, cached_tokens, looked_up: seq.tokens.len(), resumed });
+        if !resumed {
+            let to_compute = seq.tokens.len() - cached_tokens;
+            self.waiting.charge(&seq.turn.tenant, to_compute, 0);
+        }
+        let turn = seq.turn.clone();
+        let at = self.place_in_batch(&turn).expect_err("it was not in the batch");
+        self.running.insert(at, id);
+    }
+
+    /// Under the policy of priorities: preempts sequences of strictly lower priority when the head of the queue can run only in their place, and
+    /// would run then.
+    pub(super) fn make_way(&mut self) {
+        if self.policy != Policy::Priority {
+            return;
+        }
+        let Some(head) = self.waiting.head() else { return };
+        let priority = self.seqs[&head].turn.priority;
+        let lower = self.running.partition_point(|id| self.seqs[id].turn.priority <= priority);
+        let victims = self.running.len() - lower;
+        if victims == 0 {
+            return;
+        }
+        let fit = self.fit(head);
+        let has_row = self.running.len() < self.limits.max_num_seqs;
+        if has_row && self.has_room(fit) {
+            return;
+        }
+        let theirs: usize = self.running[lower..].iter().map(|id| self.seqs[id].table.num_exclusive()).sum();
+        if fit.needed + lower.min(self.pool.total() / 8) > fit.available + theirs {
+            return;
+        }
+        if self.num_in_flight > 0 {
+            self.must_settle = true;
+            return;
+        }
+        while let Some(&last) = self.running.last() {
+            let enough = self.running.len() < self.limits.max_num_seqs && {
+                let fit = self.fit(head);
+                self.has_room(fit)
+            };
+            if enough || self.running.len() == lower {
+                break;
+            }
+            self.preempt(last);
+        }
+    }
+}
