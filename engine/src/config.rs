@@ -56,6 +56,9 @@ pub struct EngineConfig {
     /// Bytes for keys and values; `None` takes what `max_num_seqs` full contexts need: on a CPU at most 2 GiB, on a GPU
     /// at most what `gpu_memory_utilization` leaves.
     pub kv_cache_memory: Option<usize>,
+    /// Bytes of host memory for blocks of keys and values that leave the KV cache for a while; 0 keeps none. On a GPU they are
+    /// page-locked.
+    pub swap_space: usize,
     /// Where to compute.
     pub device: DeviceChoice,
     /// Share of a GPU's memory that this engine may take, in (0, 1].
@@ -87,6 +90,7 @@ impl EngineConfig {
             scheduling: SchedulingConfig::default(),
             block_size: 16,
             kv_cache_memory: None,
+            swap_space: 0,
             device: DeviceChoice::Auto,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,

@@ -23,6 +23,7 @@ use crate::{
     },
     runner::{DecoderRunner, Runner},
     sizes::{Asked, Defaults},
+    swap::SwapFacts,
 };
 
 /// Default bound of the CPU's KV cache in bytes.
@@ -83,6 +84,24 @@ pub(crate) struct Facts {
     pub max_model_len: usize,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
+    /// Host blocks and what they cost; absent when there are none.
+    pub swap: Option<SwapFacts>,
+}
+
+impl Facts {
+    fn log_swap(&self) {
+        if let Some(swap) = &self.swap {
+            let micros = |seconds: f64| seconds * 1e6;
+            tracing::info!(
+                host_blocks = swap.host_blocks,
+                save_us = micros(swap.save_seconds_per_block),
+                load_us = micros(swap.load_seconds_per_block),
+                recompute_us = micros(swap.recompute_seconds_per_block),
+                pays = swap.pays(),
+                "measured what a block costs to save, to load and to compute anew"
+            );
+        }
+    }
 }
 
 /// What is to be loaded.
@@ -108,6 +127,7 @@ impl Model<'_> {
         let device = format!("cpu ({}, {} threads)", ops.isa(), ops.threads());
         let mut decoder = self.decoder(ops, asked.max_num_batched_tokens, max_model_len, progress)?;
         decoder.allocate_kv(kv)?;
+        let swap = SwapFacts::allocate(&mut decoder, kv, self.config.swap_space, asked.max_num_seqs)?;
         decoder.warm_up()?;
         let facts = Facts {
             device,
@@ -116,7 +136,9 @@ impl Model<'_> {
             max_model_len,
             max_num_seqs: asked.max_num_seqs,
             max_num_batched_tokens: asked.max_num_batched_tokens,
+            swap,
         };
+        facts.log_swap();
         Ok(Built { runner: Box::new(DecoderRunner::new(decoder, kv.block_size)), facts })
     }
 
@@ -157,6 +179,7 @@ impl Model<'_> {
         };
         let (kv, max_model_len) = asked.kv(spec, DType::Bf16, budget, option)?;
         decoder.allocate_kv(kv)?;
+        let swap = SwapFacts::allocate(&mut decoder, kv, self.config.swap_space, asked.max_num_seqs)?;
         decoder.warm_up()?;
         let facts = Facts {
             device,
@@ -165,7 +188,9 @@ impl Model<'_> {
             max_model_len,
             max_num_seqs: asked.max_num_seqs,
             max_num_batched_tokens: asked.max_num_batched_tokens,
+            swap,
         };
+        facts.log_swap();
         Ok(Built { runner: Box::new(DecoderRunner::new(decoder, kv.block_size)), facts })
     }
 

@@ -22,6 +22,7 @@ pub mod sampling;
 pub mod scheduler;
 mod sizes;
 mod stats;
+mod swap;
 pub mod text;
 
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};

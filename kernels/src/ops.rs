@@ -83,6 +83,48 @@ impl KvShape {
     }
 }
 
+/// One block of a KV cache to be copied, over all layers, keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockCopy {
+    /// From the cache to the host.
+    Save {
+        /// The block of the cache that is read.
+        block: u32,
+        /// The host block that is overwritten.
+        host: u32,
+    },
+    /// From the host to the cache.
+    Load {
+        /// The host block that is read.
+        host: u32,
+        /// The block of the cache that is overwritten.
+        block: u32,
+    },
+}
+
+impl BlockCopy {
+    /// The block of the cache, and the one of the host.
+    pub(crate) fn ids(self) -> (usize, usize) {
+        let (Self::Save { block, host } | Self::Load { host, block }) = self;
+        (block as usize, host as usize)
+    }
+
+    /// The caller's side of [`Ops::copy_blocks`].
+    pub(crate) fn check(copies: &[Self], kv: KvShape, host: KvShape) {
+        let of_one_block = |shape: KvShape| KvShape { num_blocks: 1, ..shape };
+        assert_eq!(of_one_block(kv), of_one_block(host), "host blocks of another cache");
+        for copy in copies {
+            let ids = copy.ids();
+            assert!(
+                ids.0 < kv.num_blocks && ids.1 < host.num_blocks,
+                "{copy:?}: there are {} blocks, and {} on the host",
+                kv.num_blocks,
+                host.num_blocks
+            );
+        }
+    }
+}
+
 /// Head layout of the fused `qkv` activation: `[T, (Q + 2 K) * D]`, queries first, then keys, then values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadShape {
@@ -125,7 +167,7 @@ pub struct Extent {
 /// argument. An op panics only on a bug of its caller inside this workspace (a buffer smaller than the contract says),
 /// never on data.
 ///
-/// Ops are queued in order and may run later than their call returns; [`Ops::wait`] and [`Ops::download`] wait. A step is
+/// Ops are queued in order and may run later than their call returns; [`Ops::wait`], [`Ops::download`] and [`Ops::synchronize`] wait. A step is
 /// [`Ops::upload`], [`Ops::run`] around its ops, [`Ops::results`], and later [`Ops::wait`]; the next step may be queued before that.
 pub trait Ops: Send + Sync {
     /// Activation memory of a fixed number of elements.
@@ -136,6 +178,8 @@ pub trait Ops: Send + Sync {
     type Vector: Send + Sync;
     /// Keys and values of all layers.
     type KvCache: Send;
+    /// Blocks of keys and values in host memory.
+    type HostKv: Send;
     /// A step's metadata and tasks, resident on the device.
     type Batch: Send + Sync;
     /// A step's results on their way to the host.
@@ -173,6 +217,34 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a dtype or head size without an implementation.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
+
+    /// Allocates room on the host for `shape.num_blocks` blocks of a KV cache that is otherwise of this shape, contents
+    /// unspecified. On a GPU the memory is page-locked.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; what [`Ops::kv_cache`] refuses.
+    fn host_kv(&self, shape: KvShape) -> Result<Self::HostKv>;
+
+    /// Copies blocks between a KV cache and the host, one after the other, bit by bit. Queued in order with the steps and ops
+    /// before and after: a step queued before is saved as it leaves a block, one queued later reads what was loaded.
+    ///
+    /// Ids out of range, and a `host` whose shape differs from that of `kv` in more than the number of blocks, are a bug of the
+    /// caller.
+    ///
+    /// # Errors
+    /// What the device reports. Any of the blocks that were to be overwritten may then hold anything.
+    fn copy_blocks(
+        &self,
+        kv: &mut Self::KvCache,
+        host: &mut Self::HostKv,
+        copies: &[BlockCopy],
+    ) -> Result<()>;
+
+    /// Waits until everything queued has run.
+    ///
+    /// # Errors
+    /// What went wrong in it.
+    fn synchronize(&self) -> Result<()>;
 
     /// Brings a step's metadata to the device, with one task per entry of `meta.logits_indices`.
     fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<Self::Batch>;

@@ -7,12 +7,14 @@ use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
-    ops::{BatchMeta, Epilogue, HeadShape, KvShape},
+    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape},
     sampling::{RowTask, SampleSpec, Sampled},
 };
 
 use super::{checkpoint::Tensors, rope::rope_table, spec::ModelSpec};
 use crate::error::LoadError;
+
+const KV_FIRST: &str = "whoever loads a decoder allocates its KV cache before any step";
 
 struct Layer<O: Ops> {
     input_layernorm: O::Vector,
@@ -65,6 +67,8 @@ pub struct Decoder<O: Ops> {
     rope: O::Vector,
     /// With its shape; absent until [`Decoder::allocate_kv`].
     kv: Option<(O::KvCache, KvShape)>,
+    /// Absent until [`Decoder::allocate_host_kv`].
+    host_kv: Option<O::HostKv>,
     scratch: Scratch<O>,
 }
 
@@ -102,6 +106,7 @@ impl<O: Ops> Decoder<O> {
             lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
             rope: ops.vector(&rope)?,
             kv: None,
+            host_kv: None,
             scratch: Scratch {
                 hidden: ops.buffer(tokens * hidden)?,
                 normed: ops.buffer(tokens * hidden)?,
@@ -128,6 +133,29 @@ impl<O: Ops> Decoder<O> {
         self.kv = None;
         self.kv = Some((self.ops.kv_cache(shape)?, shape));
         Ok(())
+    }
+
+    /// Allocates room on the host for `num_blocks` blocks of the KV cache, which is allocated already.
+    ///
+    /// # Errors
+    /// What the device returned.
+    pub fn allocate_host_kv(&mut self, num_blocks: usize) -> Result<(), KernelError> {
+        let (_, kv) = self.kv.as_ref().expect(KV_FIRST);
+        self.host_kv = Some(self.ops.host_kv(KvShape { num_blocks, ..*kv })?);
+        Ok(())
+    }
+
+    /// Queues copies of blocks between the KV cache and the host, in order with the steps before and after.
+    ///
+    /// # Errors
+    /// What the device returned; any block that was to be overwritten may then hold anything.
+    pub fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), KernelError> {
+        let (kv, _) = self.kv.as_mut().expect(KV_FIRST);
+        let Some(host) = &mut self.host_kv else {
+            let detail = "there are no host blocks; give the engine swap space".to_owned();
+            return Err(KernelError::Unsupported { op: "copy_blocks", detail });
+        };
+        self.ops.copy_blocks(kv, host, copies)
     }
 
     /// The device.
@@ -161,6 +189,19 @@ impl<O: Ops> Decoder<O> {
             self.step(Arc::new(decode_batch(rows, block_size)), &vec![greedy(); rows as usize])?;
         }
         Ok(())
+    }
+
+    /// Computes a step of at most `max_num_seqs` prompts, of as many tokens as a step or the KV cache holds, and waits for it.
+    /// Returns how many tokens that were. What it writes is overwritten before it is ever read.
+    ///
+    /// # Errors
+    /// What an op returned.
+    pub fn prefill(&mut self, max_num_seqs: usize) -> Result<usize, KernelError> {
+        let (_, kv) = self.kv.as_ref().expect(KV_FIRST);
+        let batch = prefill_batch(self.limits, kv, max_num_seqs);
+        let (tokens, rows) = (batch.num_tokens(), batch.num_rows());
+        self.step(Arc::new(batch), &vec![greedy(); rows])?;
+        Ok(tokens)
     }
 
     /// Queues a step, with one task per entry of `meta.logits_indices`.
@@ -220,8 +261,8 @@ impl<O: Ops> Decoder<O> {
         batch: &O::Batch,
         mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, limits: _, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s } = self;
-        let (kv, _) = kv.as_mut().expect("whoever loads a decoder allocates its KV cache before any step");
+        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s, .. } = self;
+        let (kv, _) = kv.as_mut().expect(KV_FIRST);
         let heads = head_shape(spec);
         let scale = (heads.head_dim as f32).powf(-0.5);
         let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
@@ -317,6 +358,27 @@ fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
         max_blocks,
         logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
     }
+}
+
+/// At most `max_rows` prompts of full contexts, each in blocks of its own, until the step or the cache is full.
+fn prefill_batch(limits: DecoderLimits, kv: &KvShape, max_rows: usize) -> BatchMeta {
+    let per_row = limits.max_model_len.div_ceil(kv.block_size).min(kv.num_blocks);
+    let longest = limits.max_model_len.min(per_row * kv.block_size);
+    let rows = limits.max_num_batched_tokens.div_ceil(longest).min(kv.num_blocks / per_row).min(max_rows);
+    let tokens = limits.max_num_batched_tokens.min(rows * longest);
+    let mut meta = BatchMeta { cu_seqlens_q: vec![0], max_blocks: per_row, ..BatchMeta::default() };
+    for row in 0..rows {
+        let first_slot = (row * per_row * kv.block_size) as u32;
+        let len = longest.min(tokens - row * longest) as u32;
+        meta.token_ids.resize(meta.token_ids.len() + len as usize, 0);
+        meta.positions.extend(0..len);
+        meta.slot_mapping.extend(first_slot..first_slot + len);
+        meta.context_lens.push(len);
+        meta.cu_seqlens_q.push(meta.positions.len() as u32);
+        meta.block_tables.extend((row * per_row) as u32..((row + 1) * per_row) as u32);
+        meta.logits_indices.push(meta.positions.len() as u32 - 1);
+    }
+    meta
 }
 
 fn greedy() -> RowTask {

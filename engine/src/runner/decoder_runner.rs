@@ -4,11 +4,11 @@ use std::{collections::VecDeque, sync::Arc};
 
 use tidemill_kernels::{
     Ops,
-    ops::{BatchMeta, FEEDBACK},
+    ops::{self, BatchMeta, FEEDBACK},
     sampling::{Logprobs, RowTask, SampleSpec, Sampled},
 };
 
-use super::{Runner, RunnerError};
+use super::{BlockCopy, DeviceLost, Runner, RunnerError};
 use crate::{
     ids::TokenId,
     model::decoder::Decoder,
@@ -56,6 +56,18 @@ impl<O: Ops> Runner for DecoderRunner<O> {
 
     fn is_done(&mut self) -> bool {
         self.in_flight.front().is_some_and(|(pending, _)| self.decoder.is_done(pending))
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {
+        let copies: Vec<_> = copies.iter().map(block_copy).collect();
+        self.decoder.copy_blocks(&copies).map_err(|error| DeviceLost(error.to_string()).into())
+    }
+}
+
+fn block_copy(copy: &BlockCopy) -> ops::BlockCopy {
+    match *copy {
+        BlockCopy::Save(block, host) => ops::BlockCopy::Save { block: block.0, host: host.0 },
+        BlockCopy::Load(host, block) => ops::BlockCopy::Load { host: host.0, block: block.0 },
     }
 }
 

@@ -14,12 +14,25 @@ pub(crate) use thread::panic_message;
 pub use thread::{Finished, RunnerThread};
 use tidemill_kernels::KernelError;
 
-use crate::scheduler::{StepOutput, StepPlan};
+use crate::{
+    ids::{BlockId, HostBlockId},
+    scheduler::{StepOutput, StepPlan},
+};
+
+/// A block's keys and values, to be copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockCopy {
+    /// To the host.
+    Save(BlockId, HostBlockId),
+    /// Back into a block.
+    Load(HostBlockId, BlockId),
+}
 
 /// Computes steps, in the order in which they were launched. It may be dropped with steps in flight.
 pub trait Runner {
     /// Queues a step behind those in flight and returns; a runner without a queue of its own computes it here. A plan's
-    /// [`TokenInput::Sampled`](crate::scheduler::TokenInput) means what the last launched step samples.
+    /// [`TokenInput::Sampled`](crate::scheduler::TokenInput) means what the last launched step samples. Its saves and loads
+    /// are not made here: [`StepQueue`] has them [copied](Self::copy).
     ///
     /// # Errors
     /// The step is then not in flight. A panic counts as [`RunnerError::Step`].
@@ -34,6 +47,18 @@ pub trait Runner {
     /// Whether the oldest step in flight is done, so that [`wait`](Self::wait) returns at once. Its results then go out before
     /// another step is launched.
     fn is_done(&mut self) -> bool;
+
+    /// Queues copies of blocks, in this order, behind the steps in flight and before those that are launched later. A runner
+    /// without host blocks copies nothing and is never asked for more.
+    ///
+    /// # Errors
+    /// [`RunnerError::DeviceLost`] always: nobody knows what the blocks hold that were to be overwritten.
+    fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {
+        match copies {
+            [] => Ok(()),
+            [first, ..] => Err(DeviceLost(format!("{first:?} on a runner without host blocks")).into()),
+        }
+    }
 }
 
 impl<R: Runner + ?Sized> Runner for Box<R> {
@@ -47,6 +72,10 @@ impl<R: Runner + ?Sized> Runner for Box<R> {
 
     fn is_done(&mut self) -> bool {
         (**self).is_done()
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {
+        (**self).copy(copies)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     panic::{self, AssertUnwindSafe},
 };
 
-use super::{DeviceLost, Runner, RunnerError, panic_message};
+use super::{BlockCopy, DeviceLost, Runner, RunnerError, panic_message};
 use crate::{
     ids::TokenId,
     scheduler::{MAX_IN_FLIGHT, PlanRow, RowResult, StepOutput, StepPlan, TokenInput},
@@ -16,6 +16,10 @@ use crate::{
 /// A step that fails as a whole is repeated row by row, so that only the rows that fail alone are lost. The step behind it
 /// was computed on tokens, keys and values that were never made: it is computed again, after the repetition. Results do not depend
 /// on who shares a step, so the other rows get what they would have got.
+///
+/// A plan's blocks are copied right before it is launched: its saves the first time only, as what was launched since may have
+/// overwritten them; its loads every time, as a row that is repeated for a request that is gone may have overwritten those. Every
+/// step is launched, or was tried to be, before its turn comes; so the copies of one whose rows are tried alone have been made.
 pub struct StepQueue<R> {
     runner: R,
     /// Oldest first.
@@ -29,6 +33,8 @@ pub struct StepQueue<R> {
 struct Step {
     plan: StepPlan,
     state: State,
+    /// Its saves were made.
+    saved: bool,
 }
 
 enum State {
@@ -68,30 +74,50 @@ impl<R: Runner> StepQueue<R> {
     /// When the device is lost.
     pub fn launch(&mut self, plan: StepPlan) -> Result<(), DeviceLost> {
         assert!(self.steps.len() < MAX_IN_FLIGHT, "the engine keeps count");
-        let state = match self.steps.back() {
-            Some(Step { state: State::Down(_), .. }) => State::Down("the step before it failed".into()),
-            _ => self.try_launch(&plan)?,
-        };
-        self.steps.push_back(Step { plan, state });
+        let state = State::Down("the step before it failed".into());
+        let mut step = Step { plan, state, saved: false };
+        if !matches!(self.steps.back(), Some(Step { state: State::Down(_), .. })) {
+            self.try_launch(&mut step)?;
+        }
+        self.steps.push_back(step);
         Ok(())
     }
 
-    fn try_launch(&mut self, plan: &StepPlan) -> Result<State, DeviceLost> {
+    fn try_launch(&mut self, step: &mut Step) -> Result<(), DeviceLost> {
+        self.copy(step)?;
         let launched = if self.repeated {
             debug_assert!(self.steps.is_empty(), "a step that follows a repeated one is the only one");
-            let plan = self.with_known_tokens(&plan.rows);
+            let plan = self.with_known_tokens(&step.plan.rows);
             self.attempt(|runner| runner.launch(&plan))
         } else {
-            self.attempt(|runner| runner.launch(plan))
+            self.attempt(|runner| runner.launch(&step.plan))
         };
-        match launched {
+        step.state = match launched {
             Ok(()) => {
                 self.repeated = false;
-                Ok(State::Launched)
+                State::Launched
             }
-            Err(RunnerError::Step(error)) => Ok(State::Down(error)),
-            Err(RunnerError::DeviceLost(lost)) => Err(lost),
+            Err(RunnerError::Step(error)) => State::Down(error),
+            Err(RunnerError::DeviceLost(lost)) => return Err(lost),
+        };
+        Ok(())
+    }
+
+    /// Makes the copies that a launch of this step needs.
+    fn copy(&mut self, step: &mut Step) -> Result<(), DeviceLost> {
+        let saves = if step.saved { &[] } else { step.plan.saves.as_slice() };
+        let saves = saves.iter().map(|&(block, host)| BlockCopy::Save(block, host));
+        let loads = step.plan.loads.iter().map(|&(host, block)| BlockCopy::Load(host, block));
+        let copies: Vec<_> = saves.chain(loads).collect();
+        step.saved = true;
+        if copies.is_empty() {
+            return Ok(());
         }
+        self.attempt(|runner| runner.copy(&copies)).map_err(|error| match error {
+            RunnerError::DeviceLost(lost) => lost,
+            // A panic, say: what the blocks hold is just as unknown.
+            RunnerError::Step(error) => DeviceLost(format!("blocks could not be copied: {error}")),
+        })
     }
 
     /// Waits for the oldest step and returns it with one result per row. At least one step is in flight.
@@ -99,7 +125,7 @@ impl<R: Runner> StepQueue<R> {
     /// # Errors
     /// When the device is lost.
     pub fn finish(&mut self) -> Result<(StepPlan, StepOutput), DeviceLost> {
-        let Step { plan, state } = self.steps.pop_front().expect("the engine waits for what it launched");
+        let Step { plan, state, .. } = self.steps.pop_front().expect("the engine waits for what it launched");
         let result = match state {
             State::Launched => self.attempt(Runner::wait),
             State::Down(error) => Err(RunnerError::Step(error)),
@@ -134,8 +160,9 @@ impl<R: Runner> StepQueue<R> {
         let output = StepOutput { rows };
         self.sampled = sampled(&plan, &output);
         self.repeated = true;
-        if let Some(Step { plan, .. }) = behind {
-            self.launch(plan)?;
+        if let Some(mut step) = behind {
+            self.try_launch(&mut step)?;
+            self.steps.push_back(step);
         }
         Ok((plan, output))
     }

@@ -6,7 +6,7 @@
 use super::buffer::Arena;
 use crate::{
     error::KernelError,
-    ops::{KvShape, Result},
+    ops::{BlockCopy, KvShape, Result},
     tensor::DType,
 };
 
@@ -64,8 +64,42 @@ impl CpuKvCache {
         [&mut self.keys.as_mut_bytes()[at..at + len], &mut self.values.as_mut_bytes()[at..at + len]]
     }
 
+    /// Bytes of one block's keys in one layer, and of its values.
+    fn block_bytes(&self) -> usize {
+        self.shape.block_bytes() / (2 * self.shape.num_layers)
+    }
+
     fn layer_offset(&self, layer: usize) -> usize {
         assert!(layer < self.shape.num_layers, "layer {layer} of {}", self.shape.num_layers);
         self.keys.bytes() / self.shape.num_layers * layer
+    }
+}
+
+/// Blocks of a KV cache that are kept aside, in the layout of the cache.
+pub struct CpuHostKv(CpuKvCache);
+
+impl CpuHostKv {
+    pub(crate) fn new(shape: KvShape) -> Result<CpuHostKv> {
+        CpuKvCache::new(shape).map(CpuHostKv)
+    }
+}
+
+/// `Ops::copy_blocks`.
+pub(super) fn copy_blocks(kv: &mut CpuKvCache, host: &mut CpuHostKv, copies: &[BlockCopy]) {
+    let host = &mut host.0;
+    BlockCopy::check(copies, kv.shape, host.shape);
+    for layer in 0..kv.shape.num_layers {
+        let bytes = kv.block_bytes();
+        for (cache, host) in kv.layer_mut(layer).into_iter().zip(host.layer_mut(layer)) {
+            for copy in copies {
+                let (block, at) = copy.ids();
+                let block = &mut cache[block * bytes..][..bytes];
+                let host = &mut host[at * bytes..][..bytes];
+                match copy {
+                    BlockCopy::Save { .. } => host.copy_from_slice(block),
+                    BlockCopy::Load { .. } => block.copy_from_slice(host),
+                }
+            }
+        }
     }
 }

@@ -33,14 +33,14 @@ pub use self::{
     batch::CpuBatch,
     buffer::{CpuBuffer, resident},
     isa::Isa,
-    kv_cache::CpuKvCache,
+    kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
     weight::CpuWeight,
 };
 use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, Epilogue, Extent, HeadShape, KvShape, Ops, Result},
+    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, Result},
     sampling::{RowTask, Sampled},
     tensor::HostTensor,
 };
@@ -108,6 +108,7 @@ impl Ops for CpuOps {
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type KvCache = CpuKvCache;
+    type HostKv = CpuHostKv;
     type Batch = CpuBatch;
     type Pending = Vec<Sampled>;
 
@@ -141,6 +142,20 @@ impl Ops for CpuOps {
 
     fn kv_cache(&self, shape: KvShape) -> Result<CpuKvCache> {
         CpuKvCache::new(shape)
+    }
+
+    fn host_kv(&self, shape: KvShape) -> Result<CpuHostKv> {
+        CpuHostKv::new(shape)
+    }
+
+    fn copy_blocks(&self, kv: &mut CpuKvCache, host: &mut CpuHostKv, copies: &[BlockCopy]) -> Result<()> {
+        kv_cache::copy_blocks(kv, host, copies);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        // Every op has run when its call returns.
+        Ok(())
     }
 
     fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<CpuBatch> {

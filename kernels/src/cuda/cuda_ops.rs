@@ -7,15 +7,15 @@ use parking_lot::Mutex;
 use super::{
     Device,
     batch::{CudaBatch, GRAPH_LIST_WORDS, Group, Plan},
-    driver::Result,
+    driver::{Pinned, Result},
     graphs::GraphKey,
     layout::Layout,
-    memory::{DeviceBuffer, Graph},
+    memory::{DeviceBuffer, Graph, PinnedMemory},
     ops::{
-        ActivationKind, Attention, AttentionKernels, BlockShape, Embedding, GatherRows, KvLayer, Linear,
-        LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary, Sample,
-        Scoring, attention, check_model, decode_results, embedding, encode, gather_rows, kv_cache_elems,
-        linear, list_words, rmsnorm, rope_kv_write, sample,
+        ActivationKind, Attention, AttentionKernels, BlockShape, CopyBlocks, Embedding, GatherRows, KvLayer,
+        Linear, LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary,
+        Sample, Scoring, attention, check_model, copy_blocks, decode_results, embedding, encode, gather_rows,
+        kv_cache_elems, linear, list_words, rmsnorm, rope_kv_write, sample,
     },
     steps::{Slot, Steps},
     weights::{CudaWeight, Uploader},
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, Epilogue, Extent, HeadShape, KvShape, Ops},
+    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops},
     sampling::{RowTask, Sampled},
     tensor::{DType, HostTensor},
 };
@@ -63,6 +63,27 @@ pub struct CudaOps {
 pub struct CudaKvCache {
     cache: DeviceBuffer,
     shape: KvShape,
+}
+
+impl CudaKvCache {
+    /// The storage, in the layout of [`super::ops::KvLayer`]: to fill or to compare it.
+    pub fn storage(&self) -> &DeviceBuffer {
+        &self.cache
+    }
+}
+
+/// Blocks of a KV cache in page-locked host memory, which copies on the stream alone touch.
+pub struct CudaHostKv {
+    memory: PinnedMemory,
+    shape: KvShape,
+    device: Device,
+}
+
+impl Drop for CudaHostKv {
+    fn drop(&mut self) {
+        // Copies that are queued end first. A lost device runs nothing any more.
+        let _ = self.device.driver().synchronize();
+    }
 }
 
 /// A step's results on their way.
@@ -120,6 +141,14 @@ impl CudaOps {
     }
 }
 
+fn require_bf16(shape: &KvShape) -> Result<()> {
+    if shape.dtype == DType::Bf16 {
+        return Ok(());
+    }
+    let detail = format!("the KV cache is kept in bf16, not {:?} (use --device cpu)", shape.dtype);
+    Err(KernelError::Unsupported { op: "kv_cache", detail })
+}
+
 fn max_logits_rows(config: &CudaConfig) -> usize {
     MAX_LOGITS_ROWS.min(config.max_rows.max(config.max_tokens))
 }
@@ -129,6 +158,7 @@ impl Ops for CudaOps {
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
     type KvCache = CudaKvCache;
+    type HostKv = CudaHostKv;
     type Batch = CudaBatch;
     type Pending = CudaPending;
 
@@ -166,12 +196,26 @@ impl Ops for CudaOps {
         let mut steps = self.steps.lock();
         self.device.driver().synchronize()?;
         steps.graphs.clear();
-        if shape.dtype != DType::Bf16 {
-            let detail = format!("the KV cache is kept in bf16, not {:?} (use --device cpu)", shape.dtype);
-            return Err(KernelError::Unsupported { op: "kv_cache", detail });
-        }
+        require_bf16(&shape)?;
         let cache = self.device.buffer(DType::Bf16, kv_cache_elems(&shape), "the KV cache")?;
         Ok(CudaKvCache { cache, shape })
+    }
+
+    fn host_kv(&self, shape: KvShape) -> Result<CudaHostKv> {
+        require_bf16(&shape)?;
+        let bytes = shape.num_blocks * shape.block_bytes();
+        let memory = PinnedMemory::new(self.device.driver.clone(), bytes, Pinned::Readback)?;
+        Ok(CudaHostKv { memory, shape, device: self.device.clone() })
+    }
+
+    fn copy_blocks(&self, kv: &mut CudaKvCache, host: &mut CudaHostKv, copies: &[BlockCopy]) -> Result<()> {
+        let CudaKvCache { cache, shape } = kv;
+        let call = CopyBlocks { cache, shape: *shape, host: &host.memory, host_shape: host.shape, copies };
+        copy_blocks(&self.device, call)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.driver().synchronize()
     }
 
     fn upload(&self, meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Result<CudaBatch> {

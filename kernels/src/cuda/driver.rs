@@ -80,7 +80,7 @@ pub struct Kernel {
 pub enum Pinned {
     /// Written by the host, read by the device: write-combined, never read it on the host.
     Upload,
-    /// Written by the device, read by the host.
+    /// Written by the device, read by the host, or by the device again.
     Readback,
 }
 

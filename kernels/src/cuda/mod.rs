@@ -27,7 +27,7 @@ use half::bf16;
 
 pub use self::{
     batch::CudaBatch,
-    cuda_ops::{CudaConfig, CudaKvCache, CudaOps, CudaPending},
+    cuda_ops::{CudaConfig, CudaHostKv, CudaKvCache, CudaOps, CudaPending},
     weights::CudaWeight,
 };
 use self::{

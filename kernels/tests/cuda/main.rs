@@ -7,6 +7,9 @@ mod activation;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/copies.rs"]
+mod copies;
+mod copy_blocks;
 mod harness;
 mod layernorm;
 mod linear;

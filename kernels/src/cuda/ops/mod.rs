@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod copy_blocks;
 mod embedding;
 mod gather_rows;
 mod layernorm;
@@ -18,6 +19,7 @@ pub use attention::{
     Attention, AttentionKernels, AttentionWorkspace, PlanLimits, Scoring, attention, attention_plan,
     check_model,
 };
+pub use copy_blocks::{CopyBlocks, copy_blocks};
 pub use embedding::{Embedding, embedding};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use layernorm::{LayerNorm, layernorm};

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Elements of one layer.
-fn layer_elems(shape: &KvShape) -> usize {
+pub(super) fn layer_elems(shape: &KvShape) -> usize {
     2 * shape.num_blocks * shape.num_kv_heads * shape.block_size * shape.head_dim
 }
 
