@@ -391,6 +391,8 @@ impl Sim {
         assert_eq!(removed.rows_freed, usize::from(live.place == Where::Running), "I3: it had this row");
         assert!(self.scheduler.remove(id).is_none(), "I4: a second abort finds nothing");
         self.forget(id, live.tenant);
+        // Another completion may take its part over.
+        self.take_notes();
     }
 
     fn forget(&mut self, id: SeqId, tenant: usize) {

@@ -1,0 +1,1 @@
+//! Scenarios that failed once, as the simulator shrank them.
