@@ -30,6 +30,7 @@ use crate::{
     runner::{RunnerThread, panic_message},
     scheduler::{Limits, Scheduler, SchedulerConfig},
     stats::SharedStats,
+    swap::SwapFacts,
     text::TextModel,
 };
 
@@ -52,6 +53,8 @@ pub struct EngineOptions {
     pub scheduling: SchedulingConfig,
     /// Plans a step while the one before it runs.
     pub look_ahead: bool,
+    /// Blocks of host memory that the runner has, for what the prefix cache gives up.
+    pub host_blocks: usize,
 }
 
 /// A running engine. Dropping it shuts it down: whatever is live fails with `EngineStopped`.
@@ -83,6 +86,13 @@ impl Engine {
         config: EngineConfig,
         mut progress: impl FnMut(Progress) + Send + 'static,
     ) -> Result<Self, LoadError> {
+        if config.swap_space > 0 && !config.scheduling.enable_prefix_caching {
+            return Err(LoadError::Option {
+                option: "--swap-space",
+                detail: "what is swapped out is found through the prefix cache; leave --no-enable-prefix-caching out"
+                    .into(),
+            });
+        }
         let mut files = ModelFiles::open(&config.source)?;
         if let Some(path) = &config.chat_template {
             files = files.with_chat_template(path);
@@ -130,7 +140,10 @@ impl Engine {
             has_chat_template: text.has_chat_template(),
             defaults,
         };
-        let options = EngineOptions { scheduling: config.scheduling, look_ahead };
+        // Saving what costs more to bring back than to compute would be a loss.
+        let swap = facts.swap.filter(SwapFacts::pays);
+        let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
+        let options = EngineOptions { scheduling: config.scheduling, look_ahead, host_blocks };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -144,11 +157,11 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead } = options;
+        let EngineOptions { scheduling, look_ahead, host_blocks } = options;
         let pool = match scheduling.enable_prefix_caching {
             true => {
                 let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
-                let cache = CacheConfig { key, events, host_blocks: 0 };
+                let cache = CacheConfig { key, events, host_blocks };
                 BlockPool::with_cache(info.num_kv_blocks, info.block_size, cache)
             }
             false => BlockPool::new(info.num_kv_blocks, info.block_size),

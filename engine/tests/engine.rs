@@ -127,6 +127,7 @@ impl Bench {
         let options = EngineOptions {
             scheduling: SchedulingConfig { max_num_queued_reqs: 3, ..SchedulingConfig::default() },
             look_ahead,
+            host_blocks: 0,
         };
         Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options).unwrap()) }
     }

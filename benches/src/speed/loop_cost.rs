@@ -74,7 +74,7 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
     };
-    let options = EngineOptions { scheduling: SchedulingConfig::default(), look_ahead: true };
+    let options = EngineOptions { scheduling: SchedulingConfig::default(), look_ahead: true, host_blocks: 0 };
     let engine = Engine::with_runner(runner, info, text, options)?;
     batches.into_iter().map(|rows| decode_step(&engine, rows, context, steps, vocab)).collect()
 }

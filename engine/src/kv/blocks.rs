@@ -160,17 +160,27 @@ impl Blocks {
     }
 
     /// How many blocks of a chain are there, and how many of these would have to be taken out of what can be had: cached ones are had no more,
-    /// and those in host memory need a block.
-    pub fn probe<'a>(&mut self, blocks: usize, link: impl Fn(usize, NodeId) -> Link<'a>) -> Probe {
+    /// and those in host memory need a block. As it would be if each of `given_back` had a reference less.
+    pub fn probe<'a>(
+        &mut self,
+        blocks: usize,
+        link: impl Fn(usize, NodeId) -> Link<'a>,
+        given_back: &[BlockId],
+    ) -> Probe {
         self.walk(blocks, link);
-        let mut probe =
-            Probe { hits: self.found.len(), taken: 0, available: self.free.len() + self.cached.len() };
+        let available = self.free.len() + self.cached.len();
+        let mut probe = Probe { hits: self.found.len(), taken: 0, available };
+        for &BlockId(block) in given_back {
+            self.refs[block as usize] -= 1;
+            probe.available += usize::from(self.refs[block as usize] == 0);
+        }
         for &(_, place) in &self.found {
             probe.taken += match place {
                 Place::Device(block) => usize::from(self.refs[block as usize] == 0),
                 Place::Host(_) => 1,
             };
         }
+        given_back.iter().for_each(|id| self.refs[id.0 as usize] += 1);
         probe
     }
 
@@ -183,28 +193,27 @@ impl Blocks {
     ) -> NodeId {
         self.walk(blocks, link);
         let found = std::mem::take(&mut self.found);
-        // First those of the device, so that none of them is given up for one that comes from the host.
+        // All of them first, so that none is given up to make room for another.
         for &(_, place) in &found {
-            if let Place::Device(block) = place {
-                self.acquire(BlockId(block));
+            match place {
+                Place::Device(block) => self.acquire(BlockId(block)),
+                Place::Host(host) => self.host_cached.remove(host),
             }
         }
         let mut node = NodeId::ROOT;
-        let mut found_ids = found.iter();
-        for &(id, place) in found_ids.by_ref() {
+        for &(id, place) in &found {
             let block = match place {
-                Place::Device(block) => BlockId(block),
-                Place::Host(host) => match self.load(HostBlockId(host)) {
-                    Some(block) => block,
-                    None => break,
-                },
+                Place::Device(block) => Some(BlockId(block)),
+                Place::Host(host) => self.load(HostBlockId(host)),
             };
+            let Some(block) = block else { break };
             ids.push(block);
             node = id;
         }
-        for &(_, place) in found_ids {
-            if let Place::Device(block) = place {
-                self.release(BlockId(block));
+        for &(_, place) in &found[ids.len()..] {
+            match place {
+                Place::Device(block) => drop(self.release(BlockId(block))),
+                Place::Host(host) => self.host_cached.push(host),
             }
         }
         self.found = found;
@@ -213,12 +222,7 @@ impl Blocks {
 
     /// A block for what is in host memory; its copy becomes due.
     fn load(&mut self, host: HostBlockId) -> Option<BlockId> {
-        // Not to be given up for itself.
-        self.host_cached.remove(host.0);
-        let Some(block) = self.take() else {
-            self.host_cached.push(host.0);
-            return None;
-        };
+        let block = self.take()?;
         self.index.relocate(Place::Host(host.0), Place::Device(block.0));
         self.loads.push((host, block));
         Some(block)

@@ -14,6 +14,8 @@ mod events;
 mod lru;
 mod prefix;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::{fmt, sync::Arc};
 

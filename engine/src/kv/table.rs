@@ -50,13 +50,14 @@ impl BlockTable {
         self.ids.len() * self.pool.block_size
     }
 
-    /// What it takes to hold all of `tokens`, at most `reuse` of which may be found in the prefix cache. The table is empty.
-    pub fn probe(&mut self, tokens: &[TokenId], reuse: usize) -> Fit {
+    /// What it takes to hold all of `tokens`, at most `reuse` of which may be found in the prefix cache; as it would be if somebody gave
+    /// one reference to each of `given_back` back. The table is empty.
+    pub fn probe(&mut self, tokens: &[TokenId], reuse: usize, given_back: &[BlockId]) -> Fit {
         debug_assert!(self.ids.is_empty());
         let pool = self.pool.clone();
         let mut blocks = pool.blocks.lock();
         let reusable = self.extend_hashes(&mut blocks, tokens, reuse);
-        let probe = blocks.probe(reusable, |at, node| self.link(tokens, at, node));
+        let probe = blocks.probe(reusable, |at, node| self.link(tokens, at, node), given_back);
         let all = tokens.len().div_ceil(pool.block_size);
         Fit { needed: all - probe.hits + probe.taken, available: probe.available }
     }
@@ -118,12 +119,6 @@ impl BlockTable {
         // In reverse: the end of a chain is given up before its beginning, and a pool used by one sequence after another hands
         // out the same blocks in the same order.
         self.ids.drain(..).rev().map(|id| usize::from(blocks.release(id))).sum()
-    }
-
-    /// Blocks that nobody else references.
-    pub fn num_exclusive(&self) -> usize {
-        let blocks = self.pool.blocks.lock();
-        self.ids.iter().filter(|&&id| blocks.references(id) == 1).count()
     }
 
     /// Makes the hashes of the full blocks among the first `limit` of `tokens`. Returns how many these are.

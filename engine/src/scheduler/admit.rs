@@ -1,7 +1,10 @@
 //! From the queue into the batch.
 
 use super::{Note, Policy, Scheduler, plan::Prompts, sequence::Place};
-use crate::{ids::SeqId, kv::Fit};
+use crate::{
+    ids::{BlockId, SeqId},
+    kv::Fit,
+};
 
 impl Scheduler {
     /// Gives free rows to waiting sequences in the order of the policy, while their whole prompts find blocks. Nobody overtakes: where the head
@@ -21,15 +24,23 @@ impl Scheduler {
 
     /// What it takes to take a waiting sequence in.
     pub(super) fn fit(&mut self, id: SeqId) -> Fit {
+        self.fit_without(id, &[])
+    }
+
+    /// The same if one reference to each of these blocks were given back.
+    fn fit_without(&mut self, id: SeqId, given_back: &[BlockId]) -> Fit {
         let seq = self.seqs.get_mut(&id).expect("whoever waits is live");
         let reusable = seq.reusable();
-        seq.table.probe(&seq.tokens, reusable)
+        seq.table.probe(&seq.tokens, reusable, given_back)
     }
 
     /// Whether there are blocks enough, with one for each running sequence besides: one that was just taken in would else be the next to be preempted.
     pub(super) fn has_room(&self, fit: Fit) -> bool {
-        let reserve = self.running.len().min(self.pool.total() / 8);
-        fit.needed + reserve <= fit.available
+        self.has_room_beside(self.running.len(), fit)
+    }
+
+    fn has_room_beside(&self, running: usize, fit: Fit) -> bool {
+        fit.needed + running.min(self.pool.total() / 8) <= fit.available
     }
 
     fn take_in(&mut self, id: SeqId) {
@@ -61,32 +72,27 @@ impl Scheduler {
         let Some(head) = self.waiting.head() else { return };
         let priority = self.seqs[&head].turn.priority;
         let lower = self.running.partition_point(|id| self.seqs[id].turn.priority <= priority);
-        let victims = self.running.len() - lower;
-        if victims == 0 {
-            return;
-        }
+        let is_full = self.running.len() == self.limits.max_num_seqs;
         let fit = self.fit(head);
-        let has_row = self.running.len() < self.limits.max_num_seqs;
-        if has_row && self.has_room(fit) {
+        if lower == self.running.len() || (!is_full && self.has_room(fit)) {
             return;
         }
-        let theirs: usize = self.running[lower..].iter().map(|id| self.seqs[id].table.num_exclusive()).sum();
-        if fit.needed + lower.min(self.pool.total() / 8) > fit.available + theirs {
+        let theirs: Vec<BlockId> =
+            self.running[lower..].iter().flat_map(|id| self.seqs[id].table.ids()).copied().collect();
+        let fit = self.fit_without(head, &theirs);
+        if !self.has_room_beside(lower, fit) {
             return;
         }
         if self.num_in_flight > 0 {
             self.must_settle = true;
             return;
         }
-        while let Some(&last) = self.running.last() {
-            let enough = self.running.len() < self.limits.max_num_seqs && {
-                let fit = self.fit(head);
-                self.has_room(fit)
-            };
-            if enough || self.running.len() == lower {
+        while self.running.len() > lower {
+            let fit = self.fit(head);
+            if self.running.len() < self.limits.max_num_seqs && self.has_room(fit) {
                 break;
             }
-            self.preempt(last);
+            self.preempt(*self.running.last().expect("more than those that stay"));
         }
     }
 }

@@ -19,7 +19,7 @@ pub const PROMPT_COST: u64 = 1;
 pub const GENERATED_COST: u64 = 2;
 /// Units of the counters per token, so that division by a weight loses nothing that matters.
 const SCALE: u64 = 1 << 20;
-/// Tenants that are remembered although they have nothing to wait for.
+/// Tenants beyond which those that have nothing to wait for are forgotten. Names are the clients' to choose.
 const MAX_REMEMBERED: usize = 4096;
 
 #[derive(Debug, Clone, Copy)]
@@ -61,15 +61,17 @@ impl FairShares {
         share.counter = share.counter.max(least);
     }
 
-    /// A tenant has nothing that waits any more.
-    pub fn goes(&mut self, tenant: &TenantId) {
+    /// A tenant has nothing that waits any more; `is_waiting` says who has.
+    pub fn goes(&mut self, tenant: &TenantId, is_waiting: impl Fn(&TenantId) -> bool) {
         self.last_gone = self.counter(tenant);
         if self.shares.len() > MAX_REMEMBERED {
-            // Whoever has least loses least by being forgotten: it would be lifted anyway.
-            let least = self.shares.iter().min_by_key(|(_, share)| share.counter);
-            if let Some(tenant) = least.map(|(tenant, _)| tenant.clone()) {
-                self.shares.remove(&tenant);
-            }
+            // Whoever was given least loses least by being forgotten: it would be lifted anyway when it comes back.
+            let idle = self.shares.iter().filter(|(tenant, _)| !is_waiting(tenant));
+            let mut idle: Vec<_> = idle.map(|(tenant, share)| (share.counter, tenant.clone())).collect();
+            idle.sort_unstable();
+            idle.iter().take(idle.len().div_ceil(2)).for_each(|(_, tenant)| {
+                self.shares.remove(tenant);
+            });
         }
     }
 
@@ -109,5 +111,19 @@ mod tests {
         shares.comes_back(&a, [&b, &c].into_iter());
         assert_eq!(shares.surplus(&a, [&b, &c].into_iter()), 100);
         assert_eq!(shares.least([&a, &c].into_iter()), Some(&c));
+    }
+
+    #[test]
+    fn who_waits_is_remembered_however_many_names_there_are() {
+        let waiting = TenantId::new("waiting");
+        let mut shares = FairShares::new(BTreeMap::new());
+        shares.charge(&waiting, 1, 0);
+        for name in 0..3 * MAX_REMEMBERED {
+            let tenant = TenantId::new(name.to_string());
+            shares.charge(&tenant, 5, 0);
+            shares.goes(&tenant, |tenant| *tenant == waiting);
+        }
+        assert!(shares.shares.len() <= MAX_REMEMBERED + 1);
+        assert_eq!(shares.counter(&waiting), SCALE);
     }
 }

@@ -83,7 +83,7 @@ impl Waiting {
                 let was = queue.is_some_and(|queue| queue.remove(&turn.id));
                 if queues.get(&turn.tenant).is_some_and(BTreeSet::is_empty) {
                     queues.remove(&turn.tenant);
-                    shares.goes(&turn.tenant);
+                    shares.goes(&turn.tenant, |tenant| queues.contains_key(tenant));
                 }
                 was
             }
