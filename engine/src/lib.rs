@@ -15,6 +15,10 @@ pub mod kv;
 mod ledger;
 pub mod model;
 pub mod output;
+#[cfg(not(feature = "planted"))]
+mod planted;
+#[cfg(feature = "planted")]
+pub mod planted;
 mod queue;
 pub mod request;
 pub mod runner;

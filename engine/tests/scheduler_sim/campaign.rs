@@ -17,7 +17,7 @@ use std::{
 use crate::{
     scenario::Scenario,
     shrink::shrink,
-    sim::{AT, Seen, Sim},
+    sim::{AT, PINS, Seen, Sim},
 };
 
 /// What a simulation died of.
@@ -28,6 +28,8 @@ pub struct Failure {
     pub place: String,
     /// The event that was running.
     pub at: usize,
+    /// Which requests the events happened to.
+    pub pins: Vec<(usize, u32)>,
 }
 
 impl fmt::Display for Failure {
@@ -72,26 +74,27 @@ pub fn attempt(scenario: &Scenario) -> Result<Seen, Failure> {
     IS_SIMULATING.set(false);
     result.map_err(|_| {
         let (message, place) = LAST_PANIC.take().unwrap_or_default();
-        Failure { message, place, at: AT.get() }
+        Failure { message, place, at: AT.get(), pins: PINS.take() }
     })
 }
 
 /// Runs all seeds, so many events each, on all cores. Of the seeds that fail, the first.
-pub fn run(seeds: Range<u64>, events: usize, prepare: impl Fn(&mut Scenario) + Sync) -> Result<Seen, Found> {
+///
+/// `prepare` is called once on each thread that runs them.
+pub fn run(seeds: Range<u64>, events: usize, prepare: impl Fn() + Sync) -> Result<Seen, Found> {
     let next = AtomicU64::new(seeds.start);
     let found: Mutex<Option<Found>> = Mutex::new(None);
     let all = Mutex::new(Seen::default());
     let first_failed = AtomicU64::new(seeds.end);
     let work = || {
+        prepare();
         let mut seen = Seen::default();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= first_failed.load(Ordering::Relaxed) {
                 break;
             }
-            let mut scenario = Scenario::from_seed(seed, events);
-            prepare(&mut scenario);
-            match attempt(&scenario) {
+            match attempt(&Scenario::from_seed(seed, events)) {
                 Ok(more) => seen.add(&more),
                 Err(failure) => {
                     let mut found = found.lock().unwrap();
@@ -117,7 +120,7 @@ pub fn run(seeds: Range<u64>, events: usize, prepare: impl Fn(&mut Scenario) + S
 
 /// The same, and a failing seed ends in a panic that says how to replay it, and the smallest scenario that fails alike.
 pub fn must_pass(seeds: Range<u64>, events: usize) -> Seen {
-    run(seeds, events, |_| ()).unwrap_or_else(|Found { seed, failure }| {
+    run(seeds, events, || ()).unwrap_or_else(|Found { seed, failure }| {
         eprintln!("seed {seed} fails at {failure}; shrinking it");
         let (smallest, smaller) = shrink(Scenario::from_seed(seed, events), &failure, Duration::from_secs(60));
         panic!(

@@ -28,6 +28,7 @@ mod check;
 mod device;
 mod fairness;
 mod model;
+mod planted;
 mod policies;
 mod regressions;
 mod rig;

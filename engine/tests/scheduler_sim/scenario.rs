@@ -5,7 +5,7 @@ use std::fmt::{self, Debug};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tidemill_engine::scheduler::{MAX_IN_FLIGHT, Policy};
 
-use crate::model::Fate;
+use crate::model::{Fate, mix};
 
 /// Tenants of a simulation.
 pub const TENANTS: usize = 4;
@@ -34,14 +34,16 @@ pub struct Config {
 /// What a request is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arrival {
+    /// Names the request; no other has it.
+    pub id: u32,
     /// Prompts of a family begin alike.
     pub family: u8,
     /// Tokens of the prompt that the family shares.
     pub shared: u16,
     /// Tokens behind them that nobody shares.
     pub tail: u16,
-    /// Goes on from what an ended request read and wrote, this many ends ago; 0: from nothing.
-    pub follows: u8,
+    /// Goes on from what an ended request read and wrote.
+    pub follows: Option<Whom>,
     /// Completions.
     pub n: u8,
     pub max_tokens: u16,
@@ -61,10 +63,11 @@ pub struct Arrival {
 impl Default for Arrival {
     fn default() -> Self {
         Self {
+            id: 0,
             family: 0,
             shared: 0,
             tail: 1,
-            follows: 0,
+            follows: None,
             n: 1,
             max_tokens: 1,
             min_tokens: 0,
@@ -80,20 +83,29 @@ impl Default for Arrival {
     }
 }
 
-/// Something that happens. A `pick` chooses among the live requests of that moment, so any part of a list of events is a list of events.
+/// A request that something happens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whom {
+    /// One of those that are there at that moment.
+    Any(u16),
+    /// This one, if it is there.
+    Request(u32),
+}
+
+/// Something that happens. Whatever it happens to may not be there, so any part of a list of events is a list of events.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     Arrive(Arrival),
     /// A request is aborted, in whatever state it is.
-    Abort { pick: u16 },
-    /// A request that ended or never was is aborted.
-    AbortGone { pick: u16 },
+    Abort(Whom),
+    /// A sequence that ended or never was is aborted.
+    AbortGone(u16),
     /// One completion of a request ends by a stop string.
-    Stop { pick: u16 },
+    Stop(Whom, u8),
     /// The client stops reading.
-    Park { pick: u16 },
+    Park(Whom),
     /// The client reads again.
-    Unpark { pick: u16 },
+    Unpark(Whom),
     /// The prefix cache is emptied.
     Reset,
     /// The next step of several rows cannot be launched.
@@ -121,8 +133,33 @@ impl Scenario {
         let mut rng = StdRng::seed_from_u64(seed);
         let config = Config::random(&mut rng);
         let mood = Mood::random(&mut rng);
-        let events = (0..events).map(|_| mood.event(&config, &mut rng)).collect();
+        let mut requests = 0;
+        let events = (0..events).map(|at| {
+            let mut event = mood.event(&config, &mut rng);
+            if let Event::Arrive(arrival) = &mut event {
+                arrival.id = requests;
+                arrival.tenant = mood.tenant(&config, at, arrival.tenant);
+                requests += 1;
+            }
+            event
+        });
+        let events = events.collect();
         Self { config, events }
+    }
+}
+
+impl Scenario {
+    /// Names the requests that things happened to when it ran: other events can then be left out, and it still happens to these.
+    pub fn pin(&mut self, pins: &[(usize, u32)]) {
+        for &(at, request) in pins {
+            match self.events.get_mut(at) {
+                Some(Event::Arrive(arrival)) => arrival.follows = Some(Whom::Request(request)),
+                Some(
+                    Event::Abort(whom) | Event::Stop(whom, _) | Event::Park(whom) | Event::Unpark(whom),
+                ) => *whom = Whom::Request(request),
+                _ => {}
+            }
+        }
     }
 }
 
@@ -163,6 +200,8 @@ struct Mood {
     tight_budgets: bool,
     /// Requests are small beside the pool.
     small: bool,
+    /// Events after which other tenants are busy; none: all are, always.
+    phase: Option<usize>,
 }
 
 impl Mood {
@@ -178,7 +217,15 @@ impl Mood {
             loners: rng.random_range(0.0..0.8),
             tight_budgets: rng.random_bool(0.3),
             small: rng.random_bool(0.5),
+            phase: rng.random_bool(0.5).then(|| rng.random_range(100..1000)),
         }
+    }
+
+    /// The tenant of a request: one of those that are busy now.
+    fn tenant(&self, config: &Config, at: usize, drawn: u8) -> u8 {
+        let busy = self.phase.map_or(0, |phase| mix(config.key ^ (at / phase) as u64) as u8 & 0xF);
+        let chosen = (0..TENANTS as u8).filter(|tenant| busy >> tenant & 1 == 1).cycle().nth(usize::from(drawn));
+        chosen.unwrap_or(drawn)
     }
 
     fn event(&self, config: &Config, rng: &mut StdRng) -> Event {
@@ -191,17 +238,18 @@ impl Mood {
             return Event::Arrive(self.arrival(config, rng));
         }
         let pick = rng.random_range(0..1000);
+        let whom = Whom::Any(pick);
         if falls(self.aborts) {
-            return if rng.random_bool(0.7) { Event::Abort { pick } } else { Event::Stop { pick } };
+            return if rng.random_bool(0.7) { Event::Abort(whom) } else { Event::Stop(whom, rng.random_range(0..3)) };
         }
         if falls(self.aborts * 0.2) {
-            return Event::AbortGone { pick };
+            return Event::AbortGone(pick);
         }
         if falls(self.parks) {
-            return Event::Park { pick };
+            return Event::Park(whom);
         }
         if falls(self.parks * 2.0) {
-            return Event::Unpark { pick };
+            return Event::Unpark(whom);
         }
         if falls(self.failures) {
             return if rng.random_bool(0.5) { Event::FailLaunch } else { Event::FailStep };
@@ -233,10 +281,11 @@ impl Mood {
         let shared = if rng.random_bool(self.loners) { 0 } else { rng.random_range(0..=prompt) };
         let limit = rng.random_range(1..=prompt + max_tokens);
         Arrival {
+            id: 0,
             family: rng.random_range(0..5),
             shared,
             tail: prompt - shared,
-            follows: if rng.random_bool(0.2) { rng.random_range(1..=4) } else { 0 },
+            follows: rng.random_bool(0.2).then(|| Whom::Any(rng.random_range(0..4))),
             n: if rng.random_bool(0.2) { rng.random_range(2..=3) } else { 1 },
             max_tokens,
             min_tokens: if rng.random_bool(0.3) { rng.random_range(0..=max_tokens) } else { 0 },
@@ -257,6 +306,11 @@ impl Mood {
     }
 }
 
+/// A value as Rust.
+fn with_paths(value: &dyn Debug) -> String {
+    format!("{value:?}").replace("Any(", "Whom::Any(").replace("Request(", "Whom::Request(")
+}
+
 /// Prints a scenario as the Rust that replays it.
 impl fmt::Display for Scenario {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -267,7 +321,7 @@ impl fmt::Display for Scenario {
         for event in &self.events {
             match event {
                 Event::Arrive(arrival) => writeln!(f, "        Event::Arrive({}),", arrival.code())?,
-                event => writeln!(f, "        Event::{event:?},")?,
+                event => writeln!(f, "        Event::{},", with_paths(event))?,
             }
         }
         writeln!(f, "    ],")?;
@@ -281,15 +335,15 @@ impl Arrival {
         let plain = Self::default();
         let mut fields = Vec::new();
         let mut field = |name: &str, value: &dyn Debug, plain: &dyn Debug| {
-            let value = format!("{value:?}");
-            if value != format!("{plain:?}") {
+            let value = with_paths(&value);
+            if value != with_paths(&plain) {
                 fields.push(format!("{name}: {value}"));
             }
         };
         macro_rules! fields {
             ($($name:ident)*) => { $(field(stringify!($name), &self.$name, &plain.$name);)* };
         }
-        fields!(family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs);
+        fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs);
         fields!(priority tenant salt patience);
         if self.fate != plain.fate {
             fields.push(format!("fate: Fate::{:?}", self.fate));

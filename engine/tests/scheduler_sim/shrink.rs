@@ -13,6 +13,9 @@ use crate::{
 pub fn shrink(scenario: Scenario, failure: &Failure, limit: Duration) -> (Scenario, Failure) {
     let mut shrinking = Shrinking { best: scenario, failure: failure.clone(), until: Instant::now() + limit };
     shrinking.cut();
+    let mut pinned = shrinking.best.clone();
+    pinned.pin(&shrinking.failure.pins);
+    shrinking.try_out(pinned);
     loop {
         let before = shrinking.best.clone();
         shrinking.drop_events();
@@ -116,10 +119,6 @@ fn simpler_events(event: &Event) -> Vec<Event> {
     match event {
         Event::Arrive(arrival) => simpler_arrivals(arrival).into_iter().map(Event::Arrive).collect(),
         Event::Plan { prefill, .. } => vec![Event::Plan { prefill: *prefill, eager: false }],
-        Event::Abort { pick: 1.. } => vec![Event::Abort { pick: 0 }],
-        Event::Stop { pick: 1.. } => vec![Event::Stop { pick: 0 }],
-        Event::Park { pick: 1.. } => vec![Event::Park { pick: 0 }],
-        Event::Unpark { pick: 1.. } => vec![Event::Unpark { pick: 0 }],
         _ => Vec::new(),
     }
 }
@@ -132,7 +131,7 @@ fn simpler_arrivals(arrival: &Arrival) -> Vec<Arrival> {
         |a| a.prompt_logprobs = false,
         |a| a.ignore_eos = true,
         |a| a.min_tokens = 0,
-        |a| a.follows = 0,
+        |a| a.follows = None,
         |a| a.patience = None,
         |a| a.priority = 0,
         |a| a.tenant = 0,

@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, VecDeque},
+    mem::ManuallyDrop,
     rc::Rc,
     sync::Arc,
 };
@@ -23,7 +24,7 @@ use crate::{
     fairness::{Service, Size},
     model::{End, EOS, Fate, Part, Script, VOCAB, mix},
     sampling,
-    scenario::{Arrival, Config, Event, Scenario},
+    scenario::{Arrival, Config, Event, Scenario, Whom},
 };
 
 /// Where a sequence is, as far as the scheduler's notes say.
@@ -56,8 +57,6 @@ pub struct Live {
     pub in_flight: usize,
     /// Its client does not read.
     pub unread: bool,
-    /// Launches in a row that left it out although it was the first of the batch.
-    pub left_out: usize,
 }
 
 /// A live request.
@@ -118,6 +117,8 @@ impl Seen {
 thread_local! {
     /// The event that runs, for the report of a failure.
     pub static AT: Cell<usize> = const { Cell::new(0) };
+    /// Which requests events happened to, so far.
+    pub static PINS: RefCell<Vec<(usize, u32)>> = const { RefCell::new(Vec::new()) };
 }
 
 pub struct Sim {
@@ -128,10 +129,9 @@ pub struct Sim {
     pub wires: Rc<RefCell<Wires>>,
     pub live: BTreeMap<SeqId, Live>,
     requests: BTreeMap<u32, Request>,
-    next_request: u32,
     next_seq: u64,
     /// What ended requests read and wrote, youngest first.
-    conversations: VecDeque<Vec<TokenId>>,
+    conversations: VecDeque<(u32, Vec<TokenId>)>,
     /// In simulated milliseconds.
     now: u64,
     /// Sequences and loads of the steps in flight.
@@ -143,6 +143,8 @@ pub struct Sim {
     notes: Vec<Note>,
     effects: Vec<Effect>,
     turns: u64,
+    /// The first of the batch, and launches in a row that left it out.
+    pub left_out: (Option<SeqId>, usize),
 }
 
 impl Sim {
@@ -169,7 +171,6 @@ impl Sim {
             wires,
             live: BTreeMap::new(),
             requests: BTreeMap::new(),
-            next_request: 0,
             next_seq: 0,
             conversations: VecDeque::new(),
             now: 0,
@@ -181,20 +182,23 @@ impl Sim {
             notes: Vec::new(),
             effects: Vec::new(),
             turns: 0,
+            left_out: (None, 0),
             config: config.clone(),
         }
     }
 
     /// Runs a scenario, and then until nothing is left.
     pub fn run(scenario: &Scenario) -> Seen {
-        let mut sim = Self::new(&scenario.config);
+        // Not dropped when it fails: what is broken would fail again while it is cleared up.
+        PINS.with_borrow_mut(Vec::clear);
+        let mut sim = ManuallyDrop::new(Self::new(&scenario.config));
         for (at, event) in scenario.events.iter().enumerate() {
             AT.set(at);
             sim.happen(event);
         }
         AT.set(scenario.events.len());
         sim.drain();
-        sim.seen
+        ManuallyDrop::into_inner(sim).seen
     }
 
     fn happen(&mut self, event: &Event) {
@@ -202,15 +206,15 @@ impl Sim {
         self.expire();
         match *event {
             Event::Arrive(ref arrival) => self.arrive(arrival),
-            Event::Abort { pick } => {
-                if let Some(request) = self.pick(pick) {
+            Event::Abort(whom) => {
+                if let Some(request) = self.find(whom) {
                     self.abort(request);
                 }
             }
-            Event::AbortGone { pick } => self.abort_gone(pick),
-            Event::Stop { pick } => self.stop(pick),
-            Event::Park { pick } => self.set_unread(pick, true),
-            Event::Unpark { pick } => self.set_unread(pick, false),
+            Event::AbortGone(pick) => self.abort_gone(pick),
+            Event::Stop(whom, index) => self.stop(whom, index),
+            Event::Park(whom) => self.set_unread(whom, true),
+            Event::Unpark(whom) => self.set_unread(whom, false),
             Event::Reset => self.reset(),
             Event::FailLaunch => self.wires.borrow_mut().fail_launch = true,
             Event::FailStep => self.wires.borrow_mut().fail_step = true,
@@ -261,38 +265,48 @@ impl Sim {
         self.live.get_mut(&seq).expect("I3: something happened to a request that is gone")
     }
 
-    fn pick(&self, pick: u16) -> Option<u32> {
-        let len = self.requests.len();
-        self.requests.keys().nth(usize::from(pick) % len.max(1)).copied()
+    fn find(&self, whom: Whom) -> Option<u32> {
+        let found = match whom {
+            Whom::Request(id) => self.requests.contains_key(&id).then_some(id),
+            Whom::Any(pick) => {
+                self.requests.keys().nth(usize::from(pick) % self.requests.len().max(1)).copied()
+            }
+        };
+        pin(found)
     }
 
-    fn prompt(&self, arrival: &Arrival, request: u32) -> Vec<TokenId> {
-        let mut prompt = match usize::from(arrival.follows).checked_sub(1) {
-            Some(back) => self.conversations.get(back).cloned().unwrap_or_default(),
-            None => Vec::new(),
+    /// What an ended request read and wrote.
+    fn conversation(&self, whom: Whom) -> Vec<TokenId> {
+        let mut ended = self.conversations.iter();
+        let found = match whom {
+            Whom::Request(id) => ended.find(|(request, _)| *request == id),
+            Whom::Any(back) => ended.nth(usize::from(back)),
         };
+        pin(found.map(|&(request, _)| request));
+        found.map(|(_, tokens)| tokens.clone()).unwrap_or_default()
+    }
+
+    fn prompt(&self, arrival: &Arrival) -> Vec<TokenId> {
+        let mut prompt = arrival.follows.map_or(Vec::new(), |whom| self.conversation(whom));
         let size = self.config.block_size as u64;
         let token = |of: u64| TokenId((mix(of) % u64::from(VOCAB)) as u32);
         prompt.extend((0..u64::from(arrival.shared)).map(|at| match (arrival.family, at) {
-            // Every block has the same tokens, so only what came before tells them apart.
-            (3, at) => token(at % size),
-            // As above, but for what is before it.
+            // As below, but for the first token.
             (4, 0) => token(4),
-            (4, at) => token(at % size),
+            // Every block has the same tokens, so only what came before tells them apart.
+            (3 | 4, at) => token(at % size),
             // As family 0, but for the first token.
             (1, 0) => token(1 << 32),
             (0 | 1, at) => token(at),
             (family, at) => token(u64::from(family) << 40 | at),
         }));
-        let key = self.config.key ^ u64::from(request) << 20;
-        prompt.extend((0..u64::from(arrival.tail)).map(|at| token(key ^ at << 1)));
+        let own = mix(self.config.key ^ u64::from(arrival.id));
+        prompt.extend((0..u64::from(arrival.tail)).map(|at| token(own ^ at)));
         prompt
     }
 
     fn arrive(&mut self, arrival: &Arrival) {
-        let request = self.next_request;
-        self.next_request += 1;
-        let prompt = self.prompt(arrival, request);
+        let prompt = self.prompt(arrival);
         let max_tokens = usize::from(arrival.max_tokens);
         let mine = self.live.values().filter(|live| live.tenant == usize::from(arrival.tenant)).count();
         let flood = self.config.policy == Policy::Fair && mine >= self.config.max_live.div_ceil(2);
@@ -309,16 +323,16 @@ impl Sim {
         }
         let first = SeqId(self.next_seq);
         let prompt: Arc<[TokenId]> = prompt.into();
-        let (root, domain) = self.root(arrival, request);
+        let (root, domain) = self.root(arrival);
         let seqs: Vec<SeqId> = (0..u64::from(arrival.n)).map(|index| SeqId(first.0 + index)).collect();
         self.next_seq += u64::from(arrival.n);
         for &id in &seqs {
-            let live = self.sequence(arrival, &prompt, id, Origin { request, first, domain });
+            let live = self.sequence(arrival, &prompt, id, Origin { first, domain });
             self.scheduler.add(NewSequence {
                 id,
                 prompt: prompt.clone(),
                 sampling: live.sampling.clone(),
-                seed: id.0,
+                seed: seed_of(arrival, id, first),
                 prompt_of: live.prompt_of,
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
@@ -330,16 +344,16 @@ impl Sim {
             self.live.insert(id, live);
         }
         let deadline = arrival.patience.map(|patience| self.now + u64::from(patience));
-        self.requests.insert(request, Request { seqs, deadline });
+        self.requests.insert(arrival.id, Request { seqs, deadline });
     }
 
     /// The beginning of a request's chain of blocks, and what stands for it here.
-    fn root(&self, arrival: &Arrival, request: u32) -> (BlockHash, u64) {
+    fn root(&self, arrival: &Arrival) -> (BlockHash, u64) {
         let salt = ["", "salt"][usize::from(arrival.salt > 0)];
-        let root = self.pool.prefix_root(&["model", salt], u64::from(request));
+        let root = self.pool.prefix_root(&["model", salt], u64::from(arrival.id));
         let domain = match self.config.caching {
             true => u64::from(arrival.salt),
-            false => 1 << 32 | u64::from(request),
+            false => 1 << 32 | u64::from(arrival.id),
         };
         (root, domain)
     }
@@ -347,7 +361,7 @@ impl Sim {
     fn sequence(&mut self, arrival: &Arrival, prompt: &[TokenId], id: SeqId, origin: Origin) -> Live {
         let prompt_of = (id != origin.first).then_some(origin.first);
         let part = Part {
-            seed: id.0,
+            seed: seed_of(arrival, id, origin.first),
             fate: arrival.fate,
             min_tokens: usize::from(arrival.min_tokens),
             max_tokens: usize::from(arrival.max_tokens),
@@ -363,7 +377,7 @@ impl Sim {
             self.wires.borrow_mut().fates.insert(id, part.fate);
         }
         Live {
-            request: origin.request,
+            request: arrival.id,
             script: Script::alone(prompt, &part),
             sampling: Arc::new(sampling),
             known: prompt.len(),
@@ -376,7 +390,6 @@ impl Sim {
             admitted: false,
             in_flight: 0,
             unread: false,
-            left_out: 0,
         }
     }
 
@@ -420,10 +433,10 @@ impl Sim {
         }
     }
 
-    fn stop(&mut self, pick: u16) {
-        let Some(request) = self.pick(pick) else { return };
+    fn stop(&mut self, whom: Whom, index: u8) {
+        let Some(request) = self.find(whom) else { return };
         let seqs = &self.requests[&request].seqs;
-        let id = seqs[usize::from(pick) / 7 % seqs.len()];
+        let id = seqs[usize::from(index) % seqs.len()];
         self.remove(id);
         self.close(request, id);
     }
@@ -448,8 +461,8 @@ impl Sim {
         }
     }
 
-    fn set_unread(&mut self, pick: u16, unread: bool) {
-        let Some(request) = self.pick(pick) else { return };
+    fn set_unread(&mut self, whom: Whom, unread: bool) {
+        let Some(request) = self.find(whom) else { return };
         for id in self.requests[&request].seqs.clone() {
             self.live(id).unread = unread;
             match unread {
@@ -612,18 +625,30 @@ impl Sim {
         assert!(self.scheduler.get(seq).is_none(), "I3: it has ended and is still there");
         self.close(live.request, seq);
         self.forget(seq, live.tenant);
-        self.conversations.push_front(live.script.tokens);
-        self.conversations.truncate(4);
+        self.conversations.push_front((live.request, live.script.tokens));
+        self.conversations.truncate(16);
     }
 }
 
 /// What a sequence has from its request.
 struct Origin {
-    request: u32,
     first: SeqId,
     domain: u64,
 }
 
-pub fn tenant_id(tenant: usize) -> TenantId {
+/// Key of a completion's random stream: it stays the same when other requests are left out.
+fn seed_of(arrival: &Arrival, id: SeqId, first: SeqId) -> u64 {
+    u64::from(arrival.id) << 8 | (id.0 - first.0)
+}
+
+/// Notes whom the event that runs has found.
+fn pin(found: Option<u32>) -> Option<u32> {
+    if let Some(request) = found {
+        PINS.with_borrow_mut(|pins| pins.push((AT.get(), request)));
+    }
+    found
+}
+
+fn tenant_id(tenant: usize) -> TenantId {
     TenantId::new(["a", "b", "c", "d"][tenant])
 }
