@@ -23,11 +23,10 @@ pub struct Service {
     waiting: [BTreeSet<SeqId>; TENANTS],
     /// By weight, in 1/[`UNIT`] of what a prompt token costs.
     given: [u64; TENANTS],
-    /// Tokens that a tenant's admitted sequences have, or will have.
-    admitted: [BTreeMap<SeqId, u64>; TENANTS],
-    /// Most tokens that admitted sequences of one tenant had, or were to have.
-    most_held: u64,
-    longest_prompt: u64,
+    /// Tokens that a tenant's admitted sequences are still to generate.
+    to_come: [BTreeMap<SeqId, u64>; TENANTS],
+    /// The most that a tenant was to be given after it had been admitted: a prompt and `to_come`.
+    ahead: [u64; TENANTS],
     /// Per pair that waits: the least and the greatest difference of what they were given, since both do.
     apart: BTreeMap<(usize, usize), (i64, i64)>,
     /// Pairs that waited together, counted once per change.
@@ -41,9 +40,8 @@ impl Service {
             weights: config.weights.map(u64::from),
             waiting: Default::default(),
             given: [0; TENANTS],
-            admitted: Default::default(),
-            most_held: 0,
-            longest_prompt: 0,
+            to_come: Default::default(),
+            ahead: [0; TENANTS],
             apart: BTreeMap::new(),
             compared: 0,
         }
@@ -66,26 +64,30 @@ impl Service {
 
     /// It is gone.
     pub fn gone(&mut self, seq: SeqId, tenant: usize) {
-        self.admitted[tenant].remove(&seq);
+        self.to_come[tenant].remove(&seq);
         self.unqueue(seq, tenant);
     }
 
-    /// It got its first row; so many tokens of its prompt are to be computed.
-    pub fn admitted(&mut self, seq: SeqId, tenant: usize, to_compute: usize, size: Size) {
+    /// It got its first row.
+    pub fn admitted(&mut self, seq: SeqId, tenant: usize, size: Size) {
         if !self.is_fair {
             return;
         }
-        self.longest_prompt = self.longest_prompt.max(size.prompt as u64);
-        self.admitted[tenant].insert(seq, (size.prompt + size.output) as u64);
-        self.most_held = self.most_held.max(self.admitted[tenant].values().sum());
-        self.give(tenant, PROMPT_COST * to_compute as u64);
+        let prompt = PROMPT_COST * size.to_compute as u64;
+        self.to_come[tenant].insert(seq, size.output as u64);
+        let output = GENERATED_COST * self.to_come[tenant].values().sum::<u64>();
+        self.ahead[tenant] = self.ahead[tenant].max(prompt + output);
+        self.give(tenant, prompt);
         self.waiting[tenant].remove(&seq);
         self.compare();
     }
 
     /// It generated a token.
-    pub fn generated(&mut self, tenant: usize) {
+    pub fn generated(&mut self, seq: SeqId, tenant: usize) {
         if self.is_fair {
+            if let Some(to_come) = self.to_come[tenant].get_mut(&seq) {
+                *to_come = to_come.saturating_sub(1);
+            }
             self.give(tenant, GENERATED_COST);
             self.compare();
         }
@@ -95,12 +97,11 @@ impl Service {
         self.given[tenant] += cost * UNIT / self.weights[tenant];
     }
 
-    /// Theorem 4.4 of the paper that `scheduler::fair` names, by weight. What the batch can hold is taken as what one tenant's
-    /// sequences had at most between admission and end: preempted and parked ones will have a row again without asking.
+    /// Theorem 4.4 of the paper that `scheduler::fair` names, with what one tenant's sequences really were to be given in place of what the batch can
+    /// hold: whoever is admitted has been given least, so it gets ahead of another by no more than that, and the other of it.
     fn bound(&self, a: usize, b: usize) -> i64 {
-        let weight = self.weights[a].min(self.weights[b]);
-        let most = (PROMPT_COST * self.longest_prompt).max(GENERATED_COST * self.most_held);
-        (2 * most * UNIT / weight) as i64
+        let ahead = |tenant: usize| (self.ahead[tenant] * UNIT).div_ceil(self.weights[tenant]);
+        (ahead(a) + ahead(b)) as i64
     }
 
     fn compare(&mut self) {
@@ -123,6 +124,8 @@ impl Service {
 
 /// What a sequence takes.
 pub struct Size {
-    pub prompt: usize,
+    /// Tokens of its prompt that were not found in the prefix cache.
+    pub to_compute: usize,
+    /// Tokens that it will generate when nobody stops it.
     pub output: usize,
 }

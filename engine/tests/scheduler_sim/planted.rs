@@ -80,7 +80,7 @@ fn beginning_not_compared() {
 
 #[test]
 fn evicts_referenced() {
-    is_found(Bug::EvictsReferenced, &["two states", "in the list once"]);
+    is_found(Bug::EvictsReferenced, &["two states", "in the list once", "has no references"]);
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn parked_goes_on() {
 
 #[test]
 fn unpark_forgotten() {
-    is_found(Bug::UnparkForgotten, &["I3", "I5"]);
+    is_found(Bug::UnparkForgotten, &["I3", "I5", "parked"]);
 }
 
 #[test]

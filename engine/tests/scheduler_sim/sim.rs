@@ -551,10 +551,10 @@ impl Sim {
         assert_eq!(resumed, live.admitted, "I6: whoever had a row before is resumed");
         live.place = Where::Running;
         live.admitted = true;
-        let (tenant, to_compute) = (live.tenant, live.known - cached_tokens);
-        let size = Size { prompt: live.script.prompt_len, output: live.script.output().len() };
+        let tenant = live.tenant;
+        let size = Size { to_compute: live.known - cached_tokens, output: live.script.output().len() };
         if !resumed {
-            self.service.admitted(seq, tenant, to_compute, size);
+            self.service.admitted(seq, tenant, size);
         }
         self.seen.resumed += u64::from(resumed);
         self.seen.cached_tokens += cached_tokens as u64;
@@ -587,7 +587,7 @@ impl Sim {
                 assert_eq!(Some(token), expected, "I8: {seq:?} differs from the same request alone");
                 live.known += 1;
                 let tenant = live.tenant;
-                self.service.generated(tenant);
+                self.service.generated(seq, tenant);
                 if let Some((reason, _)) = finish {
                     self.end(seq, End::Finished(reason));
                     self.seen.finished += 1;
