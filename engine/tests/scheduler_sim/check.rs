@@ -155,6 +155,45 @@ impl Sim {
         }
     }
 
+    /// Whoever is admitted finds the first block of its chain if the prefix cache has it. (Later blocks may be there and out of reach: their
+    /// beginning was given up and computed anew.)
+    pub fn check_hit(&self, admitted: SeqId, cached_tokens: usize) {
+        let (live, size) = (&self.live[&admitted], self.config.block_size);
+        assert_eq!(cached_tokens % size, 0, "I2: only full blocks are shared");
+        let scores = live.sampling.prompt_logprobs.is_some() && live.scored + 1 < live.script.prompt_len;
+        let reusable = if scores { live.scored } else { live.known - 1 };
+        assert!(cached_tokens <= reusable, "{admitted:?} has nothing left to compute, or skips what is to be scored");
+        if cached_tokens > 0 || reusable < size {
+            return;
+        }
+        let first = &live.script.kv[..size];
+        let has_it = |block: &BlockId| {
+            let content = &self.contents.blocks[block.0 as usize];
+            content.domain == live.domain && content.slots == first && self.pool.tokens_of(*block).is_some()
+        };
+        let missed = (0..self.config.blocks as u32).map(BlockId).find(has_it);
+        assert_eq!(missed, None, "{admitted:?} did not find the block that it could have had");
+    }
+
+    /// What the scheduler says about sequences: all that are live, and no other.
+    fn check_explanations(&mut self) {
+        for (&id, live) in &self.live {
+            let standing = self.scheduler.explain(id).expect("I3: it is live");
+            assert_eq!(standing.is_parked, live.place == Where::Parked);
+            assert_eq!(standing.completion_tokens, live.known - live.script.prompt_len);
+            assert!(standing.num_computed <= live.script.tokens.len() && standing.ahead < self.live.len());
+            match live.place {
+                Where::Parked => assert_eq!(standing.waits_for, Some(WaitReason::Reader)),
+                Where::Waiting => assert_eq!(standing.kv_blocks, 0, "I3: it waits and holds blocks"),
+                Where::Running => assert!(
+                    live.in_flight == 0 || standing.waits_for.is_none(),
+                    "{id:?} is in flight and waits for {:?}",
+                    standing.waits_for
+                ),
+            }
+        }
+    }
+
     /// I1, I2, I3, and what watchers of the prefix cache are told.
     pub fn check_state(&mut self, turn: u64) {
         // I1: free + cached + referenced = total; I2: as many references as tables hold. From the scheduler's own tables.
@@ -169,6 +208,7 @@ impl Sim {
         self.check_events();
         if turn % 16 == 0 {
             self.check_index();
+            self.check_explanations();
         }
     }
 

@@ -427,6 +427,7 @@ impl Sim {
         if !self.live.contains_key(&id) {
             let before = self.pool.counts();
             assert!(self.scheduler.remove(id).is_none(), "I3: {id:?} is gone, and still somewhere");
+            assert_eq!(self.scheduler.explain(id), None, "I3: {id:?} is gone, and still explained");
             self.scheduler.park(id);
             self.scheduler.unpark(id);
             assert_eq!(before, self.pool.counts(), "I4: an abort of nothing frees nothing");
@@ -546,6 +547,8 @@ impl Sim {
 
     fn admitted(&mut self, seq: SeqId, cached_tokens: usize, resumed: bool) {
         self.check_turn(seq);
+        // Blocks that this very plan writes hold what is still to come.
+        self.check_hit(seq, cached_tokens);
         let live = self.live(seq);
         assert!(live.place == Where::Waiting && !live.unread, "{seq:?} was admitted from {:?}", live.place);
         assert_eq!(resumed, live.admitted, "I6: whoever had a row before is resumed");
