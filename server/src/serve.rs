@@ -12,6 +12,7 @@ use crate::{
     config::GrpcConfig,
     exit::{Exit, Failure},
     grpc::Server,
+    lives::{Lives, OtlpEndpoint},
     loading,
 };
 
@@ -22,8 +23,14 @@ const FLUSH: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Each with its exit code.
-pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure> {
+pub async fn serve(
+    mut engine: EngineConfig,
+    grpc: GrpcConfig,
+    otlp: Option<OtlpEndpoint>,
+) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
+    let (lives, sender) = Lives::start(otlp.as_ref())?;
+    engine.lives = Some(sender);
     let server = Server::bind(&grpc).await?;
     if grpc.tls.is_none() && !grpc.keys.is_empty() && !server.address().ip().is_loopback() {
         tracing::warn!(
@@ -55,6 +62,9 @@ pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure
             let dropped = tokio::task::spawn_blocking(move || drop(engine));
             drop(tokio::time::timeout(FLUSH, dropped).await);
         }
+    }
+    if !matches!(&end, Err(failure) if failure.exit == Exit::Interrupted) {
+        lives.finish(FLUSH).await;
     }
     end
 }
@@ -151,7 +161,7 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use tidemill_engine::{
-        Engine, EngineOptions, LoadError, SchedulingConfig,
+        Engine, EngineOptions, LoadError,
         model::files::ModelSource,
         request::{GenerateRequest, Prompt},
         runner::{DeviceLost, Runner, RunnerError, RunnerThread},
@@ -200,8 +210,7 @@ mod tests {
     async fn a_lost_device_ends_the_server_with_a_code_of_its_own() {
         let like = engine().handle();
         let (runner, ()) = RunnerThread::start(|| Ok::<_, LoadError>((Lost, ()))).unwrap();
-        let options =
-            EngineOptions { scheduling: SchedulingConfig::default(), look_ahead: true, host_blocks: 0 };
+        let options = EngineOptions { look_ahead: true, ..EngineOptions::default() };
         let engine = Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap();
         let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();
         let (handle, mut signals) = (engine.handle(), Signals::new().unwrap());

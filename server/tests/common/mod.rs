@@ -82,7 +82,8 @@ impl Runner for Frail {
 
 /// An engine whose device is lost when the flag is set.
 pub fn frail_engine(lost: Arc<AtomicBool>, config: EngineConfig) -> Engine {
-    let options = EngineOptions { scheduling: config.scheduling.clone(), look_ahead: true, host_blocks: 0 };
+    let options =
+        EngineOptions { scheduling: config.scheduling.clone(), look_ahead: true, ..EngineOptions::default() };
     let like = Engine::start(config, |_| ()).unwrap().handle();
     let (runner, ()) = RunnerThread::start(move || Ok((Frail { lost, steps: VecDeque::new() }, ()))).unwrap();
     Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap()
@@ -229,4 +230,11 @@ pub fn text(prompt: &str, sampling: SamplingParams) -> GenerateRequest {
 pub fn endless(id: &str) -> GenerateRequest {
     let sampling = SamplingParams { ignore_eos: true, n: Some(8), ..greedy(1000) };
     GenerateRequest { request_id: id.into(), ..text("Once upon a time", sampling) }
+}
+
+/// One completion, as long as the context.
+pub fn alone(id: &str) -> GenerateRequest {
+    let mut request = endless(id);
+    request.sampling.as_mut().unwrap().n = None;
+    request
 }
