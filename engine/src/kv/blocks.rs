@@ -294,7 +294,8 @@ impl Blocks {
     }
 
     pub fn loaded(&mut self, loads: &[(HostBlockId, BlockId)]) {
-        let times = if planted(Bug::HostFreedEarly) { 0 } else { 1 + usize::from(planted(Bug::HostFreedTwice)) };
+        let times =
+            if planted(Bug::HostFreedEarly) { 0 } else { 1 + usize::from(planted(Bug::HostFreedTwice)) };
         (0..times).for_each(|_| self.host_free.extend(loads.iter().map(|&(host, _)| host)));
     }
 

@@ -128,7 +128,8 @@ impl PrefixIndex {
     pub fn find(&self, link: Link) -> Option<(NodeId, Place)> {
         let place = *self.by_hash.get(&link.hash)?;
         let node = self.node(place).expect("what the index names is there");
-        let beginning = (node.root == link.root && node.parent == link.parent) || planted(Bug::BeginningNotCompared);
+        let beginning =
+            (node.root == link.root && node.parent == link.parent) || planted(Bug::BeginningNotCompared);
         let same = beginning && (self.tokens(place) == link.tokens || planted(Bug::TokensNotCompared));
         same.then_some((node.id, place))
     }

@@ -47,7 +47,8 @@ impl Scheduler {
         self.make_way();
         let preemptions = self.preemptions;
         self.plan_decode(&mut plan);
-        let left = self.limits.max_num_batched_tokens - plan.rows.len() + usize::from(planted(Bug::BudgetByOne));
+        let left =
+            self.limits.max_num_batched_tokens - plan.rows.len() + usize::from(planted(Bug::BudgetByOne));
         let budget = prefill_budget(plan.rows.len()).max(usize::from(plan.rows.is_empty())).min(left);
         let mut chunks = std::mem::take(&mut self.spare.chunks);
         chunks.clear();

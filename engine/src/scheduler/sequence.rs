@@ -150,7 +150,11 @@ impl Sequence {
     /// is every position whose logits are still to be reported.
     pub(super) fn reusable(&self) -> usize {
         let unscored = self.sampling.prompt_logprobs.is_some() && self.num_scored + 1 < self.prompt_len;
-        (self.tokens.len() - 1).min(if unscored && !planted(Bug::ScoresSkipped) { self.num_scored } else { usize::MAX })
+        (self.tokens.len() - 1).min(if unscored && !planted(Bug::ScoresSkipped) {
+            self.num_scored
+        } else {
+            usize::MAX
+        })
     }
 
     pub(super) fn stage(&self) -> Stage {

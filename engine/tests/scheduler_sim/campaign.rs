@@ -122,7 +122,8 @@ pub fn run(seeds: Range<u64>, events: usize, prepare: impl Fn() + Sync) -> Resul
 pub fn must_pass(seeds: Range<u64>, events: usize) -> Seen {
     run(seeds, events, || ()).unwrap_or_else(|Found { seed, failure }| {
         eprintln!("seed {seed} fails at {failure}; shrinking it");
-        let (smallest, smaller) = shrink(Scenario::from_seed(seed, events), &failure, Duration::from_secs(60));
+        let (smallest, smaller) =
+            shrink(Scenario::from_seed(seed, events), &failure, Duration::from_secs(60));
         panic!(
             "seed {seed} fails at {failure}\n\
              replay it:  SIM_FIRST_SEED={seed} SIM_SEEDS=1 SIM_EVENTS={events} cargo test -p tidemill-engine \

@@ -57,7 +57,11 @@ impl Contents {
             let seq = row.seq;
             assert_eq!(block.domain, live.domain, "I2: {seq:?} reads position {position} of another domain");
             let kv = block.slots[position % self.block_size];
-            assert_eq!(Some(&kv), live.script.kv.get(position), "I2: {seq:?} reads position {position}, which is not its own");
+            assert_eq!(
+                Some(&kv),
+                live.script.kv.get(position),
+                "I2: {seq:?} reads position {position}, which is not its own"
+            );
         }
     }
 
@@ -66,7 +70,8 @@ impl Contents {
             let block = &mut self.blocks[row.blocks[position / self.block_size].0 as usize];
             block.domain = live.domain;
             // Behind the end of a script stands a token that ends its sequence, or one of a row that fails.
-            block.slots[position % self.block_size] = live.script.kv.get(position).copied().unwrap_or(Kv::RUBBISH);
+            block.slots[position % self.block_size] =
+                live.script.kv.get(position).copied().unwrap_or(Kv::RUBBISH);
         }
     }
 }
@@ -82,7 +87,10 @@ impl Sim {
     /// I2, I7: a plan stays within its budgets, continues each sequence where it was left, and writes to no block that others see.
     pub fn check_plan(&mut self, plan: &StepPlan, decode_rows: usize, prefill: usize) {
         assert!(plan.rows.len() <= self.config.max_num_seqs, "I7: more rows than max_num_seqs");
-        assert!(plan.num_tokens() <= self.config.max_num_batched_tokens, "I7: more tokens than max_num_batched_tokens");
+        assert!(
+            plan.num_tokens() <= self.config.max_num_batched_tokens,
+            "I7: more tokens than max_num_batched_tokens"
+        );
         let (decode, prompts) = plan.rows.split_at(decode_rows);
         assert!(decode.iter().all(|row| row.input.num_tokens() == 1), "I7: a decode row of several tokens");
         let read: usize = prompts.iter().map(|row| row.input.num_tokens()).sum();
@@ -93,12 +101,28 @@ impl Sim {
             let live = self.live.get(&row.seq).expect("I3: a plan for a sequence that is gone");
             assert!(!live.unread, "{:?} is to be parked, and was planned", row.seq);
             assert!(row.input.num_tokens() > 0 && !plan.rows[..at].iter().any(|other| other.seq == row.seq));
-            assert!(row.end() < live.script.prompt_len + live.sampling.max_tokens, "computed past its last token");
-            assert_eq!(row.blocks.len() >= row.end().div_ceil(self.config.block_size), true, "I7: a token without a slot");
+            assert!(
+                row.end() < live.script.prompt_len + live.sampling.max_tokens,
+                "computed past its last token"
+            );
+            assert_eq!(
+                row.blocks.len() >= row.end().div_ceil(self.config.block_size),
+                true,
+                "I7: a token without a slot"
+            );
             self.contents.read(row, live);
             for &block in &row.blocks[row.start / self.config.block_size..] {
-                assert_eq!(self.pool.references(block), 1, "I2: {:?} writes to {block:?}, which is shared", row.seq);
-                assert!(self.pool.tokens_of(block).is_none(), "I2: {:?} writes to {block:?}, which can be found", row.seq);
+                assert_eq!(
+                    self.pool.references(block),
+                    1,
+                    "I2: {:?} writes to {block:?}, which is shared",
+                    row.seq
+                );
+                assert!(
+                    self.pool.tokens_of(block).is_none(),
+                    "I2: {:?} writes to {block:?}, which can be found",
+                    row.seq
+                );
             }
         }
         for row in &plan.rows {
@@ -115,7 +139,10 @@ impl Sim {
         let again = first == before && !has_row && !plan.rows.is_empty();
         self.left_out = (first, if again { times + 1 } else { usize::from(!has_row) });
         // Once for a token that the host must see, once more for want of a block.
-        assert!(self.left_out.1 <= 2 || first.is_none(), "I6: {first:?}, the first of the batch, does not advance");
+        assert!(
+            self.left_out.1 <= 2 || first.is_none(),
+            "I6: {first:?}, the first of the batch, does not advance"
+        );
     }
 
     /// Who comes first: by priority where it counts, then by age.
@@ -136,7 +163,8 @@ impl Sim {
     pub fn check_turn(&mut self, admitted: SeqId) {
         let class = |sim: &Self, id: SeqId| {
             let live = &sim.live[&id];
-            let tenant = if sim.config.policy == Policy::Fair && live.admitted == false { live.tenant } else { 0 };
+            let tenant =
+                if sim.config.policy == Policy::Fair && live.admitted == false { live.tenant } else { 0 };
             let (priority, id) = sim.rank(id, live);
             ((priority, !live.admitted), tenant, id)
         };
@@ -162,7 +190,10 @@ impl Sim {
         assert_eq!(cached_tokens % size, 0, "I2: only full blocks are shared");
         let scores = live.sampling.prompt_logprobs.is_some() && live.scored + 1 < live.script.prompt_len;
         let reusable = if scores { live.scored } else { live.known - 1 };
-        assert!(cached_tokens <= reusable, "{admitted:?} has nothing left to compute, or skips what is to be scored");
+        assert!(
+            cached_tokens <= reusable,
+            "{admitted:?} has nothing left to compute, or skips what is to be scored"
+        );
         if cached_tokens > 0 || reusable < size {
             return;
         }
@@ -229,7 +260,8 @@ impl Sim {
 
     /// I2: what the prefix cache says of a block is what the device has in it.
     fn check_index(&self) {
-        let is_due = |block| self.flights.iter().any(|plan| plan.loads.iter().any(|&(_, target)| target == block));
+        let is_due =
+            |block| self.flights.iter().any(|plan| plan.loads.iter().any(|&(_, target)| target == block));
         let wires = self.wires.borrow();
         let size = self.config.block_size;
         let mut cached = 0;
@@ -242,7 +274,10 @@ impl Sim {
             }
             let kv: Vec<_> = slots.iter().map(|kv| kv.token).collect();
             assert_eq!(kv, tokens, "I2: {block:?} holds other tokens than the prefix cache says");
-            assert_eq!(slots, self.contents.blocks[block.0 as usize].slots, "I2: {block:?} was written to since");
+            assert_eq!(
+                slots, self.contents.blocks[block.0 as usize].slots,
+                "I2: {block:?} was written to since"
+            );
         }
         assert_eq!(cached, self.pool.counts().cached, "I1: what is cached can be found");
         let told: BTreeSet<BlockHash> = self
@@ -265,7 +300,11 @@ impl Sim {
         assert_eq!(counts.owned, 0, "I3: blocks leaked");
         assert!(self.config.caching || counts.cached == 0, "I1: kept without a prefix cache");
         assert_eq!(self.pool.clear_cache(), counts.cached, "a reset frees what is cached");
-        assert_eq!((self.pool.counts().free, self.pool.num_host_blocks_used()), (counts.total, 0), "I1: blocks lost");
+        assert_eq!(
+            (self.pool.counts().free, self.pool.num_host_blocks_used()),
+            (counts.total, 0),
+            "I1: blocks lost"
+        );
         self.check_events();
         assert!(self.cache.stored.is_empty(), "events tell of a reset");
         let left = (self.scheduler.num_running(), self.scheduler.num_waiting(), self.scheduler.num_parked());

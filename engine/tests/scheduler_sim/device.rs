@@ -88,8 +88,7 @@ impl Device {
     }
 
     fn execute(&mut self, plan: &StepPlan, fails: bool) {
-        let poisoned =
-            |row: &PlanRow| matches!(self.fate(row.seq), Fate::Poison(tokens) if row.end() >= usize::from(tokens));
+        let poisoned = |row: &PlanRow| matches!(self.fate(row.seq), Fate::Poison(tokens) if row.end() >= usize::from(tokens));
         let fails = fails || plan.rows.iter().any(poisoned);
         self.wires.borrow_mut().failures += usize::from(fails);
         let inputs: Vec<Vec<TokenId>> = plan.rows.iter().map(|row| self.input(row)).collect();
@@ -135,7 +134,12 @@ impl Device {
                 attention.read(slots[self.slot(&row.blocks, position)]);
                 if row.score_at.contains(&position) {
                     let token = row.targets[position - row.score_at.start];
-                    scored.push(TokenLogprobs { token, logprob: attention.score(token), rank: 1, top: Vec::new() });
+                    scored.push(TokenLogprobs {
+                        token,
+                        logprob: attention.score(token),
+                        rank: 1,
+                        top: Vec::new(),
+                    });
                 }
             }
         }

@@ -115,7 +115,10 @@ impl Service {
                 let (least, most) = self.apart.entry((a, b)).or_insert((apart, apart));
                 (*least, *most) = ((*least).min(apart), (*most).max(apart));
                 let (range, bound) = (*most - *least, self.bound(a, b));
-                assert!(range <= bound, "I10: tenants {a} and {b} both wait and drift {range} apart, over {bound}");
+                assert!(
+                    range <= bound,
+                    "I10: tenants {a} and {b} both wait and drift {range} apart, over {bound}"
+                );
                 self.compared += 1;
             }
         }

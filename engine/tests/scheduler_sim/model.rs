@@ -46,7 +46,8 @@ pub struct Attention(u64);
 impl Attention {
     /// Reads one more position.
     pub fn read(&mut self, kv: Kv) {
-        self.0 = (self.0 ^ kv.chain ^ u64::from(kv.token.0)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23);
+        self.0 =
+            (self.0 ^ kv.chain ^ u64::from(kv.token.0)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23);
     }
 
     /// The token chosen after everything that was read. It depends on what the host says about the output so far. A token that is forbidden

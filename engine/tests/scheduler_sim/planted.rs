@@ -2,13 +2,9 @@
 //!
 //! Each is found within a thousand seeds of ten thousand events, which is what `cargo test` runs on the scheduler as it is; the search stops at the first.
 
-use tidemill_engine::{
-    planted::{Bug, plant},
-};
+use tidemill_engine::planted::{Bug, plant};
 
-use crate::{
-    campaign::{self, Found},
-};
+use crate::campaign::{self, Found};
 
 const EVENTS: usize = 10_000;
 

@@ -23,7 +23,11 @@ fn replay<const N: usize>(config: Config, events: [Event; N]) {
 fn the_same_seed_gives_the_same_simulation() {
     let scenario = Scenario::from_seed(7, 2000);
     assert_eq!(scenario, Scenario::from_seed(7, 2000));
-    assert_eq!(scenario.events[..500], Scenario::from_seed(7, 500).events, "a longer one begins like a shorter one");
+    assert_eq!(
+        scenario.events[..500],
+        Scenario::from_seed(7, 500).events,
+        "a longer one begins like a shorter one"
+    );
     let [first, second] = [(); 2].map(|()| format!("{:?}", attempt(&scenario).unwrap()));
     assert_eq!(first, second);
 }
@@ -39,7 +43,10 @@ fn a_failing_scenario_is_made_small_and_still_fails() {
         })
         .expect("the bug is found");
     let (smallest, smaller) = shrink(scenario, &failure, Duration::from_secs(20));
-    assert!(smallest.events.len() <= 12, "two prompts that begin alike, and steps to compute them:\n{smallest}");
+    assert!(
+        smallest.events.len() <= 12,
+        "two prompts that begin alike, and steps to compute them:\n{smallest}"
+    );
     assert_eq!(smaller.place, failure.place);
     assert_eq!(attempt(&smallest).unwrap_err().place, failure.place, "it replays");
     plant(None);
@@ -75,7 +82,12 @@ fn blocks_of_a_chain_on_the_host_are_not_given_up_for_one_another() {
             plan(),
             Event::Resolve,
             Event::Resolve,
-            Event::Arrive(Arrival { id: 28, tail: 0, follows: Some(Whom::Request(25)), ..Arrival::default() }),
+            Event::Arrive(Arrival {
+                id: 28,
+                tail: 0,
+                follows: Some(Whom::Request(25)),
+                ..Arrival::default()
+            }),
             Event::Arrive(Arrival { id: 29, max_tokens: 2, ..Arrival::default() }),
             plan(),
             Event::Resolve,
@@ -91,7 +103,12 @@ fn blocks_of_a_chain_on_the_host_are_not_given_up_for_one_another() {
                 salt: 1,
                 ..Arrival::default()
             }),
-            Event::Arrive(Arrival { id: 32, tail: 0, follows: Some(Whom::Request(28)), ..Arrival::default() }),
+            Event::Arrive(Arrival {
+                id: 32,
+                tail: 0,
+                follows: Some(Whom::Request(28)),
+                ..Arrival::default()
+            }),
         ],
     );
 }

@@ -113,9 +113,14 @@ pub enum Event {
     /// The next step of several rows that is launched fails.
     FailStep,
     /// Time passes, in milliseconds.
-    Wait { ms: u16 },
+    Wait {
+        ms: u16,
+    },
     /// A step is planned, with so many tokens for prompts; where none can be, one is resolved. `eager`: the device computes it at once.
-    Plan { prefill: u16, eager: bool },
+    Plan {
+        prefill: u16,
+        eager: bool,
+    },
     /// The oldest step is resolved; where none is in flight, one is planned.
     Resolve,
 }
@@ -154,9 +159,9 @@ impl Scenario {
         for &(at, request) in pins {
             match self.events.get_mut(at) {
                 Some(Event::Arrive(arrival)) => arrival.follows = Some(Whom::Request(request)),
-                Some(
-                    Event::Abort(whom) | Event::Stop(whom, _) | Event::Park(whom) | Event::Unpark(whom),
-                ) => *whom = Whom::Request(request),
+                Some(Event::Abort(whom) | Event::Stop(whom, _) | Event::Park(whom) | Event::Unpark(whom)) => {
+                    *whom = Whom::Request(request)
+                }
                 _ => {}
             }
         }
@@ -224,7 +229,8 @@ impl Mood {
     /// The tenant of a request: one of those that are busy now.
     fn tenant(&self, config: &Config, at: usize, drawn: u8) -> u8 {
         let busy = self.phase.map_or(0, |phase| mix(config.key ^ (at / phase) as u64) as u8 & 0xF);
-        let chosen = (0..TENANTS as u8).filter(|tenant| busy >> tenant & 1 == 1).cycle().nth(usize::from(drawn));
+        let chosen =
+            (0..TENANTS as u8).filter(|tenant| busy >> tenant & 1 == 1).cycle().nth(usize::from(drawn));
         chosen.unwrap_or(drawn)
     }
 
@@ -240,7 +246,11 @@ impl Mood {
         let pick = rng.random_range(0..1000);
         let whom = Whom::Any(pick);
         if falls(self.aborts) {
-            return if rng.random_bool(0.7) { Event::Abort(whom) } else { Event::Stop(whom, rng.random_range(0..3)) };
+            return if rng.random_bool(0.7) {
+                Event::Abort(whom)
+            } else {
+                Event::Stop(whom, rng.random_range(0..3))
+            };
         }
         if falls(self.aborts * 0.2) {
             return Event::AbortGone(pick);
@@ -348,6 +358,10 @@ impl Arrival {
         if self.fate != plain.fate {
             fields.push(format!("fate: Fate::{:?}", self.fate));
         }
-        format!("Arrival {{ {}{}..Arrival::default() }}", fields.join(", "), if fields.is_empty() { "" } else { ", " })
+        format!(
+            "Arrival {{ {}{}..Arrival::default() }}",
+            fields.join(", "),
+            if fields.is_empty() { "" } else { ", " }
+        )
     }
 }

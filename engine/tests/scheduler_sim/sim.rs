@@ -14,7 +14,8 @@ use tidemill_engine::{
     runner::StepQueue,
     sampling::Sampling,
     scheduler::{
-        Effect, Limits, MAX_IN_FLIGHT, NewSequence, Note, Policy, Scheduler, SchedulerConfig, StepPlan, TokenInput,
+        Effect, Limits, MAX_IN_FLIGHT, NewSequence, Note, Policy, Scheduler, SchedulerConfig, StepPlan,
+        TokenInput,
     },
 };
 
@@ -22,7 +23,7 @@ use crate::{
     check::{Cache, Contents},
     device::{Device, Wires},
     fairness::{Service, Size},
-    model::{End, EOS, Fate, Part, Script, VOCAB, mix},
+    model::{EOS, End, Fate, Part, Script, VOCAB, mix},
     sampling,
     scenario::{Arrival, Config, Event, Scenario, Whom},
 };
@@ -165,7 +166,10 @@ impl Sim {
         let wires = Rc::<RefCell<Wires>>::default();
         let device = Device::new(wires.clone(), block_size, blocks, host_blocks);
         Self {
-            scheduler: Scheduler::new(SchedulerConfig { limits, policy: config.policy, weights }, pool.clone()),
+            scheduler: Scheduler::new(
+                SchedulerConfig { limits, policy: config.policy, weights },
+                pool.clone(),
+            ),
             steps: StepQueue::new(device),
             pool,
             wires,
@@ -236,7 +240,8 @@ impl Sim {
 
     /// I5 and I8: everything that is left finishes when the load ends, and every block comes back.
     fn drain(&mut self) {
-        let unread: Vec<SeqId> = self.live.iter().filter(|(_, live)| live.unread).map(|(&id, _)| id).collect();
+        let unread: Vec<SeqId> =
+            self.live.iter().filter(|(_, live)| live.unread).map(|(&id, _)| id).collect();
         for id in unread {
             self.live(id).unread = false;
             self.unpark(id);
@@ -455,7 +460,8 @@ impl Sim {
     /// I9: what is past its deadline is taken out at once; anything that comes for it later hits nobody.
     fn expire(&mut self) {
         let late = |request: &Request| request.deadline.is_some_and(|deadline| deadline <= self.now);
-        let late: Vec<u32> = self.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
+        let late: Vec<u32> =
+            self.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
         for request in late {
             self.abort(request);
             self.seen.expired += 1;
@@ -527,7 +533,9 @@ impl Sim {
         self.scheduler.take_notes(&mut notes);
         for note in notes.drain(..) {
             match note {
-                Note::Admitted { seq, cached_tokens, resumed, .. } => self.admitted(seq, cached_tokens, resumed),
+                Note::Admitted { seq, cached_tokens, resumed, .. } => {
+                    self.admitted(seq, cached_tokens, resumed)
+                }
                 Note::Preempted { seq } => {
                     self.check_victim(seq);
                     self.live(seq).place = Where::Waiting;

@@ -21,7 +21,11 @@ fn a_step_mixes_decode_rows_and_prompt_chunks_and_serves_decode_first() {
     rig.launch();
     rig.add(1, 20, 9);
     let plan = rig.launch();
-    assert_eq!(shape(&plan), [(0, 3, 1), (1, 0, 7)], "a decode row, then as much prompt as the budget leaves");
+    assert_eq!(
+        shape(&plan),
+        [(0, 3, 1), (1, 0, 7)],
+        "a decode row, then as much prompt as the budget leaves"
+    );
     assert_eq!(plan.rows[0].input, TokenInput::Sampled(0));
     assert!(plan.rows[0].sample.is_some() && plan.rows[1].sample.is_none());
 }
@@ -78,10 +82,18 @@ fn a_long_prompt_gets_its_part_and_what_short_ones_leave() {
     rig.add(0, 40, 1);
     rig.add(1, 40, 1);
     rig.add(2, 5, 1);
-    assert_eq!(shape(&rig.step()), [(0, 0, 11), (2, 0, 5)], "one long prompt at a time; it takes what is left");
+    assert_eq!(
+        shape(&rig.step()),
+        [(0, 0, 11), (2, 0, 5)],
+        "one long prompt at a time; it takes what is left"
+    );
     rig.add(3, 6, 1);
     rig.add(4, 8, 1);
-    assert_eq!(shape(&rig.step()), [(0, 11, 8), (3, 0, 6), (4, 0, 2)], "short ones need not wait for its end");
+    assert_eq!(
+        shape(&rig.step()),
+        [(0, 11, 8), (3, 0, 6), (4, 0, 2)],
+        "short ones need not wait for its end"
+    );
     assert_eq!(shape(&rig.step()), [(0, 19, 10), (4, 2, 6)]);
 }
 
