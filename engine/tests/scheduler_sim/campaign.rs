@@ -16,8 +16,9 @@ use std::{
 
 use crate::{
     scenario::Scenario,
+    seen::Seen,
     shrink::shrink,
-    sim::{AT, PINS, Seen, Sim},
+    sim::{AT, PINS, Sim},
 };
 
 /// What a simulation died of.

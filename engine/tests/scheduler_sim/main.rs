@@ -5,7 +5,7 @@
 //! through the block table from simulated blocks, so those that are lost, stale, duplicated or shared by mistake change the output. The device
 //! runs up to two steps behind the host, copies blocks to and from host memory, and puts in the tokens that the host did not know. Steps fail,
 //! alone and in company, and leave rubbish behind. After every event everything that must hold is checked: the invariants I1 to I10, which are
-//! named where they are checked (`check.rs`, `sim.rs`, `fairness.rs`).
+//! named where they are checked (`check.rs`, `sim.rs`, `results.rs`, `fairness.rs`).
 //!
 //! A seed that fails is printed with the line that replays it, and then shrunk (`shrink.rs`): the smallest scenario found is printed as a
 //! test function's body, for `regressions.rs`.
@@ -23,6 +23,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod arrivals;
 mod campaign;
 mod check;
 mod device;
@@ -31,15 +32,17 @@ mod model;
 mod planted;
 mod policies;
 mod regressions;
+mod results;
 mod rig;
 mod scenario;
+mod seen;
 mod shrink;
 mod sim;
 mod steps;
 
 use std::env;
 
-use sim::Seen;
+use seen::Seen;
 use tidemill_engine::sampling::Sampling;
 
 fn sampling(max_tokens: usize, min_tokens: usize) -> Sampling {
