@@ -34,6 +34,10 @@ pub enum Bug {
     HostFreedEarly,
     /// A place in host memory is freed twice.
     HostFreedTwice,
+    /// Blocks are saved again when a step is launched again.
+    SavesRepeated,
+    /// Blocks are not loaded again when a step is launched again.
+    LoadsNotRepeated,
     /// A step has one token too many.
     BudgetByOne,
     /// The first of the batch is preempted.

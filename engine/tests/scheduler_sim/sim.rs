@@ -391,7 +391,6 @@ impl Sim {
         self.seen.resumed += u64::from(resumed);
         self.seen.cached_tokens += cached_tokens as u64;
     }
-
 }
 
 /// Notes whom the event that runs has found.
