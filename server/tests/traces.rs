@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use common::{Harness, alone, greedy, narrow, text};
+use common::{Harness, alone, greedy, text};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -58,7 +58,7 @@ async fn traced(address: SocketAddr) -> (Harness, Lives) {
     let endpoint = format!("http://{address}").parse().unwrap();
     let (lives, sender) = Lives::start(Some(&endpoint)).unwrap();
     let tune = |config: &mut tidemill_engine::EngineConfig| {
-        narrow(config);
+        config.max_num_seqs = Some(1);
         config.lives = Some(sender);
     };
     (Harness::with(tune, GrpcConfig::loopback()).await, lives)
