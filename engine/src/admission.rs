@@ -146,11 +146,11 @@ mod tests {
         let start = Instant::now();
         admission.planned(5, 0, start);
         assert_eq!(admission.predict(3, start), None, "nobody has waited yet");
-        admission.planned(0, 8, start + 3600_000 * MS);
-        admission.planned(4, 4, start + 3600_080 * MS);
+        admission.planned(0, 8, start + 3_600_000 * MS);
+        admission.planned(4, 4, start + 3_600_080 * MS);
         assert!(admission.interval().unwrap().abs_diff(20 * MS) < MS);
-        admission.planned(4, 0, start + 3600_160 * MS);
-        admission.planned(3, 0, start + 9999_000 * MS);
+        admission.planned(4, 0, start + 3_600_160 * MS);
+        admission.planned(3, 0, start + 9_999_000 * MS);
         assert!(admission.interval().unwrap().abs_diff(20 * MS) < MS);
     }
 

@@ -130,11 +130,6 @@ impl Histogram {
         Self { bounds, counts: vec![0; bounds.len() + 1], sum: 0.0 }
     }
 
-    /// How many values there were.
-    pub fn count(&self) -> u64 {
-        self.counts.iter().sum()
-    }
-
     pub(crate) fn record(&mut self, value: f64) {
         let range = self.bounds.partition_point(|&bound| bound < value);
         self.counts[range] += 1;
@@ -158,7 +153,6 @@ mod tests {
         let mut histogram = Histogram::new(&[1.0, 2.0]);
         [0.5, 1.0, 1.5, 2.0, 2.5, 100.0].into_iter().for_each(|value| histogram.record(value));
         assert_eq!((histogram.counts.as_slice(), histogram.sum), ([2, 2, 2].as_slice(), 107.5));
-        assert_eq!(histogram.count(), 6);
     }
 
     #[test]

@@ -218,7 +218,7 @@ fn a_drain_lets_the_running_finish_and_cuts_off_after_the_grace() {
     let handle = bench.handle();
     let quick = submit(&handle, request("quick", &[1], 1));
     let slow = submit(&handle, request("slow", &[1], 50));
-    bench.step_started();
+    eventually("both are in", || handle.stats().num_requests_running == 2);
     let drain = {
         let handle = handle.clone();
         thread::spawn(move || block_on(handle.drain(Duration::from_millis(200))).unwrap())
