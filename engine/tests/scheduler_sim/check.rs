@@ -105,11 +105,8 @@ impl Sim {
                 row.end() < live.script.prompt_len + live.sampling.max_tokens,
                 "computed past its last token"
             );
-            assert_eq!(
-                row.blocks.len() >= row.end().div_ceil(self.config.block_size),
-                true,
-                "I7: a token without a slot"
-            );
+            let slots = row.blocks.len() * self.config.block_size;
+            assert!(slots >= row.end(), "I7: a token without a slot");
             self.contents.read(row, live);
             for &block in &row.blocks[row.start / self.config.block_size..] {
                 assert_eq!(
@@ -163,8 +160,7 @@ impl Sim {
     pub fn check_turn(&mut self, admitted: SeqId) {
         let class = |sim: &Self, id: SeqId| {
             let live = &sim.live[&id];
-            let tenant =
-                if sim.config.policy == Policy::Fair && live.admitted == false { live.tenant } else { 0 };
+            let tenant = if sim.config.policy == Policy::Fair && !live.admitted { live.tenant } else { 0 };
             let (priority, id) = sim.rank(id, live);
             ((priority, !live.admitted), tenant, id)
         };
@@ -237,7 +233,7 @@ impl Sim {
         assert_eq!(told, (running, waiting, parked), "I3: running, waiting and parked");
         assert!(running <= self.config.max_num_seqs, "I7: rows of the batch");
         self.check_events();
-        if turn % 16 == 0 {
+        if turn.is_multiple_of(16) {
             self.check_index();
             self.check_explanations();
         }
