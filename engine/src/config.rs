@@ -133,7 +133,7 @@ pub struct SchedulingConfig {
     pub max_queue_time: Option<Duration>,
     /// Tokens that a stream may hold unread before its sequences are parked.
     pub max_stream_buffer: usize,
-    /// What a stream may stay parked before its request ends.
+    /// What a parked stream may stay without being read from before its request ends.
     pub slow_reader_timeout: Duration,
 }
 

@@ -37,6 +37,11 @@ impl Unread {
         self.lower_if_drained()
     }
 
+    /// Tokens that are unread.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens.load(SeqCst)
+    }
+
     /// Whether the reader owes word. Of a request that was parked again meanwhile an old word is to be ignored.
     pub(crate) fn waits(&self) -> bool {
         self.waits.load(SeqCst)

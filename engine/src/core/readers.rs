@@ -24,9 +24,13 @@ impl Core {
         }
     }
 
-    /// Ends a request that was parked for too long, unless word that it can go on is under way.
+    /// Ends a request whose parked stream was not read from for too long, unless word that it can go on is under way.
     pub(super) fn give_up_on_reader(&mut self, ticket: Ticket, now: Instant) {
         self.resume(ticket, now);
+        let until = now.checked_add(self.settings.slow_reader_timeout);
+        if self.ledger.reads_on(ticket, until) {
+            return;
+        }
         if let Some(since) = self.ledger.parked_since(ticket) {
             let unread: Duration = now.saturating_duration_since(since);
             self.fail(ticket, RequestError::SlowReader { unread }, now);

@@ -96,6 +96,8 @@ pub(super) struct Entry {
     pub first_scheduled: Option<Instant>,
     /// Since when its sequences are parked.
     pub parked: Option<Instant>,
+    /// Tokens that were unread when its reader was last looked at.
+    pub unread_seen: usize,
     /// By [`Timer`].
     pub timers: [Option<Instant>; 3],
     /// Given back when the request first gets a row of the batch.
@@ -125,6 +127,7 @@ impl Entry {
             trace_parent: opening.trace_parent,
             first_scheduled: None,
             parked: None,
+            unread_seen: 0,
             timers: [None; 3],
             slot: Some(opening.slot),
             life: LifeLog::new(opening.submitted, now),

@@ -190,12 +190,14 @@ impl Ledger {
         reason: FinishReason,
         now: Instant,
     ) -> bool {
-        let Some(entry) = self.open.get(&ticket) else { return false };
+        let Some(entry) = self.open.get_mut(&ticket) else { return false };
         let at = index as usize;
         if entry.completions.get(at).is_none_or(|completion| completion.seq.is_none()) {
             return false;
         }
         let finish = Finish { reason, matched_stop: None, usage: entry.usage(at) };
+        // Whoever hears of the end finds the place in the queue free.
+        entry.slot = None;
         entry.send(Event::Finished { index, finish });
         self.end_completion(ticket, at, reason, now)
     }
@@ -220,6 +222,7 @@ impl Ledger {
     pub(crate) fn fail(&mut self, ticket: Ticket, error: RequestError, now: Instant) {
         if let Some(entry) = self.open.get_mut(&ticket) {
             entry.life.push(0, Life::Failed(error.code()), now);
+            entry.slot = None;
             entry.send(Event::Failed(error));
             self.close(ticket);
         }
@@ -245,6 +248,7 @@ impl Ledger {
     pub(crate) fn park(&mut self, ticket: Ticket, now: Instant, until: Option<Instant>) -> bool {
         let Some(entry) = self.open.get_mut(&ticket) else { return false };
         let is_new = entry.parked.replace(now).is_none();
+        entry.unread_seen = entry.unread.tokens();
         if is_new {
             entry.life.push(0, Life::Parked, now);
         }
@@ -262,6 +266,19 @@ impl Ledger {
         entry.completions.iter_mut().for_each(|completion| completion.last_token = None);
         self.set_timer(ticket, Timer::Reader, None);
         true
+    }
+
+    /// Gives the reader of a parked request until then, if it has read something since this was last asked.
+    pub(crate) fn reads_on(&mut self, ticket: Ticket, until: Option<Instant>) -> bool {
+        let Some(entry) = self.open.get_mut(&ticket).filter(|entry| entry.parked.is_some()) else {
+            return false;
+        };
+        let unread = entry.unread.tokens();
+        let reads = unread < std::mem::replace(&mut entry.unread_seen, unread);
+        if reads {
+            self.set_timer(ticket, Timer::Reader, until);
+        }
+        reads
     }
 
     /// Since when a request is parked.

@@ -38,12 +38,12 @@ impl Scheduler {
             self.num_in_flight < MAX_IN_FLIGHT,
             "a plan reads only what the step right before it samples"
         );
-        let mut plan = self.spare.plan();
         if self.num_in_flight == 0 {
             self.must_settle = false;
         } else if self.must_settle {
-            return plan;
+            return StepPlan::default();
         }
+        let mut plan = self.spare.plan();
         self.make_way();
         let preemptions = self.preemptions;
         self.plan_decode(&mut plan);
@@ -63,15 +63,16 @@ impl Scheduler {
             plan.rows.push(row);
         }
         self.spare.chunks = prompts.chunks;
+        if plan.rows.is_empty() {
+            self.spare.recycle(plan);
+            return StepPlan::default();
+        }
         self.launched(&mut plan);
         plan
     }
 
     /// Notes what the sequences of a plan have in flight from now on.
     fn launched(&mut self, plan: &mut StepPlan) {
-        if plan.rows.is_empty() {
-            return;
-        }
         for row in &plan.rows {
             let seq = self.seqs.get_mut(&row.seq).expect("planned just now");
             seq.num_planned = row.end();

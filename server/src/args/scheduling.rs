@@ -72,7 +72,7 @@ pub struct SchedulingArgs {
     /// Tokens that a stream may hold unread before it is parked: it gives its place to others, and gets one again when its client reads.
     #[arg(long, value_name = "TOKENS", default_value_t = size(defaults().max_stream_buffer), env = "TIDEMILL_MAX_STREAM_BUFFER")]
     pub max_stream_buffer: NonZeroUsize,
-    /// Seconds that a stream may stay parked before it is ended with RESOURCE_EXHAUSTED.
+    /// Seconds that a parked stream may stay without being read from before it is ended with RESOURCE_EXHAUSTED.
     #[arg(long, value_name = "SECONDS", default_value_t = Seconds(defaults().slow_reader_timeout), env = "TIDEMILL_SLOW_READER_TIMEOUT", allow_negative_numbers = true)]
     pub slow_reader_timeout: Seconds,
 }
