@@ -5,4 +5,5 @@ pub mod aborts;
 pub mod load;
 pub mod server;
 pub mod speed;
+pub mod storm;
 pub mod summary;

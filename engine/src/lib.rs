@@ -18,6 +18,10 @@ mod ledger;
 mod life;
 pub mod model;
 pub mod output;
+#[cfg(not(feature = "planted"))]
+mod planted;
+#[cfg(feature = "planted")]
+pub mod planted;
 mod queue;
 pub mod request;
 pub mod runner;

@@ -194,6 +194,13 @@ pub struct NetworkArgs {
           hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
           env = "TIDEMILL_INSECURE_BIND")]
     pub insecure_bind: bool,
+    /// Seconds without a sign of life from a connection before it is asked for one (an HTTP/2 PING).
+    #[arg(long, value_name = "SECONDS", default_value = "20", env = "TIDEMILL_KEEPALIVE_INTERVAL", value_parser = some_seconds, allow_negative_numbers = true)]
+    pub keepalive_interval: Duration,
+    /// Seconds to wait for that sign. Without it the connection is closed and its requests are aborted: both times together are
+    /// how long the work of a client goes on that vanished without a word.
+    #[arg(long, value_name = "SECONDS", default_value = "10", env = "TIDEMILL_KEEPALIVE_TIMEOUT", value_parser = some_seconds, allow_negative_numbers = true)]
+    pub keepalive_timeout: Duration,
     /// Certificate chain of the server, PEM; turns TLS on.
     #[arg(long, value_name = "FILE", env = "TIDEMILL_TLS_CERT")]
     pub tls_cert: Option<PathBuf>,
@@ -339,6 +346,13 @@ fn share(value: &str) -> Result<f64, String> {
 fn seconds(value: &str) -> Result<Duration, String> {
     let seconds: f64 = value.parse().map_err(|_| "not a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+fn some_seconds(value: &str) -> Result<Duration, String> {
+    // The transport's clock ticks in milliseconds, and it adds to the present without a check.
+    let accepted = Duration::from_millis(1)..=Duration::from_secs(86_400);
+    let seconds = seconds(value)?;
+    accepted.contains(&seconds).then_some(seconds).ok_or_else(|| "use 0.001 to 86400".into())
 }
 
 fn engine_defaults() -> EngineConfig {

@@ -106,6 +106,19 @@ fn scheduler_kv_and_ledger_run_without_kernels_model_or_text() {
 }
 
 #[test]
+fn bugs_are_planted_by_the_engines_own_tests_alone() {
+    for package in ["kernels", "kernels/emu", "engine", "proto", "benches", "server"] {
+        let manifest = fs::read_to_string(root().join(package).join("Cargo.toml")).unwrap();
+        let asking = manifest.lines().filter(|line| line.contains("\"planted\"")).count();
+        assert_eq!(asking, usize::from(package == "engine"), "{package} asks for planted bugs");
+        assert!(!manifest.contains("default = [\"planted"), "{package} plants bugs by default");
+    }
+    let manifest = fs::read_to_string(root().join("engine/Cargo.toml")).unwrap();
+    let tests_only = manifest.split("[dev-dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+    assert!(tests_only.contains("features = [\"planted\"]"), "a dependency of the tests asks for them");
+}
+
+#[test]
 fn the_model_sees_batch_metadata_and_no_sequence() {
     never_names("engine/src/model", &["scheduler", "ledger", "SeqId", "BlockPool", "crate::request"]);
 }

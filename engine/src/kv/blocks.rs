@@ -5,7 +5,10 @@ use super::{
     lru::Lru,
     prefix::{Link, NodeId, Place, PrefixIndex},
 };
-use crate::ids::{BlockId, HostBlockId, TokenId};
+use crate::{
+    ids::{BlockId, HostBlockId, TokenId},
+    planted::{Bug, planted},
+};
 
 /// The state of all blocks, behind the pool's lock.
 pub(super) struct Blocks {
@@ -101,8 +104,10 @@ impl Blocks {
         } else if let Some(host) = self.host_place() {
             self.index.relocate(here, Place::Host(host.0));
             self.host_cached.push(host.0);
-            self.saves.push((block, host));
-        } else {
+            if !planted(Bug::SaveForgotten) {
+                self.saves.push((block, host));
+            }
+        } else if !planted(Bug::StaleEntry) {
             let hash = self.index.forget(here);
             self.event(|| KvEvent::Removed { hash });
         }
@@ -123,7 +128,7 @@ impl Blocks {
 
     fn acquire(&mut self, block: BlockId) {
         let refs = &mut self.refs[block.0 as usize];
-        if *refs == 0 {
+        if *refs == 0 && !planted(Bug::EvictsReferenced) {
             self.cached.remove(block.0);
         }
         *refs += 1;
@@ -143,6 +148,9 @@ impl Blocks {
                     self.index.forget(Place::Device(block.0));
                 }
                 self.free.push(block);
+                if planted(Bug::DoubleFree) {
+                    self.free.push(block);
+                }
             }
         }
         true
@@ -225,6 +233,9 @@ impl Blocks {
         let block = self.take()?;
         self.index.relocate(Place::Host(host.0), Place::Device(block.0));
         self.loads.push((host, block));
+        if planted(Bug::HostFreedEarly) {
+            self.host_free.push(host);
+        }
         Some(block)
     }
 
@@ -283,7 +294,9 @@ impl Blocks {
     }
 
     pub fn loaded(&mut self, loads: &[(HostBlockId, BlockId)]) {
-        self.host_free.extend(loads.iter().map(|&(host, _)| host));
+        let times =
+            if planted(Bug::HostFreedEarly) { 0 } else { 1 + usize::from(planted(Bug::HostFreedTwice)) };
+        (0..times).for_each(|_| self.host_free.extend(loads.iter().map(|&(host, _)| host)));
     }
 
     pub fn clear(&mut self) -> usize {

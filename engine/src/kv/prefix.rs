@@ -7,7 +7,10 @@
 use rustc_hash::FxHashMap;
 
 use super::BlockHash;
-use crate::ids::TokenId;
+use crate::{
+    ids::TokenId,
+    planted::{Bug, planted},
+};
 
 /// One registration of a block; never reused. 0 is the beginning of every chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +91,7 @@ impl PrefixIndex {
     /// The beginning of a chain that is told apart by these values.
     pub fn root(&self, parts: &[&[u8]]) -> BlockHash {
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        for part in parts {
+        for part in &parts[..if planted(Bug::SaltIgnored) { 1 } else { parts.len() }] {
             // With their lengths: two parts never read as one.
             hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
@@ -100,7 +103,8 @@ impl PrefixIndex {
         self.bytes.clear();
         self.bytes.extend(tokens.iter().flat_map(|token| token.0.to_le_bytes()));
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        BlockHash(*hasher.update(&before.0).update(&self.bytes).finalize().as_bytes())
+        let hash = BlockHash(*hasher.update(&before.0).update(&self.bytes).finalize().as_bytes());
+        if has_weak_hash() { BlockHash([hash.0[0] % 4; 32]) } else { hash }
     }
 
     fn shelf(&self, place: Place) -> (&Shelf, usize) {
@@ -124,7 +128,9 @@ impl PrefixIndex {
     pub fn find(&self, link: Link) -> Option<(NodeId, Place)> {
         let place = *self.by_hash.get(&link.hash)?;
         let node = self.node(place).expect("what the index names is there");
-        let same = node.root == link.root && node.parent == link.parent && self.tokens(place) == link.tokens;
+        let beginning =
+            (node.root == link.root && node.parent == link.parent) || planted(Bug::BeginningNotCompared);
+        let same = beginning && (self.tokens(place) == link.tokens || planted(Bug::TokensNotCompared));
         same.then_some((node.id, place))
     }
 
@@ -214,4 +220,9 @@ impl PrefixIndex {
         let nodes = self.device.nodes.iter().chain(&self.host.nodes).flatten().count();
         nodes == self.by_hash.len() && self.by_hash.values().all(|&place| named(place))
     }
+}
+
+/// Without planted bugs: `false`.
+fn has_weak_hash() -> bool {
+    [Bug::WeakHash, Bug::TokensNotCompared, Bug::BeginningNotCompared].into_iter().any(planted)
 }

@@ -8,6 +8,7 @@ use std::{
 use super::{BlockCopy, DeviceLost, Runner, RunnerError, panic_message};
 use crate::{
     ids::TokenId,
+    planted::{Bug, planted},
     scheduler::{MAX_IN_FLIGHT, PlanRow, RowResult, StepOutput, StepPlan, TokenInput},
 };
 
@@ -106,9 +107,11 @@ impl<R: Runner> StepQueue<R> {
 
     /// Makes the copies that a launch of this step needs.
     fn copy(&mut self, step: &mut Step) -> Result<(), DeviceLost> {
-        let saves = if step.saved { &[] } else { step.plan.saves.as_slice() };
+        let again = step.saved;
+        let saves = if again && !planted(Bug::SavesRepeated) { &[] } else { step.plan.saves.as_slice() };
         let saves = saves.iter().map(|&(block, host)| BlockCopy::Save(block, host));
-        let loads = step.plan.loads.iter().map(|&(host, block)| BlockCopy::Load(host, block));
+        let loads = if again && planted(Bug::LoadsNotRepeated) { &[] } else { step.plan.loads.as_slice() };
+        let loads = loads.iter().map(|&(host, block)| BlockCopy::Load(host, block));
         let copies: Vec<_> = saves.chain(loads).collect();
         step.saved = true;
         if copies.is_empty() {

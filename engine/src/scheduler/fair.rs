@@ -11,7 +11,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::ids::TenantId;
+use crate::{
+    ids::TenantId,
+    planted::{Bug, planted},
+};
 
 /// What a computed prompt token counts.
 pub const PROMPT_COST: u64 = 1;
@@ -58,7 +61,7 @@ impl FairShares {
     pub fn comes_back<'a>(&mut self, tenant: &TenantId, waiting: impl Iterator<Item = &'a TenantId>) {
         let least = waiting.map(|other| self.counter(other)).min().unwrap_or(self.last_gone);
         let share = self.share(tenant);
-        share.counter = share.counter.max(least);
+        share.counter = if planted(Bug::IdlingSavesUp) { share.counter } else { share.counter.max(least) };
     }
 
     /// A tenant has nothing that waits any more; `is_waiting` says who has.
@@ -81,6 +84,7 @@ impl FairShares {
     }
 
     pub fn charge(&mut self, tenant: &TenantId, prompt_tokens: usize, generated_tokens: usize) {
+        let generated_tokens = if planted(Bug::GenerationIsFree) { 0 } else { generated_tokens };
         let cost = PROMPT_COST * prompt_tokens as u64 + GENERATED_COST * generated_tokens as u64;
         let share = self.share(tenant);
         share.counter += cost * SCALE / u64::from(share.weight);

@@ -41,6 +41,7 @@ use waiting::{Turn, Waiting};
 use crate::{
     ids::{SeqId, TenantId},
     kv::{BlockHash, BlockPool},
+    planted::{Bug, planted},
 };
 
 /// Steps that may be planned and not resolved: one runs, and one is queued behind it.
@@ -212,7 +213,10 @@ impl Scheduler {
         Some(Removed {
             stage,
             completion_tokens: seq.completion_tokens(),
-            blocks_freed: seq.table.release(),
+            blocks_freed: match planted(Bug::LeakOnAbortInPrefill) && stage == Stage::Prefill {
+                true => std::mem::ManuallyDrop::new(seq.table).ids().len(),
+                false => seq.table.release(),
+            },
             rows_freed: usize::from(place == Place::Batch),
             num_preemptions: seq.num_preemptions,
         })
@@ -231,7 +235,7 @@ impl Scheduler {
     pub fn unpark(&mut self, id: SeqId) {
         let Some(seq) = self.seqs.get_mut(&id) else { return };
         seq.is_unread = false;
-        if seq.place == Place::Parked {
+        if seq.place == Place::Parked && !planted(Bug::UnparkForgotten) {
             seq.place = Place::Queue;
             self.num_parked -= 1;
             self.waiting.push(&seq.turn);

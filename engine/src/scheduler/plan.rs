@@ -1,7 +1,10 @@
 //! Planning a step.
 
 use super::{MAX_IN_FLIGHT, Note, Scheduler, StepPlan, sequence::Place};
-use crate::ids::SeqId;
+use crate::{
+    ids::SeqId,
+    planted::{Bug, planted},
+};
 
 /// The prompts of a step under construction.
 #[derive(Debug)]
@@ -44,7 +47,8 @@ impl Scheduler {
         self.make_way();
         let preemptions = self.preemptions;
         self.plan_decode(&mut plan);
-        let left = self.limits.max_num_batched_tokens - plan.rows.len();
+        let left =
+            self.limits.max_num_batched_tokens - plan.rows.len() + usize::from(planted(Bug::BudgetByOne));
         let budget = prefill_budget(plan.rows.len()).max(usize::from(plan.rows.is_empty())).min(left);
         let mut chunks = std::mem::take(&mut self.spare.chunks);
         chunks.clear();
@@ -69,7 +73,11 @@ impl Scheduler {
             return;
         }
         for row in &plan.rows {
-            self.seqs.get_mut(&row.seq).expect("planned just now").num_planned = row.end();
+            let seq = self.seqs.get_mut(&row.seq).expect("planned just now");
+            seq.num_planned = row.end();
+            if planted(Bug::UnresolvedBlock) {
+                seq.table.register(&seq.tokens[..row.end().min(seq.tokens.len())]);
+            }
         }
         for (index, logits_row) in plan.samples() {
             self.seqs.get_mut(&plan.rows[index].seq).expect("planned just now").sampled_at = logits_row;
@@ -100,11 +108,12 @@ impl Scheduler {
             if seq.table.reserve(tokens) {
                 return true;
             }
-            if self.num_in_flight > 0 {
+            if self.num_in_flight > 0 && !planted(Bug::PreemptsInFlight) {
                 self.must_settle = true;
                 return false;
             }
-            let last = *self.running.last().expect("the sequence itself is in the batch");
+            let at = if planted(Bug::PreemptsOldest) { 0 } else { self.running.len() - 1 };
+            let last = *self.running.get(at).expect("the sequence itself is in the batch");
             self.preempt(last);
             if last == id {
                 return false;

@@ -4,6 +4,7 @@ use super::{PlanRow, Scheduler, StepPlan};
 use crate::{
     ids::{SeqId, TokenId},
     output::{FinishReason, MatchedStop, TokenLogprobs},
+    planted::{Bug, planted},
 };
 
 /// What the runner found for one row.
@@ -77,6 +78,10 @@ impl Scheduler {
         self.num_in_flight = self.num_in_flight.checked_sub(1).expect("what was planned is resolved once");
         self.pool.loaded(&plan.loads);
         for (row, result) in plan.rows.iter().zip(output.rows) {
+            if planted(Bug::LateToken) && !self.seqs.contains_key(&row.seq) && row.sample.is_some() {
+                let (seq, token) = (row.seq, TokenId(0));
+                effects.push(Effect::Token { seq, token, logprobs: None, finish: None, num_preemptions: 0 });
+            }
             if let Some(seq) = self.seqs.get_mut(&row.seq) {
                 match result {
                     RowResult::Done(output) => {

@@ -6,6 +6,7 @@ use super::{Stage, waiting::Turn};
 use crate::{
     ids::{SeqId, TenantId, TokenId},
     kv::{BlockHash, BlockTable},
+    planted::{Bug, planted},
     sampling::Sampling,
 };
 
@@ -129,7 +130,9 @@ impl Sequence {
     pub(super) fn is_plannable(&self) -> bool {
         let known_to_end = self.num_tokens() - self.prompt_len >= self.sampling.max_tokens;
         // Penalties count the tokens of the output.
-        !self.is_unread && (self.num_sampling() == 0 || !(known_to_end || self.sampling.has_penalties()))
+        let needs_host = self.sampling.has_penalties() && !planted(Bug::StalePenalties);
+        let is_read = !self.is_unread || planted(Bug::ParkedGoesOn);
+        is_read && (self.num_sampling() == 0 || !(known_to_end || needs_host))
     }
 
     /// Whether its prompt is in the KV cache, for others to share. In flight is not enough: if that row fails, nobody has written the
@@ -147,7 +150,11 @@ impl Sequence {
     /// is every position whose logits are still to be reported.
     pub(super) fn reusable(&self) -> usize {
         let unscored = self.sampling.prompt_logprobs.is_some() && self.num_scored + 1 < self.prompt_len;
-        (self.tokens.len() - 1).min(if unscored { self.num_scored } else { usize::MAX })
+        (self.tokens.len() - 1).min(if unscored && !planted(Bug::ScoresSkipped) {
+            self.num_scored
+        } else {
+            usize::MAX
+        })
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -163,7 +170,8 @@ impl Sequence {
     /// Notes that so many of its tokens are in the KV cache; full blocks can be found by others from now on.
     pub(super) fn computed(&mut self, tokens: usize) {
         self.num_computed = tokens;
-        self.table.register(&self.tokens[..tokens]);
+        let full = if planted(Bug::PartialBlock) { self.tokens.len() } else { tokens };
+        self.table.register(&self.tokens[..full]);
     }
 
     /// Appends a generated token.
@@ -177,7 +185,7 @@ impl Sequence {
     /// Gives its blocks and its row up; never while a step in flight contains it. Its tokens stay, and so does what its client has seen.
     pub(super) fn release(&mut self, place: Place) -> usize {
         self.place = place;
-        self.turn.resumed = true;
+        self.turn.resumed = !planted(Bug::PreemptedLosesTurn);
         (self.num_computed, self.num_planned) = (0, 0);
         self.table.release()
     }

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Policy, fair::FairShares};
-use crate::ids::{SeqId, TenantId};
+use crate::{
+    ids::{SeqId, TenantId},
+    planted::{Bug, planted},
+};
 
 /// What decides about a sequence's turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,6 +98,7 @@ impl Waiting {
     /// Whose turn it is.
     pub fn head(&self) -> Option<SeqId> {
         match &self.order {
+            Order::Static { queue, .. } if planted(Bug::Overtaking) => queue.last().map(|&(_, _, id)| id),
             Order::Static { queue, .. } => queue.first().map(|&(_, _, id)| id),
             Order::Fair { resumed, queues, shares } => {
                 let fair = || {

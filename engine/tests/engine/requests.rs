@@ -74,6 +74,7 @@ fn a_row_that_needs_the_host_waits_for_its_token_and_holds_nobody_up() {
     let penalised = submit(&handle, penalised);
     bench.step_started();
     let free = submit(&handle, request("free", &[1, 2], 4));
+    eventually("it is planned behind the step in flight", || handle.stats().num_requests_running == 2);
     bench.finish_step();
     let rows = |plan: StepPlan| plan.rows.iter().map(|row| (row.seq.0, row.start)).collect::<Vec<_>>();
     assert_eq!(rows(bench.step_started()), [(1, 0)], "its token was not known when this was planned");
@@ -148,7 +149,7 @@ fn a_dropped_stream_is_an_abort_that_waits_for_no_token() {
     drop(generation);
     eventually("the blocks come back while the step still runs", || bench.all_free());
     bench.finish_step();
-    assert_eq!(handle.stats().counters.aborted, 1);
+    eventually("it is counted", || handle.stats().counters.aborted == 1);
 }
 
 #[test]
@@ -184,7 +185,7 @@ fn deadlines_end_queued_and_running_requests() {
     let bench = Bench::new();
     let handle = bench.handle();
     let soon = |id| {
-        let deadline = Some(Instant::now() + Duration::from_millis(50));
+        let deadline = Some(Instant::now() + Duration::from_millis(250));
         submit(&handle, GenerateRequest { deadline, ..request(id, &[1, 2, 3], 5) })
     };
     let running = soon("running");

@@ -1,78 +1,62 @@
-//! The simulated device and the simulated model on it.
+//! The simulated device: blocks of keys and values, host memory, and a queue of steps and copies that runs behind the host.
 
-use std::{
-    cell::Cell,
-    collections::VecDeque,
-    hash::{DefaultHasher, Hash, Hasher},
-    rc::Rc,
-};
+use std::{cell::RefCell, collections::BTreeMap, collections::VecDeque, rc::Rc};
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use tidemill_engine::{
-    ids::{BlockId, TokenId},
+    ids::{BlockId, SeqId, TokenId},
     output::TokenLogprobs,
-    runner::{Runner, RunnerError},
+    runner::{BlockCopy, Runner, RunnerError},
     scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan, TokenInput},
 };
 
-pub const VOCAB: u64 = 97;
-pub const EOS: TokenId = TokenId(13);
-/// What no healthy step writes or samples.
-const RUBBISH: TokenId = TokenId(9999);
+use crate::model::{Attention, Fate, Kv};
 
-/// The simulated model's opinion on what follows. It counts on what the host says about the output so far.
-pub fn next_token(seed: u64, previous: &[TokenId], counts: &[(TokenId, u32)], forbid_stops: bool) -> TokenId {
-    let mut hasher = DefaultHasher::new();
-    (seed, previous, counts, forbid_stops).hash(&mut hasher);
-    TokenId((hasher.finish() % VOCAB) as u32)
+/// What the simulation tells its device, and learns from it.
+#[derive(Debug, Default)]
+pub struct Wires {
+    /// The next step of several rows cannot be launched.
+    pub fail_launch: bool,
+    /// The next step of several rows that is launched fails.
+    pub fail_step: bool,
+    /// The device computes what is launched at once, not when it is waited for.
+    pub eager: bool,
+    /// Sequences with which something goes wrong.
+    pub fates: BTreeMap<SeqId, Fate>,
+    /// Launches and steps that have failed.
+    pub failures: usize,
+    /// Blocks copied to the host, and from it.
+    pub copies: [usize; 2],
+    /// Keys and values, block by block.
+    pub slots: Vec<Kv>,
 }
 
-/// What goes wrong with a sequence, once a row reaches so many tokens.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Fate {
-    Healthy,
-    /// Every step with such a row fails as a whole.
-    Poison(usize),
-    /// The row's logits are not finite.
-    NotFinite(usize),
-}
-
-pub fn fate(seed: u64) -> Fate {
-    let tokens = 3 + (seed % 47) as usize;
-    match seed % 23 {
-        7 => Fate::Poison(tokens),
-        11 => Fate::NotFinite(tokens),
-        _ => Fate::Healthy,
-    }
+/// Something queued on the device.
+enum Work {
+    Step { plan: StepPlan, fails: bool },
+    Copies(Vec<BlockCopy>),
 }
 
 /// Simulated keys and values, and a queue of steps.
 pub struct Device {
-    rng: StdRng,
+    wires: Rc<RefCell<Wires>>,
     block_size: usize,
-    /// What was written to each slot.
-    slots: Vec<TokenId>,
+    host: Vec<Kv>,
     /// What the last step sampled, per row of its logits.
     sampled: Vec<TokenId>,
-    queue: VecDeque<StepPlan>,
+    queue: VecDeque<Work>,
     done: VecDeque<Result<StepOutput, RunnerError>>,
-    /// How often a step of several rows fails for no reason of theirs.
-    flakiness: f64,
-    /// How many steps have failed.
-    pub failures: Rc<Cell<usize>>,
 }
 
 impl Device {
-    pub fn new(seed: u64, blocks: usize, block_size: usize, flakiness: f64) -> Self {
+    pub fn new(wires: Rc<RefCell<Wires>>, block_size: usize, blocks: usize, host_blocks: usize) -> Self {
+        wires.borrow_mut().slots = vec![Kv::RUBBISH; blocks * block_size];
         Self {
-            rng: StdRng::seed_from_u64(seed ^ 0xDE51CE),
+            wires,
             block_size,
-            slots: vec![RUBBISH; blocks * block_size],
+            host: vec![Kv::RUBBISH; host_blocks * block_size],
             sampled: Vec::new(),
             queue: VecDeque::new(),
             done: VecDeque::new(),
-            flakiness,
-            failures: Rc::default(),
         }
     }
 
@@ -80,26 +64,39 @@ impl Device {
         blocks[position / self.block_size].0 as usize * self.block_size + position % self.block_size
     }
 
-    /// Whether a step fails that is not to blame. A row alone never does.
-    fn hiccup(&mut self, plan: &StepPlan) -> bool {
-        plan.rows.len() > 1 && self.rng.random_bool(self.flakiness)
+    fn fate(&self, seq: SeqId) -> Fate {
+        self.wires.borrow().fates.get(&seq).copied().unwrap_or_default()
     }
 
     fn execute_next(&mut self) {
-        let Some(plan) = self.queue.pop_front() else { return };
-        let poisoned =
-            |row: &PlanRow| matches!(fate(seed_of(row)), Fate::Poison(tokens) if row.end() >= tokens);
-        let fails = plan.rows.iter().any(poisoned) || self.hiccup(&plan);
+        match self.queue.pop_front() {
+            Some(Work::Step { plan, fails }) => self.execute(&plan, fails),
+            Some(Work::Copies(copies)) => copies.into_iter().for_each(|copy| self.copy_block(copy)),
+            None => {}
+        }
+    }
+
+    fn copy_block(&mut self, copy: BlockCopy) {
+        let size = self.block_size;
+        let slots = &mut self.wires.borrow_mut().slots;
+        match copy {
+            BlockCopy::Save(block, host) => self.host[host.0 as usize * size..][..size]
+                .copy_from_slice(&slots[block.0 as usize * size..][..size]),
+            BlockCopy::Load(host, block) => slots[block.0 as usize * size..][..size]
+                .copy_from_slice(&self.host[host.0 as usize * size..][..size]),
+        }
+    }
+
+    fn execute(&mut self, plan: &StepPlan, fails: bool) {
+        let poisoned = |row: &PlanRow| matches!(self.fate(row.seq), Fate::Poison(tokens) if row.end() >= usize::from(tokens));
+        let fails = fails || plan.rows.iter().any(poisoned);
+        self.wires.borrow_mut().failures += usize::from(fails);
         let inputs: Vec<Vec<TokenId>> = plan.rows.iter().map(|row| self.input(row)).collect();
         for (row, tokens) in plan.rows.iter().zip(inputs) {
-            for (position, token) in (row.start..).zip(tokens) {
-                let slot = self.slot(&row.blocks, position);
-                self.slots[slot] = if fails { RUBBISH } else { token };
-            }
+            self.write(row, &tokens, fails);
         }
         self.sampled.clear();
         let rows = plan.rows.iter().map(|row| self.result(row, fails)).collect();
-        self.failures.update(|n| n + usize::from(fails));
         self.done.push_back(if fails {
             Err(RunnerError::Step("failed".into()))
         } else {
@@ -111,50 +108,75 @@ impl Device {
         match &row.input {
             TokenInput::Known(tokens) => tokens.clone(),
             // Behind a step that failed to launch there may be none.
-            &TokenInput::Sampled(row) => vec![self.sampled.get(row as usize).copied().unwrap_or(RUBBISH)],
+            &TokenInput::Sampled(row) => {
+                vec![self.sampled.get(row as usize).copied().unwrap_or(Kv::RUBBISH.token)]
+            }
+        }
+    }
+
+    /// Writes keys and values, which owe to those before them: these are read through the block table.
+    fn write(&self, row: &PlanRow, tokens: &[TokenId], fails: bool) {
+        let slots = &mut self.wires.borrow_mut().slots;
+        let mut previous = row.start.checked_sub(1).map(|before| slots[self.slot(&row.blocks, before)]);
+        for (position, &token) in (row.start..).zip(tokens) {
+            let kv = if fails { Kv::RUBBISH } else { Kv::after(previous, token) };
+            slots[self.slot(&row.blocks, position)] = kv;
+            previous = Some(kv);
         }
     }
 
     fn result(&mut self, row: &PlanRow, fails: bool) -> RowResult {
-        self.sampled.extend(row.targets.iter().map(|_| RUBBISH));
-        let scored = |&token: &TokenId| TokenLogprobs { token, logprob: 0.0, rank: 1, top: Vec::new() };
-        let mut output = RowOutput {
-            sampled: None,
-            logprobs: None,
-            prompt_logprobs: row.targets.iter().map(scored).collect(),
-        };
+        let mut attention = Attention::default();
+        let mut scored = Vec::new();
+        if row.sample.is_some() || !row.targets.is_empty() {
+            let slots = &self.wires.borrow().slots;
+            for position in 0..row.end() {
+                attention.read(slots[self.slot(&row.blocks, position)]);
+                if row.score_at.contains(&position) {
+                    let token = row.targets[position - row.score_at.start];
+                    scored.push(TokenLogprobs {
+                        token,
+                        logprob: attention.score(token),
+                        rank: 1,
+                        top: Vec::new(),
+                    });
+                }
+            }
+        }
+        self.sampled.extend(row.targets.iter().map(|_| Kv::RUBBISH.token));
+        let broken =
+            matches!(self.fate(row.seq), Fate::NotFinite(tokens) if row.end() >= usize::from(tokens));
+        let mut output = RowOutput { sampled: None, logprobs: None, prompt_logprobs: scored };
         let Some(sample) = &row.sample else { return RowResult::Done(output) };
-        let broken = matches!(fate(sample.seed), Fate::NotFinite(tokens) if row.end() >= tokens);
         if fails || broken {
-            self.sampled.push(RUBBISH);
+            self.sampled.push(Kv::RUBBISH.token);
             return RowResult::NotFinite;
         }
-        let token = self.choose(row, sample);
+        let token = Self::choose(attention, sample);
         self.sampled.push(token);
         output.sampled = Some(token);
         RowResult::Done(output)
     }
 
-    fn choose(&self, row: &PlanRow, sample: &SamplePlan) -> TokenId {
-        let read = |position| self.slots[self.slot(&row.blocks, position)];
-        let previous: Vec<TokenId> = (0..sample.position).map(read).collect();
-        next_token(sample.seed, &previous, &sample.token_counts, sample.forbid_stops)
+    fn choose(attention: Attention, sample: &SamplePlan) -> TokenId {
+        attention.choose(sample.seed, &sample.token_counts, sample.forbid_stops)
     }
-}
-
-/// The simulation gives each sequence its id as its seed.
-fn seed_of(row: &PlanRow) -> u64 {
-    row.seq.0
 }
 
 impl Runner for Device {
     fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
-        if self.hiccup(plan) {
-            self.failures.update(|n| n + 1);
+        let mut wires = self.wires.borrow_mut();
+        // A row alone fails only by its own fault: what fails again when it is tried alone is lost.
+        let several = plan.rows.len() > 1;
+        if several && std::mem::take(&mut wires.fail_launch) {
+            wires.failures += 1;
             return Err(RunnerError::Step("no launch".into()));
         }
-        self.queue.push_back(plan.clone());
-        if self.rng.random_bool(0.5) {
+        let fails = several && std::mem::take(&mut wires.fail_step);
+        let eager = wires.eager;
+        drop(wires);
+        self.queue.push_back(Work::Step { plan: plan.clone(), fails });
+        while eager && !self.queue.is_empty() {
             self.execute_next();
         }
         Ok(())
@@ -169,5 +191,13 @@ impl Runner for Device {
 
     fn is_done(&mut self) -> bool {
         !self.done.is_empty()
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {
+        for copy in copies {
+            self.wires.borrow_mut().copies[usize::from(matches!(copy, BlockCopy::Load(..)))] += 1;
+        }
+        self.queue.push_back(Work::Copies(copies.to_vec()));
+        Ok(())
     }
 }

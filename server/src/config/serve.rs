@@ -43,6 +43,23 @@ pub struct GrpcConfig {
     pub tls: Option<TlsConfig>,
     /// What running requests get to finish when the server shuts down.
     pub shutdown_timeout: Duration,
+    /// When a silent connection counts as dead.
+    pub keepalive: Keepalive,
+}
+
+/// When a silent connection counts as dead. What a client held that vanished is free again after both.
+#[derive(Debug, Clone, Copy)]
+pub struct Keepalive {
+    /// A connection that shows no sign of life for this long is asked for one.
+    pub interval: Duration,
+    /// It is closed when it gives none within this.
+    pub timeout: Duration,
+}
+
+impl Default for Keepalive {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(20), timeout: Duration::from_secs(10) }
+    }
 }
 
 impl GrpcConfig {
@@ -53,6 +70,7 @@ impl GrpcConfig {
             keys: ApiKeys::default(),
             tls: None,
             shutdown_timeout: Duration::from_secs(30),
+            keepalive: Keepalive::default(),
         }
     }
 }
@@ -153,7 +171,8 @@ fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConf
             args.host
         )));
     }
-    Ok(GrpcConfig { addresses, keys, tls, shutdown_timeout })
+    let keepalive = Keepalive { interval: args.keepalive_interval, timeout: args.keepalive_timeout };
+    Ok(GrpcConfig { addresses, keys, tls, shutdown_timeout, keepalive })
 }
 
 fn tls_config(

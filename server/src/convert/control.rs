@@ -62,6 +62,7 @@ pub fn stats(stats: &EngineStats) -> v1::Stats {
         kv_blocks_saved_total: stats.counters.blocks_saved,
         kv_blocks_loaded_total: stats.counters.blocks_loaded,
         requests_parked_total: stats.counters.parked,
+        request_lives_lost_total: stats.counters.lives_lost,
         time_to_first_token_seconds: Some(histogram(&histograms.time_to_first_token)),
         inter_token_latency_seconds: Some(histogram(&histograms.inter_token_latency)),
         e2e_request_latency_seconds: Some(histogram(&histograms.e2e_request_latency)),

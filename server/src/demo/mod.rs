@@ -194,8 +194,8 @@ impl Show {
         };
         say(&findings.table(self.style))?;
         say(&format!(
-            "  KV blocks at the end: {} of {} free; {} steps of the engine in all",
-            last.kv_blocks_free, last.kv_blocks_total, last.steps_total
+            "  KV blocks at the end: {} of {} in use, {} kept for prompts that begin alike; {} steps of the engine in all",
+            last.kv_blocks_owned, last.kv_blocks_total, last.kv_blocks_cached, last.steps_total
         ))?;
         match findings.problems() {
             problems if problems.is_empty() => Ok(()),

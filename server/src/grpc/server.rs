@@ -32,10 +32,6 @@ const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// Streams of one connection at once. Clients keep what is over it to themselves, unseen, so it is more than the engine's queue:
 /// overload shall be refused, with a time to retry.
 const MAX_STREAMS: u32 = 4096;
-/// A connection that shows no sign of life for this long is asked for one, and closed when it gives none: what a dead
-/// client held is free again after both.
-const KEEPALIVE: Duration = Duration::from_secs(20);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Older connections are told to go (GOAWAY), so that load balancers can spread their clients anew; their streams end in peace. tonic
 /// 0.14 can also add a grace period, but then it closes the connection after it without ever having sent the GOAWAY.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
@@ -62,8 +58,8 @@ impl Server {
             // A client may cancel all its streams in one breath. The default of 20 would end the connection for that, and
             // with it the streams that were not cancelled.
             .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
-            .http2_keepalive_interval(Some(KEEPALIVE))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .http2_keepalive_interval(Some(config.keepalive.interval))
+            .http2_keepalive_timeout(Some(config.keepalive.timeout))
             .max_connection_age(MAX_CONNECTION_AGE);
         if let Some(tls) = &config.tls {
             let wrong = |error| {

@@ -17,12 +17,25 @@ from server_process import Server  # noqa: E402
 
 API_KEY = "the-only-key-of-the-wire-tests"
 
+# Where tests look at a stage while it lasts, the server leaves a core to those who look.
 SERVERS = {
     # Defaults: 64 rows, long steps.
     "wide": dict(options=()),
     # One row and one token per step, so that every stage lasts as many steps as it has tokens; four places to wait.
     "narrow": dict(
-        options=("--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--max-num-queued-reqs", "4"),
+        options=(
+            *("--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--max-num-queued-reqs", "4"),
+            *("--threads", "1"),
+        )
+    ),
+    # One row, and most of a long prompt in one step, so that a first chunk lasts long enough to be met.
+    "chunky": dict(options=("--max-num-seqs", "1", "--max-num-batched-tokens", "768", "--threads", "1")),
+    # Nine rows over 96 blocks, and steps that take any sequence whole: whoever lost its blocks waits until all fit again.
+    "tight": dict(
+        options=(
+            *("--max-num-seqs", "9", "--max-num-batched-tokens", "1024"),
+            *("--block-size", "16", "--kv-cache-memory", "3MiB", "--threads", "1"),
+        )
     ),
     # Eight rows and short steps over KV blocks for about two long sequences: preemption is the rule, in prefill too.
     "cramped": dict(
@@ -48,7 +61,7 @@ def _shared(name):
     return server
 
 
-wide, narrow, cramped, keyed = (_shared(name) for name in ("wide", "narrow", "cramped", "keyed"))
+wide, narrow, chunky, tight, cramped, keyed = (_shared(name) for name in SERVERS)
 
 
 @pytest.fixture
@@ -68,10 +81,12 @@ def start_server():
 
 @pytest.fixture(autouse=True)
 def nothing_leaks(request):
-    """After every test: all blocks free, nobody running or waiting, and the canary's tokens as on the first day."""
-    servers = [request.getfixturevalue(name) for name in SERVERS if name in request.fixturenames]
+    """After every test: no block owned, nobody running or waiting, and the canary's tokens as on the first day."""
+    # Those that a test asks for by name start before it; those that it chooses itself are known only after it.
+    named = [request.getfixturevalue(name) for name in SERVERS if name in request.fixturenames]
     yield
-    for server in servers:
+    chosen = [request.getfixturevalue(name) for name in SERVERS if name in request.fixturenames]
+    for server in dict.fromkeys([*named, *chosen]):
         server.assert_as_new()
 
 

@@ -44,6 +44,10 @@ class RawStream:
         """The messages of a Generate call that have come."""
         return [pb.GenerateResponse.FromString(message) for message in messages(self.data)]
 
+    def num_tokens(self):
+        """How many tokens they carry."""
+        return sum(len(message.token_ids) for message in self.generated())
+
 
 class RawClient:
     """One connection. With `window`, that many bytes of each response are accepted and no more."""
@@ -144,11 +148,30 @@ class RawClient:
             self._receive(end)
         return stream
 
+    def wait_for_tokens(self, number, count, seconds=10):
+        """Reads until so many tokens of a Generate call have come."""
+        while self.streams[number].num_tokens() < count:
+            self.wait_for_data(number, len(self.streams[number].data) + 1, seconds)
+        return self.streams[number]
+
     def open_window(self, number, size):
         """Lets the server send more on a stream, and keeps it flowing from now on."""
         self.window = None
         self.h2.increment_flow_control_window(size, number)
         self._flush()
+
+    def allow(self, number, size):
+        """Lets the server send so much more on a stream, and no more than that."""
+        self.h2.increment_flow_control_window(size)
+        self.h2.increment_flow_control_window(size, number)
+        self._flush()
+
+    def read_for(self, seconds):
+        """Takes in what comes meanwhile."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError):
+            while not self.closed and time.monotonic() < end:
+                self._receive(end)
 
     # Ways to go, from polite to rude.
 

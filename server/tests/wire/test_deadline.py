@@ -1,58 +1,16 @@
-"""Deadlines: the server keeps them itself, at every stage, and says so.
+"""Deadlines in every form in which they come; the fault matrix lets them pass at every stage.
 
 The requests are written by hand, because a gRPC library would end the call on its own side and never show the server's
-answer. No time is assumed: the narrow server's own pace is measured first, and a quarter of a stage is inside it.
+answer.
 """
-
-import contextlib
-import time
-import urllib.parse
 
 import grpc
 import pytest
 from client import refusal
 from raw_client import GET_STATS, RawClient, frame
-from stages import LONG_DECODE, LONG_PREFILL, STAGES, is_gone, occupied, request_in
+from stages import occupied, request_in
 
 DEADLINE_EXCEEDED = str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
-
-
-def seconds_in(server, stage):
-    """How long a stage lasts now when nobody ends it; a request is queued for as long as another one decodes."""
-    start = time.monotonic()
-    server.client.run(**(LONG_PREFILL if stage == "prefill" else LONG_DECODE))
-    return time.monotonic() - start
-
-
-def until_the_deadline(server, stage):
-    """Runs into a deadline in this stage; None when the machine's pace changed so much that it came before or after."""
-    timeout = f"{int(seconds_in(server, stage) / 4 * 1e3)}m"
-    with occupied(server) if stage == "queued" else contextlib.nullcontext(), RawClient(server.address) as raw:
-        before = server.client.stats()
-        stream = raw.wait(raw.generate(request_in(stage), [("grpc-timeout", timeout)]))
-        server.wait_for_stats(is_gone(stage), "the request is gone")
-        after = server.client.stats()
-    tokens = sum(len(message.token_ids) for message in stream.generated())
-    reached = {
-        "queued": after.num_requests_running == 1,
-        "prefill": tokens == 0 and after.steps_total > before.steps_total,
-        "decode": tokens > 0,
-    }
-    if stream.headers["grpc-status"] == "0" or not reached[stage]:
-        return None
-    assert after.requests_failed_total == before.requests_failed_total + 1
-    return stream, tokens
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_it_passes(narrow, stage):
-    outcome = next(filter(None, (until_the_deadline(narrow, stage) for _ in range(5))), None)
-    assert outcome, "in five attempts no deadline ended the request in this stage"
-    stream, tokens = outcome
-    assert stream.headers["grpc-status"] == DEADLINE_EXCEEDED, stream.headers
-    assert not any(message.finish_reason for message in stream.generated()), "a status, not a finish reason"
-    message = urllib.parse.unquote(stream.headers["grpc-message"])
-    assert f"after {tokens} tokens" in message, "every token was delivered before"
 
 
 @pytest.mark.parametrize("timeout", ["1n", "0m", "1m"])

@@ -1,0 +1,50 @@
+//! What a simulation came by.
+
+/// How often the simulation came by the states that matter.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Seen {
+    pub finished: u64,
+    pub broken: u64,
+    pub refused: u64,
+    pub expired: u64,
+    pub preemptions: u64,
+    pub resumed: u64,
+    pub parked: u64,
+    pub fed_back: u64,
+    pub aborts_over_two_steps: u64,
+    pub failed_steps: u64,
+    /// Plans that left a row out for want of a block, behind a step in flight.
+    pub shortages: u64,
+    /// Rows that came too late: their sequence had ended.
+    pub late_rows: u64,
+    /// Tokens found in the prefix cache.
+    pub cached_tokens: u64,
+    pub saves: u64,
+    pub loads: u64,
+    /// Comparisons of two tenants' service while both waited.
+    pub compared: u64,
+}
+
+impl Seen {
+    pub fn add(&mut self, other: &Self) {
+        let Self { finished, broken, refused, expired, preemptions, resumed, parked, fed_back, .. } = other;
+        let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
+        let Self { saves, loads, compared, .. } = other;
+        self.finished += finished;
+        self.broken += broken;
+        self.refused += refused;
+        self.expired += expired;
+        self.preemptions += preemptions;
+        self.resumed += resumed;
+        self.parked += parked;
+        self.fed_back += fed_back;
+        self.aborts_over_two_steps += aborts_over_two_steps;
+        self.failed_steps += failed_steps;
+        self.shortages += shortages;
+        self.late_rows += late_rows;
+        self.cached_tokens += cached_tokens;
+        self.saves += saves;
+        self.loads += loads;
+        self.compared += compared;
+    }
+}
