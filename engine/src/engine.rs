@@ -2,7 +2,7 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
-    sync::{Arc, OnceLock, atomic::AtomicU64},
+    sync::{Arc, atomic::AtomicU64},
     thread,
 };
 
@@ -29,6 +29,7 @@ use crate::{
     runner::{RunnerThread, panic_message},
     scheduler::{Limits, SchedulerConfig},
     stats::SharedStats,
+    stopped::Stopped,
     swap::SwapFacts,
     text::TextModel,
 };
@@ -192,7 +193,7 @@ impl Engine {
             queue: queue.clone(),
             max_stream_buffer: scheduling.max_stream_buffer,
             next_ticket: AtomicU64::new(0),
-            stopped: OnceLock::new(),
+            stopped: Stopped::default(),
             alive,
         });
         let parts = Parts { scheduler, pool, runner, commands, stats, queue, lives, settings };
@@ -229,11 +230,8 @@ fn spawn(
             StopReason::Stopped(format!("the engine thread panicked: {said}"))
         });
         tracing::debug!(%reason, "the engine thread ends");
-        // Set before the channel closes, so that whoever waits on it finds the reason.
-        shared.stopped.get_or_init(|| reason);
-        drop(alive_guard);
-        // Waits for the runner, which may take long: everybody has been told.
-        drop(core);
+        // Dropping the core waits for the runner, which may take long: by then everybody has been told.
+        shared.stopped.end(reason, (alive_guard, core));
     };
     thread::Builder::new().name("tidemill-engine".into()).spawn(body).map_err(|source| LoadError::Option {
         option: "engine thread",

@@ -22,6 +22,7 @@ use crate::{
     queue::Queue,
     request::{GenerateRequest, ValidatedRequest, Validator},
     stats::{EngineStats, SharedStats},
+    stopped::Stopped,
     text::TextModel,
     unread::Unread,
 };
@@ -39,7 +40,7 @@ pub(crate) struct Shared {
     pub max_stream_buffer: usize,
     pub next_ticket: AtomicU64,
     /// Why the engine stopped, once it did.
-    pub stopped: std::sync::OnceLock<StopReason>,
+    pub stopped: Stopped,
     /// Closed when the engine thread ends.
     pub alive: async_channel::Receiver<()>,
 }
@@ -210,8 +211,7 @@ impl EngineHandle {
     }
 
     pub(crate) fn stop_reason(&self) -> StopReason {
-        let reason = self.shared.stopped.get().cloned();
-        reason.unwrap_or_else(|| StopReason::Stopped("it was shut down".into()))
+        self.shared.stopped.reason()
     }
 }
 

@@ -29,7 +29,9 @@ pub mod sampling;
 pub mod scheduler;
 mod sizes;
 mod stats;
+mod stopped;
 mod swap;
+mod sync;
 pub mod text;
 mod unread;
 

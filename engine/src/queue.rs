@@ -1,16 +1,15 @@
 //! Places in the queue: bounds that are checked before a request reaches the engine thread.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
-use parking_lot::Mutex;
-
-use crate::{admission::retry_hint, error::RequestError};
+use crate::{
+    admission::retry_hint,
+    error::RequestError,
+    sync::{AtomicU64, Mutex},
+};
 
 /// The places, and how many are taken.
 #[derive(Debug)]
@@ -89,6 +88,7 @@ impl Drop for QueueSlot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::{ROUNDS, interleave, thread};
 
     fn refused(queue: &Arc<Queue>, tokens: usize) -> (usize, Duration) {
         match queue.take(tokens) {
@@ -99,30 +99,52 @@ mod tests {
 
     #[test]
     fn both_bounds_hold_and_come_back_with_the_slots() {
-        let queue = Queue::new(3, Some(100));
-        let big = queue.take(1000).unwrap();
-        assert_eq!(refused(&queue, 1).0, 1, "an empty queue took more than the bound, and now it is full");
-        drop(big);
-        let slots = [queue.take(50).unwrap(), queue.take(50).unwrap()];
-        assert_eq!(refused(&queue, 1).0, 2);
-        let empty = queue.take(0).unwrap();
-        assert_eq!(refused(&queue, 0).0, 3);
-        drop((slots, empty));
-        assert_eq!(*queue.taken.lock(), Taken::default());
+        interleave(|| {
+            let queue = Queue::new(3, Some(100));
+            let big = queue.take(1000).unwrap();
+            assert_eq!(refused(&queue, 1).0, 1, "an empty queue took more than the bound, and now it is full");
+            drop(big);
+            let slots = [queue.take(50).unwrap(), queue.take(50).unwrap()];
+            assert_eq!(refused(&queue, 1).0, 2);
+            let empty = queue.take(0).unwrap();
+            assert_eq!(refused(&queue, 0).0, 3);
+            drop((slots, empty));
+            assert_eq!(*queue.taken.lock(), Taken::default());
+        });
     }
 
     #[test]
     fn the_hint_is_the_time_until_enough_have_left() {
-        let queue = Queue::new(4, Some(100));
-        let _slots: Vec<_> = (0..4).map(|_| queue.take(25).unwrap()).collect();
-        assert_eq!(refused(&queue, 10).1, Duration::from_secs(1), "the rate is not known yet");
-        queue.publish_interval(Some(Duration::from_millis(200)));
-        assert_eq!(refused(&queue, 10).1, Duration::from_millis(200));
-        assert_eq!(
-            refused(&queue, 60).1,
-            Duration::from_millis(600),
-            "60 tokens are three of those that wait"
-        );
-        assert_eq!(refused(&queue, 5000).1, Duration::from_millis(800), "once all have left it is taken");
+        interleave(|| {
+            let queue = Queue::new(4, Some(100));
+            let _slots: Vec<_> = (0..4).map(|_| queue.take(25).unwrap()).collect();
+            assert_eq!(refused(&queue, 10).1, Duration::from_secs(1), "the rate is not known yet");
+            queue.publish_interval(Some(Duration::from_millis(200)));
+            assert_eq!(refused(&queue, 10).1, Duration::from_millis(200));
+            let three_of_those = Duration::from_millis(600);
+            assert_eq!(refused(&queue, 60).1, three_of_those, "60 tokens are three of those that wait");
+            let all = Duration::from_millis(800);
+            assert_eq!(refused(&queue, 5000).1, all, "once all have left it is taken");
+        });
+    }
+
+    #[test]
+    fn places_are_neither_lost_nor_given_out_twice_between_threads() {
+        interleave(|| {
+            let queue = Queue::new(2, Some(4));
+            thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        for _ in 0..ROUNDS / 4 {
+                            let slot = queue.take(2);
+                            let taken = *queue.taken.lock();
+                            assert!(taken.requests <= 2 && taken.tokens == 2 * taken.requests, "{taken:?}");
+                            assert!(slot.is_err() || taken.requests > 0, "it has no place of its own");
+                        }
+                    });
+                }
+            });
+            assert_eq!(*queue.taken.lock(), Taken::default());
+        });
     }
 }
