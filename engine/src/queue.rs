@@ -102,7 +102,11 @@ mod tests {
         interleave(|| {
             let queue = Queue::new(3, Some(100));
             let big = queue.take(1000).unwrap();
-            assert_eq!(refused(&queue, 1).0, 1, "an empty queue took more than the bound, and now it is full");
+            assert_eq!(
+                refused(&queue, 1).0,
+                1,
+                "an empty queue took more than the bound, and now it is full"
+            );
             drop(big);
             let slots = [queue.take(50).unwrap(), queue.take(50).unwrap()];
             assert_eq!(refused(&queue, 1).0, 2);

@@ -1,12 +1,12 @@
 //! What threads share state through. The modules that use it are compiled once more by `tests/races`, where these names stand for
 //! primitives whose interleavings a test controls; so they name no other.
 
-#[cfg(test)]
-pub(crate) use std::{sync::mpsc, thread};
 pub(crate) use std::sync::{
     OnceLock,
     atomic::{AtomicU64, AtomicUsize},
 };
+#[cfg(test)]
+pub(crate) use std::{sync::mpsc, thread};
 
 pub(crate) use parking_lot::Mutex;
 

@@ -45,7 +45,7 @@ impl Unread {
 
     /// Tokens that are unread.
     pub(crate) fn tokens(&self) -> usize {
-        self.tokens.load(SeqCst)
+        self.state.load(SeqCst) / TOKEN
     }
 
     /// Whether the reader owes word. Of a request that was parked again meanwhile an old word is to be ignored.
