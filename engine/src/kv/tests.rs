@@ -1,4 +1,7 @@
-use super::*;
+use super::{
+    prefix::{Link, NodeId, Place, PrefixIndex},
+    *,
+};
 use crate::ids::TokenId;
 
 const CACHE: CacheConfig = CacheConfig { key: [7; 32], events: true, host_blocks: 0 };
@@ -142,4 +145,122 @@ fn a_chain_on_the_host_is_not_given_up_to_load_itself() {
         assert_eq!(pool.tokens_of(block), Some(chain[at * 4..][..4].to_vec()));
     }
     assert!(pool.is_consistent());
+}
+
+#[test]
+fn chains_part_where_their_tokens_do() {
+    let pool = BlockPool::with_cache(16, 4, CACHE);
+    let one = tokens(0..9);
+    let other = [tokens(0..4), tokens(50..55)].concat();
+    drop(hold(&pool, "a", &one));
+    assert_eq!(hold(&pool, "a", &other).1, 4);
+    assert_eq!([hold(&pool, "a", &one).1, hold(&pool, "a", &other).1], [8, 8], "neither took the other's place");
+}
+
+/// A chain of two blocks whose first was given up while the second, which somebody else had computed, is still there.
+fn without_its_beginning(host_blocks: usize) -> (BlockPool, BlockTable) {
+    let pool = BlockPool::with_cache(8, 4, CacheConfig { host_blocks, ..CACHE });
+    let chain = tokens(0..8);
+    let root = pool.prefix_root(&["model", "a"], 0);
+    let [mut first, mut second] = [pool.table(root), pool.table(root)];
+    // Both compute the same at the same time.
+    assert!(first.reserve(8) && second.reserve(8));
+    first.register(&chain[..4]);
+    second.register(&chain);
+    drop(first);
+    let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
+    assert!(other.reserve(6 * 4), "the beginning is given up");
+    drop(other);
+    (pool, second)
+}
+
+#[test]
+fn the_end_of_a_chain_is_not_found_without_its_beginning_and_makes_room_when_it_is_computed_anew() {
+    for is_referenced in [true, false] {
+        let (pool, second) = without_its_beginning(0);
+        assert_eq!((pool.counts().free, pool.snapshot().len()), (6, 1));
+        let second = is_referenced.then_some(second);
+        let (_anew, found) = hold(&pool, "a", &tokens(0..8));
+        assert_eq!((found, pool.snapshot().len()), (0, 2));
+        let owned = if is_referenced { 4 } else { 2 };
+        assert_eq!(pool.counts(), BlockCounts { free: 8 - owned, owned, cached: 0, total: 8 });
+        assert_eq!(hold(&pool, "a", &tokens(0..9)).1, 8);
+        drop(second);
+        assert_eq!(pool.counts().owned, 2);
+    }
+}
+
+#[test]
+fn the_end_of_a_chain_that_went_to_the_host_without_its_beginning_is_not_saved_any_more() {
+    let (pool, second) = without_its_beginning(1);
+    drop(second);
+    let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
+    assert!(other.reserve(8 * 4), "the end goes to the host, in the beginning's place");
+    assert_eq!(pool.num_host_blocks_used(), 1);
+    drop(other);
+    let _anew = hold(&pool, "a", &tokens(0..8));
+    let (mut saves, mut loads) = (Vec::new(), Vec::new());
+    pool.take_copies(&mut saves, &mut loads);
+    assert_eq!((saves, loads, pool.num_host_blocks_used()), (Vec::new(), Vec::new(), 0));
+}
+
+/// A pool of three blocks and two in host memory, which hold the last two of the chain of three `0..12`. Their saves were taken.
+fn on_the_host() -> BlockPool {
+    let pool = BlockPool::with_cache(3, 4, CacheConfig { host_blocks: 2, ..CACHE });
+    drop(hold(&pool, "a", &tokens(0..12)));
+    let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
+    assert!(other.reserve(8));
+    let (mut saves, mut loads) = (Vec::new(), Vec::new());
+    pool.take_copies(&mut saves, &mut loads);
+    assert_eq!((saves.len(), loads.len(), pool.num_host_blocks_used()), (2, 0, 2));
+    pool
+}
+
+#[test]
+fn a_place_on_the_host_is_free_again_when_its_copy_back_is_done() {
+    let pool = on_the_host();
+    let (mut saves, mut loads) = (Vec::new(), Vec::new());
+    drop(hold(&pool, "a", &tokens(0..12)));
+    pool.take_copies(&mut saves, &mut loads);
+    // The last token is computed, so its block is not loaded.
+    assert_eq!((saves.len(), loads.len()), (0, 1));
+    let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
+    pool.loaded(&loads);
+    loads.clear();
+    assert!(other.reserve(12), "all three are given up");
+    pool.take_copies(&mut saves, &mut loads);
+    assert_eq!((saves.len(), pool.num_host_blocks_used()), (2, 2));
+    assert_ne!(saves[0].1, saves[1].1, "to both places");
+}
+
+#[test]
+fn a_block_that_is_forgotten_before_it_was_loaded_is_not_loaded() {
+    let pool = on_the_host();
+    let mut back = pool.table(pool.prefix_root(&["model", "a"], 0));
+    assert_eq!(back.match_prefix(&tokens(0..13), 12), 12);
+    drop(back);
+    assert_eq!(pool.clear_cache(), 3);
+    let (mut saves, mut loads) = (Vec::new(), Vec::new());
+    pool.take_copies(&mut saves, &mut loads);
+    assert_eq!((saves, loads), (Vec::new(), Vec::new()));
+    drop(hold(&pool, "c", &tokens(0..12)));
+    let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
+    assert!(other.reserve(12));
+    assert_eq!(pool.num_host_blocks_used(), 2, "both places are free for others");
+}
+
+#[test]
+fn a_collision_of_hashes_is_a_miss() {
+    let mut index = PrefixIndex::new([7; 32], 2, 4, 0);
+    let (root, other_root) = (index.root(&[b"a"]), index.root(&[b"b"]));
+    let pair = tokens(0..2);
+    let link = Link { root, parent: NodeId::ROOT, parent_hash: None, hash: root, tokens: &pair };
+    let node = index.insert(link, 0).unwrap();
+    assert_eq!(index.find(link), Some((node, Place::Device(0))));
+    assert_eq!(index.find(Link { root: other_root, ..link }), None);
+    assert_eq!(index.find(Link { parent: node, ..link }), None);
+    assert_eq!(index.find(Link { tokens: &tokens(1..3), ..link }), None);
+    assert_eq!(index.insert(Link { parent: node, ..link }, 1), Err(Place::Device(0)), "one of a hash");
+    let child = index.insert(Link { parent: node, hash: other_root, ..link }, 1).unwrap();
+    assert!(child != node && node != NodeId::ROOT);
 }
