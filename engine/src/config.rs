@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tidemill_kernels::DType;
 
-use crate::{ids::TenantId, model::files::ModelSource, scheduler::Policy};
+use crate::{explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy};
 
 /// Arithmetic of the matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -73,6 +73,8 @@ pub struct EngineConfig {
     /// Plans a step while the one before it runs; the same tokens come out either way. `None` does so on a GPU, which would wait for
     /// its host otherwise; a CPU gains nothing by it.
     pub look_ahead: Option<bool>,
+    /// Gets the life of every request that has ended. What finds it full is lost and counted.
+    pub lives: Option<async_channel::Sender<EndedLife>>,
 }
 
 impl EngineConfig {
@@ -97,6 +99,7 @@ impl EngineConfig {
             kernel_cache: None,
             threads: None,
             look_ahead: None,
+            lives: None,
         }
     }
 }

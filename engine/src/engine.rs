@@ -184,6 +184,7 @@ impl Engine {
                 max_model_len: info.max_model_len,
                 kv_capacity_tokens: info.num_kv_blocks * info.block_size,
                 eos_token_ids: info.eos_token_ids.clone(),
+                policy: options.scheduling.policy,
             },
             info,
             text,

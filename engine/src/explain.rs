@@ -1,6 +1,9 @@
 //! Why a request waits, and its life so far.
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     error::ErrorCode,
@@ -40,6 +43,17 @@ pub struct Explanation {
     pub life: Vec<LifeEvent>,
     /// Events that were left out.
     pub events_left_out: usize,
+}
+
+/// A request's whole life, for whoever keeps records.
+#[derive(Debug, Clone)]
+pub struct EndedLife {
+    /// When it was submitted: the times of its events count from here.
+    pub submitted: Instant,
+    /// What [`GenerateRequest::trace_parent`](crate::request::GenerateRequest::trace_parent) was.
+    pub trace_parent: Option<Arc<str>>,
+    /// The rest; its state is [`RequestState::Ended`].
+    pub explanation: Explanation,
 }
 
 /// Where a request is.

@@ -10,6 +10,7 @@ use crate::{
     ids::{RequestId, TenantId, TokenId},
     model::generation_config::GenerationDefaults,
     sampling::{Sampling, SamplingParams},
+    scheduler::Policy,
     text::{TextModel, chat::ChatPrompt},
 };
 
@@ -41,15 +42,18 @@ pub struct GenerateRequest {
     pub model: Option<String>,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
-    /// Under the policy `priority`: lower is served first.
+    /// Under the policy `priority`: lower is served first. Under others it must be 0.
     pub priority: i32,
-    /// Under the policy `fair`: who shares the engine with whom.
+    /// Under the policy `fair`: who shares the engine with whom. Under others it is shown in explanations and changes nothing.
     pub tenant: TenantId,
     /// What the client authenticated with, in whatever form; empty for nothing. Requests share cached prefixes only with others of the
     /// same credential.
     pub credential: Arc<str>,
     /// Narrows that further: only requests of the same salt share cached prefixes.
     pub cache_salt: String,
+    /// What the caller calls the larger undertaking that this is a part of. Means nothing here: it is handed back with the request's
+    /// [`EndedLife`](crate::explain::EndedLife).
+    pub trace_parent: Option<Arc<str>>,
 }
 
 impl GenerateRequest {
@@ -67,6 +71,7 @@ impl GenerateRequest {
             tenant: TenantId::default(),
             credential: "".into(),
             cache_salt: String::new(),
+            trace_parent: None,
         }
     }
 }
@@ -86,6 +91,7 @@ pub struct ValidatedRequest {
     pub(crate) tenant: TenantId,
     pub(crate) credential: Arc<str>,
     pub(crate) cache_salt: String,
+    pub(crate) trace_parent: Option<Arc<str>>,
 }
 
 impl ValidatedRequest {
@@ -136,6 +142,7 @@ pub struct Validator {
     /// Tokens that the KV pool holds in all.
     pub(crate) kv_capacity_tokens: usize,
     pub(crate) eos_token_ids: Vec<TokenId>,
+    pub(crate) policy: Policy,
 }
 
 /// Collects everything that is wrong, so that a client learns it in one answer.
@@ -179,6 +186,9 @@ impl Validator {
         found.check(request.cache_salt.len() <= limits::MAX_CACHE_SALT_BYTES, "cache_salt", || {
             format!("longer than {} bytes", limits::MAX_CACHE_SALT_BYTES)
         });
+        found.check(request.priority == 0 || self.policy == Policy::Priority, "priority", || {
+            "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
+        });
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -204,6 +214,7 @@ impl Validator {
             tenant: request.tenant,
             credential: request.credential,
             cache_salt: request.cache_salt,
+            trace_parent: request.trace_parent,
         })
     }
 

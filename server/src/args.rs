@@ -4,6 +4,8 @@
 //! over the environment, the environment over the file, the file over the default. What is read here is checked once, in
 //! [`crate::config`], and nothing else of the program sees it.
 
+mod scheduling;
+
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::{
@@ -11,7 +13,9 @@ use clap::{
 };
 use tidemill_engine::{DeviceChoice, EngineConfig, model::files::ModelSource};
 
-use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure};
+use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure, lives::OtlpEndpoint};
+
+pub use scheduling::{PolicyArg, SchedulingArgs, TenantWeight};
 
 /// An LLM inference engine: continuous batching, streaming over gRPC, immediate aborts.
 ///
@@ -145,10 +149,13 @@ pub struct ServeArgs {
     /// Requests and limits.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Whose turn it is, what is refused.
+    #[command(flatten)]
+    pub scheduling: SchedulingArgs,
     /// Address, credentials.
     #[command(flatten)]
     pub network: NetworkArgs,
-    /// Log lines.
+    /// Log lines, traces.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -163,9 +170,6 @@ pub struct LimitArgs {
     /// Sequences in the batch at once. Default: 64, on a GPU 256.
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
     pub max_num_seqs: Option<NonZeroUsize>,
-    /// Requests that may wait for a place in the batch; more are refused with RESOURCE_EXHAUSTED.
-    #[arg(long, value_name = "N", default_value_t = size(engine_defaults().scheduling.max_num_queued_reqs), env = "TIDEMILL_MAX_NUM_QUEUED_REQS")]
-    pub max_num_queued_reqs: NonZeroUsize,
     /// Seconds that running requests get to finish after SIGTERM or SIGINT.
     #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds, allow_negative_numbers = true)]
     pub shutdown_timeout: Duration,
@@ -201,9 +205,9 @@ pub struct NetworkArgs {
     pub tls_client_ca: Option<PathBuf>,
 }
 
-/// Log lines, on stderr.
+/// Log lines, on stderr, and traces.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Logging")]
+#[command(next_help_heading = "Logging and traces")]
 pub struct LogArgs {
     /// How log lines look.
     #[arg(long, value_enum, default_value = "text", env = "TIDEMILL_LOG_FORMAT")]
@@ -211,6 +215,10 @@ pub struct LogArgs {
     /// error, warn, info, debug, trace, or directives such as `info,h2=debug`.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TIDEMILL_LOG_LEVEL")]
     pub log_level: String,
+    /// Where an OpenTelemetry collector takes traces over gRPC, such as http://localhost:4317: one trace per request, under the span that its
+    /// `traceparent` header names. A collector that is slow or away loses traces and harms nothing else. Default: none are sent.
+    #[arg(long, value_name = "URL", env = "TIDEMILL_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<OtlpEndpoint>,
 }
 
 /// Options of `tidemill run`.

@@ -6,6 +6,7 @@ mod convert;
 mod demo;
 pub mod exit;
 pub mod grpc;
+pub mod lives;
 mod loading;
 pub mod logging;
 mod run;
@@ -49,9 +50,9 @@ fn execute(invocation: Invocation) -> Result<(), Failure> {
             runtime.block_on(demo::demo(color))
         }
         Invocation::Serve(config) => {
-            let ServeConfig { engine, grpc, log } = *config;
+            let ServeConfig { engine, grpc, log, otlp } = *config;
             log.install(color);
-            runtime.block_on(serve::serve(engine, grpc))
+            runtime.block_on(serve::serve(engine, grpc, otlp))
         }
         Invocation::Run(config) => {
             LogConfig::quiet().install(color);

@@ -12,6 +12,7 @@ use crate::{
     config::GrpcConfig,
     exit::{Exit, Failure},
     grpc::Server,
+    lives::{Lives, OtlpEndpoint},
     loading,
 };
 
@@ -22,8 +23,14 @@ const FLUSH: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Each with its exit code.
-pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure> {
+pub async fn serve(
+    mut engine: EngineConfig,
+    grpc: GrpcConfig,
+    otlp: Option<OtlpEndpoint>,
+) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
+    let (lives, sender) = Lives::start(otlp.as_ref())?;
+    engine.lives = Some(sender);
     let server = Server::bind(&grpc).await?;
     if grpc.tls.is_none() && !grpc.keys.is_empty() && !server.address().ip().is_loopback() {
         tracing::warn!(
@@ -55,6 +62,9 @@ pub async fn serve(engine: EngineConfig, grpc: GrpcConfig) -> Result<(), Failure
             let dropped = tokio::task::spawn_blocking(move || drop(engine));
             drop(tokio::time::timeout(FLUSH, dropped).await);
         }
+    }
+    if !matches!(&end, Err(failure) if failure.exit == Exit::Interrupted) {
+        lives.finish(FLUSH).await;
     }
     end
 }

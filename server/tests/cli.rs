@@ -13,7 +13,7 @@ use std::{
 };
 
 use common::{endless, greedy, text};
-use tidemill_proto::v1::{FinishReason, inference_client::InferenceClient};
+use tidemill_proto::v1::{FinishReason, GenerateRequest, inference_client::InferenceClient};
 use tonic::Code;
 
 fn tidemill(args: &[&str]) -> Command {
@@ -80,6 +80,29 @@ fn wrong_usage_is_2_and_says_what_to_do() {
 }
 
 #[test]
+fn options_of_the_scheduler_are_checked_before_a_model_is_loaded() {
+    fails(&["serve", "--scheduling-policy", "lottery"], 2, &["fcfs", "priority", "fair"]);
+    fails(&["serve", "--tenant-weight", "fox=2"], 2, &["--tenant-weight", "--scheduling-policy fair"]);
+    let fair = |weight| ["serve", "--scheduling-policy", "fair", "--tenant-weight", weight];
+    for wrong in ["fox", "=2", "fox=0", "fox=1001", "fox=1.5", "fox=2,fox=3"] {
+        fails(&fair(wrong), 2, &["--tenant-weight"]);
+    }
+    let contradiction = ["serve", "--no-enable-prefix-caching", "--enable-kv-cache-events"];
+    fails(&contradiction, 2, &["--no-enable-prefix-caching", "--enable-kv-cache-events"]);
+    fails(&["serve", "--no-enable-prefix-caching", "--swap-space", "1GiB"], 2, &["--swap-space"]);
+    fails(&["serve", "--swap-space", "4"], 2, &["--swap-space", "4GiB"]);
+    for option in ["--long-prefill-token-threshold", "--max-num-queued-tokens", "--max-stream-buffer"] {
+        fails(&["serve", option, "0"], 2, &[option]);
+    }
+    for option in ["--target-itl-ms", "--max-queue-time", "--slow-reader-timeout"] {
+        for wrong in ["0", "-1", "NaN", "soon"] {
+            fails(&["serve", option, wrong], 2, &[option]);
+        }
+    }
+    fails(&["serve", "--otlp-endpoint", "localhost:4317"], 2, &["--otlp-endpoint", "http://"]);
+}
+
+#[test]
 fn a_model_that_cannot_be_loaded_is_3_and_named() {
     fails(&["run", "--model", "/no/such/model", "x"], 3, &["/no/such/model", "no such folder"]);
     fails(&["serve", "--grpc-port", "0", "--model", "/no/such/model"], 3, &["/no/such/model"]);
@@ -111,6 +134,10 @@ fn help_shows_options_examples_and_exit_codes() {
         "--max-num-batched-tokens",
         "--tls-client-ca",
         "--insecure-bind",
+        "--scheduling-policy",
+        "--no-enable-prefix-caching",
+        "--otlp-endpoint",
+        "TIDEMILL_TENANT_WEIGHT",
         "TIDEMILL_MODEL",
         "[default: 50051]",
     ] {
@@ -256,6 +283,43 @@ async fn sigterm_lets_the_running_finish_and_exits_0() {
 }
 
 #[tokio::test]
+async fn a_request_is_one_line_of_the_log_and_a_collector_that_is_away_is_one_warning() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let endpoint = format!("http://{closed}");
+    let options = ["serve", "--grpc-port", "0", "--log-format", "json", "--otlp-endpoint", &endpoint];
+    let serving = Serving::start(&mut tidemill(&options));
+    let mut client = InferenceClient::connect(format!("http://{}", serving.address)).await.unwrap();
+    for id in ["first", "second"] {
+        let tenant = "fox\nforged line".to_owned();
+        let request =
+            GenerateRequest { request_id: id.into(), tenant, ..text("Once upon a time", greedy(5)) };
+        common::collect(client.generate(request).await.unwrap().into_inner()).await.unwrap();
+        // Longer than spans wait for others to be sent with: two exports fail, or one and its repetition.
+        tokio::time::sleep(Duration::from_millis(600)).await;
+    }
+    serving.signal("TERM");
+    let (code, log) = tokio::task::spawn_blocking(|| serving.end()).await.unwrap();
+    assert_eq!(code, Some(0), "{log}");
+    for id in ["first", "second"] {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
+        let [line] = lines[..] else { panic!("{id}: {lines:?}") };
+        for word in [
+            "\"message\":\"request\"",
+            "\"outcome\":\"length\"",
+            "\"completion_tokens\":5",
+            "queue_ms",
+            "prefill_ms",
+            "decode_ms",
+        ] {
+            assert!(line.contains(word), "{word}: {line}");
+        }
+        assert!(line.contains("fox") && !line.contains("parked_ms"), "{line}");
+    }
+    assert!(log.lines().all(|line| line.starts_with('{')), "no line is forged: {log}");
+    assert_eq!(log.matches("traces cannot be exported").count(), 1, "{log}");
+}
+
+#[tokio::test]
 async fn what_outlasts_the_shutdown_timeout_ends_unavailable_and_a_second_signal_is_immediate() {
     for (timeout, signals, code) in [("0.1", 1, 0), ("60", 2, 130)] {
         let serving = Serving::start(&mut tidemill(&[
@@ -295,7 +359,8 @@ fn the_command_line_wins_over_the_environment_and_that_over_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tidemill.toml");
     let file = "grpc-port = 0\nserved-model-name = \"file\"\nmax-num-seqs = 3\nmax-model-len = 100\nlog-level = \"info\"\n\
-                kv-cache-memory = \"16MiB\"\napi-key = [\"a\", \"b\"]\ninsecure-bind = true\nshutdown-timeout = 1.5\n";
+                kv-cache-memory = \"16MiB\"\napi-key = [\"a\", \"b\"]\ninsecure-bind = true\nshutdown-timeout = 1.5\n\
+                scheduling-policy = \"fair\"\ntenant-weight = [\"fox=2\", \"a=b=3\"]\nno-enable-prefix-caching = true\ntarget-itl-ms = 12.5\n";
     std::fs::write(&path, file).unwrap();
     let mut command = tidemill(&["serve", "--config", path.to_str().unwrap(), "--max-model-len", "300"]);
     command.env("TIDEMILL_MAX_MODEL_LEN", "200").env("TIDEMILL_MAX_NUM_SEQS", "5");

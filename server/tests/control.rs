@@ -6,10 +6,10 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Harness, endless, greedy, narrow, text};
+use common::{Harness, alone, endless, greedy, narrow, text};
 use tidemill_proto::v1::{
-    AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, WatchStatsRequest,
-    inference_client::InferenceClient,
+    AbortAllRequest, AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, Stats,
+    WatchStatsRequest, inference_client::InferenceClient,
 };
 use tonic::Code;
 
@@ -67,6 +67,27 @@ async fn aborts_of_finished_and_unknown_ids_are_answers() {
 }
 
 #[tokio::test]
+async fn an_abort_of_all_ends_the_running_and_the_waiting_and_the_next_is_served() {
+    let mut harness = Harness::tuned(narrow).await;
+    let running = harness.started(alone("running")).await;
+    let request = GenerateRequest { request_id: "waiting".into(), ..text("Once", greedy(5)) };
+    let waiting = harness.inference.generate(request).await.unwrap().into_inner();
+    harness.until("waiting", |stats| stats.num_requests_waiting == 1).await;
+    let mut receipts = harness.control.abort_all(AbortAllRequest {}).await.unwrap().into_inner().receipts;
+    receipts.sort_by(|a, b| a.request_id.cmp(&b.request_id));
+    let seen: Vec<_> = receipts.iter().map(|r| (r.request_id.as_str(), r.stage(), r.rows_freed)).collect();
+    assert_eq!(seen, [("running", AbortStage::Decode, 1), ("waiting", AbortStage::Queued, 0)]);
+    assert_eq!(harness.stats().await.kv_blocks_owned, 0, "free when the receipts are there");
+    for stream in [running, waiting] {
+        assert_eq!(common::collect(stream).await.unwrap()[0].finish, FinishReason::Abort);
+    }
+    assert_eq!(harness.complete(text("Once", greedy(2))).await.ids.len(), 2);
+    let receipts = harness.control.abort_all(AbortAllRequest {}).await.unwrap().into_inner().receipts;
+    assert!(receipts.is_empty(), "nothing is live: {receipts:?}");
+    assert_eq!(harness.at_rest().await.requests_aborted_total, 2);
+}
+
+#[tokio::test]
 async fn a_dropped_stream_frees_its_blocks_soon() {
     let mut harness = Harness::start().await;
     let stream = harness.started(endless("dropped")).await;
@@ -94,13 +115,6 @@ async fn a_stream_dropped_in_the_queue_leaves_the_queue() {
     };
     drop(running);
     assert_eq!(common::collect(waiting).await.unwrap()[0].finish, FinishReason::Length);
-}
-
-/// One completion, as long as the context.
-fn alone(id: &str) -> GenerateRequest {
-    let mut request = endless(id);
-    request.sampling.as_mut().unwrap().n = None;
-    request
 }
 
 #[tokio::test]
@@ -136,6 +150,7 @@ async fn statistics_count_and_flow() {
     let stats = harness.at_rest().await;
     assert_eq!((stats.prompt_tokens_total, stats.generation_tokens_total), (prompt_tokens, 9));
     assert_eq!((stats.requests_finished_total, stats.steps_total), (1, 9));
+    distributions_count(&stats);
     let started = Instant::now();
     loop {
         let stats = readings.message().await.unwrap().unwrap().stats.unwrap();
@@ -148,6 +163,32 @@ async fn statistics_count_and_flow() {
     while let Some(reading) = readings.message().await.unwrap() {
         assert!(reading.stats.is_some());
     }
+}
+
+/// After one request of 9 tokens.
+fn distributions_count(stats: &Stats) {
+    let histograms = [
+        ("time to first token", &stats.time_to_first_token_seconds, 1),
+        ("inter-token latency", &stats.inter_token_latency_seconds, 8),
+        ("end to end", &stats.e2e_request_latency_seconds, 1),
+        ("queue", &stats.request_queue_time_seconds, 1),
+        ("prefill", &stats.request_prefill_time_seconds, 1),
+        ("decode", &stats.request_decode_time_seconds, 1),
+        ("tokens per step", &stats.iteration_tokens_total, 9),
+        ("aborts", &stats.abort_to_free_seconds, 0),
+        ("plan", &stats.step_plan_seconds, 9),
+        ("execute", &stats.step_execute_seconds, 9),
+        ("resolve", &stats.step_resolve_seconds, 9),
+    ];
+    for (name, histogram, count) in histograms {
+        let histogram = histogram.as_ref().unwrap();
+        assert_eq!(histogram.counts.len(), histogram.bounds.len() + 1, "{name}");
+        assert!(histogram.bounds.is_sorted_by(|a, b| a < b), "{name}: {:?}", histogram.bounds);
+        assert_eq!(histogram.counts.iter().sum::<u64>(), count, "{name}: {histogram:?}");
+        assert_eq!(histogram.sum > 0.0, count > 0, "{name}: {histogram:?}");
+    }
+    let tokens = stats.iteration_tokens_total.as_ref().unwrap().sum;
+    assert_eq!(tokens as u64, stats.prompt_tokens_total + 8, "nothing is computed from the last token");
 }
 
 #[tokio::test]

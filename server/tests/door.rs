@@ -22,7 +22,10 @@ use tidemill::{
     grpc::auth::ApiKeys,
 };
 use tidemill_engine::Engine;
-use tidemill_proto::v1::{GetModelRequest, GetStatsRequest, inference_client::InferenceClient};
+use tidemill_proto::v1::{
+    ExplainRequest, GenerateRequest, GetModelRequest, GetStatsRequest, control_client::ControlClient,
+    inference_client::InferenceClient,
+};
 use tokio_stream::StreamExt;
 use tonic::{
     Code, Request,
@@ -252,11 +255,11 @@ impl Pki {
         Self { authority }
     }
 
-    /// Chain and key of a certificate for `localhost`.
-    fn issue(&self) -> (String, String) {
+    /// A certificate for `localhost` and its key.
+    fn issue(&self) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new(vec!["localhost".into()]).unwrap();
-        (params.signed_by(&key, &self.authority).unwrap().pem(), key.serialize_pem())
+        (params.signed_by(&key, &self.authority).unwrap(), key)
     }
 }
 
@@ -273,8 +276,8 @@ async fn tls_serves_those_who_trust_it_and_mutual_tls_only_those_it_trusts() {
     let (certificate, key) = pki.issue();
     for mutual in [false, true] {
         let tls = TlsConfig {
-            certificate: certificate.clone().into(),
-            key: key.clone().into(),
+            certificate: certificate.pem().into(),
+            key: key.serialize_pem().into(),
             client_ca: mutual.then(|| pki.authority.pem().into()),
         };
         let server = tidemill::grpc::Server::bind(&GrpcConfig { tls: Some(tls), ..GrpcConfig::loopback() })
@@ -285,7 +288,7 @@ async fn tls_serves_those_who_trust_it_and_mutual_tls_only_those_it_trusts() {
         let trusting = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pki.authority.pem()));
         let known = |pki: &Pki| {
             let (certificate, key) = pki.issue();
-            trusting.clone().identity(Identity::from_pem(certificate, key))
+            trusting.clone().identity(Identity::from_pem(certificate.pem(), key.serialize_pem()))
         };
         assert_eq!(
             get_model(server.address(), trusting.clone()).await.is_ok(),
@@ -301,4 +304,65 @@ async fn tls_serves_those_who_trust_it_and_mutual_tls_only_those_it_trusts() {
         let distrusting = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(other.authority.pem()));
         get_model(server.address(), distrusting).await.unwrap_err();
     }
+}
+
+/// The first digits of the hash of what a client authenticated with.
+fn fingerprint(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..16].to_owned()
+}
+
+/// Runs a request without a tenant, and with one, and returns whom the server took the two for.
+async fn taken_for(channel: Channel, key: Option<&str>) -> [String; 2] {
+    let mut taken = Vec::new();
+    for (id, tenant) in [("nameless", ""), ("named", "fox")] {
+        let request =
+            GenerateRequest { request_id: id.into(), tenant: tenant.into(), ..text("Once", greedy(1)) };
+        let mut generate = Request::new(request);
+        let mut explain = Request::new(ExplainRequest { request_id: id.into() });
+        if let Some(key) = key {
+            generate.metadata_mut().insert("x-api-key", key.parse().unwrap());
+            explain.metadata_mut().insert("x-api-key", key.parse().unwrap());
+        }
+        let stream = InferenceClient::new(channel.clone()).generate(generate).await.unwrap();
+        common::collect(stream.into_inner()).await.unwrap();
+        let explanation = ControlClient::new(channel.clone()).explain(explain).await.unwrap().into_inner();
+        taken.push(explanation.tenant);
+    }
+    taken.try_into().unwrap()
+}
+
+#[tokio::test]
+async fn a_request_without_a_tenant_is_taken_for_its_key_and_in_an_open_server_for_nobody() {
+    let keys = ApiKeys::new(vec!["s3cret".into(), "second".into()]).unwrap();
+    let closed = Harness::with(|_| (), GrpcConfig { keys, ..GrpcConfig::loopback() }).await;
+    for key in ["s3cret", "second"] {
+        let taken = taken_for(closed.channel.clone(), Some(key)).await;
+        assert_eq!(taken, [fingerprint(key.as_bytes()), "fox".into()]);
+    }
+    let open = Harness::start().await;
+    let taken = taken_for(open.channel.clone(), Some("a key that nobody checks")).await;
+    assert_eq!(taken, [String::new(), "fox".into()]);
+}
+
+#[tokio::test]
+async fn a_client_with_a_certificate_and_no_key_is_taken_for_its_certificate() {
+    let pki = Pki::new();
+    let (certificate, key) = pki.issue();
+    let tls = TlsConfig {
+        certificate: certificate.pem().into(),
+        key: key.serialize_pem().into(),
+        client_ca: Some(pki.authority.pem().into()),
+    };
+    let grpc = GrpcConfig { tls: Some(tls), ..GrpcConfig::loopback() };
+    let server = tidemill::grpc::Server::bind(&grpc).await.unwrap();
+    let engine = Engine::start(engine_config(), |_| ()).unwrap();
+    server.ready(engine.handle()).await;
+    let (certificate, key) = pki.issue();
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(pki.authority.pem()))
+        .identity(Identity::from_pem(certificate.pem(), key.serialize_pem()));
+    let endpoint = Endpoint::from_shared(format!("https://localhost:{}", server.address().port())).unwrap();
+    let channel = endpoint.tls_config(tls).unwrap().connect().await.unwrap();
+    let taken = taken_for(channel, None).await;
+    assert_eq!(taken, [fingerprint(certificate.der()), "fox".into()]);
 }

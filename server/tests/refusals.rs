@@ -7,6 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Harness, endless, greedy, narrow, text};
+use tidemill_engine::scheduler::Policy;
 use tidemill_proto::v1::{
     ChatMessage, ChatPrompt, DetokenizeRequest, DrainRequest, FinishReason, GenerateRequest, OutputOptions,
     SamplingParams, TokenIds, TokenizeRequest, WatchStatsRequest, generate_request::Prompt,
@@ -84,6 +85,10 @@ fn bad_requests() -> Vec<(&'static str, GenerateRequest)> {
         ),
         ("request_id", GenerateRequest { request_id: "x".repeat(257), ..sampled(d()) }),
         ("request_id", GenerateRequest { request_id: "line\nbreak".into(), ..sampled(d()) }),
+        ("tenant", GenerateRequest { tenant: "x".repeat(257), ..sampled(d()) }),
+        ("cache_salt", GenerateRequest { cache_salt: "x".repeat(257), ..sampled(d()) }),
+        ("priority", GenerateRequest { priority: 1, ..sampled(d()) }),
+        ("priority", GenerateRequest { priority: i32::MIN, ..sampled(d()) }),
         ("prompt", GenerateRequest::default()),
         ("prompt.text", text("", d())),
         ("prompt.token_ids", ids(vec![])),
@@ -260,4 +265,17 @@ async fn the_small_calls_refuse_too() {
         );
     }
     assert!(!harness.stats().await.draining, "a refused drain drains nothing");
+}
+
+#[tokio::test]
+async fn a_priority_that_would_have_no_effect_names_the_option_that_gives_it_one() {
+    for policy in [Policy::Fcfs, Policy::Fair] {
+        let mut harness = Harness::tuned(|config| config.scheduling.policy = policy).await;
+        let urgent = GenerateRequest { priority: -1, ..sampled(greedy(1)) };
+        let status = harness.generate(urgent).await.unwrap_err();
+        assert_eq!((status.code(), fields(&status)), (Code::InvalidArgument, vec!["priority".to_owned()]));
+        assert!(status.message().contains("--scheduling-policy priority"), "{policy:?}: {status:?}");
+        let tenant = GenerateRequest { tenant: "fox".into(), ..sampled(greedy(1)) };
+        assert_eq!(harness.complete(tenant).await.ids.len(), 1, "a tenant is accepted under {policy:?}");
+    }
 }

@@ -1,19 +1,21 @@
 //! What `tidemill serve` needs.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{SocketAddr, ToSocketAddrs},
     path::Path,
     time::Duration,
 };
 
-use tidemill_engine::EngineConfig;
+use tidemill_engine::{EngineConfig, SchedulingConfig, ids::TenantId, scheduler::Policy};
 
 use super::engine_config;
 use crate::{
-    args::{NetworkArgs, ServeArgs},
+    args::{NetworkArgs, PolicyArg, SchedulingArgs, ServeArgs, TenantWeight},
     exit::Failure,
     grpc::auth::ApiKeys,
+    lives::OtlpEndpoint,
     logging::LogConfig,
 };
 
@@ -26,6 +28,8 @@ pub struct ServeConfig {
     pub grpc: GrpcConfig,
     /// Log lines.
     pub log: LogConfig,
+    /// Where traces go, if anywhere.
+    pub otlp: Option<OtlpEndpoint>,
 }
 
 /// Where and for whom to listen.
@@ -79,10 +83,56 @@ impl ServeConfig {
         let mut engine = engine_config(args.model)?;
         engine.served_model_name = args.limits.served_model_name;
         engine.max_num_seqs = args.limits.max_num_seqs.map(Into::into);
-        engine.scheduling.max_num_queued_reqs = args.limits.max_num_queued_reqs.into();
+        engine.swap_space = args.scheduling.swap_space.0;
+        engine.scheduling = scheduling_config(args.scheduling)?;
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
-        Ok(Self { engine, grpc: grpc_config(args.network, args.limits.shutdown_timeout)?, log })
+        let grpc = grpc_config(args.network, args.limits.shutdown_timeout)?;
+        Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint })
     }
+}
+
+fn scheduling_config(args: SchedulingArgs) -> Result<SchedulingConfig, Failure> {
+    let caching = !args.no_enable_prefix_caching;
+    if args.enable_kv_cache_events && !caching {
+        return Err(Failure::usage(
+            "--enable-kv-cache-events has nothing to tell with --no-enable-prefix-caching; leave one of them out",
+        ));
+    }
+    if args.swap_space.0 > 0 && !caching {
+        return Err(Failure::usage(
+            "--swap-space keeps blocks of the prefix cache, and --no-enable-prefix-caching turns that off; leave one of them out",
+        ));
+    }
+    Ok(SchedulingConfig {
+        policy: match args.scheduling_policy {
+            PolicyArg::Fcfs => Policy::Fcfs,
+            PolicyArg::Priority => Policy::Priority,
+            PolicyArg::Fair => Policy::Fair,
+        },
+        tenant_weights: tenant_weights(args.tenant_weight, args.scheduling_policy)?,
+        enable_prefix_caching: caching,
+        enable_kv_cache_events: args.enable_kv_cache_events,
+        long_prefill_token_threshold: args.long_prefill_token_threshold.map(Into::into),
+        target_itl: args.target_itl_ms,
+        max_num_queued_reqs: args.max_num_queued_reqs.into(),
+        max_num_queued_tokens: args.max_num_queued_tokens.map(Into::into),
+        max_queue_time: args.max_queue_time,
+        max_stream_buffer: args.max_stream_buffer.into(),
+        slow_reader_timeout: args.slow_reader_timeout.0,
+    })
+}
+
+fn tenant_weights(args: Vec<TenantWeight>, policy: PolicyArg) -> Result<BTreeMap<TenantId, u32>, Failure> {
+    if !args.is_empty() && policy != PolicyArg::Fair {
+        return Err(Failure::usage("--tenant-weight counts only with --scheduling-policy fair"));
+    }
+    let mut weights = BTreeMap::new();
+    for TenantWeight { tenant, weight } in args {
+        if weights.insert(tenant.clone(), weight).is_some() {
+            return Err(Failure::usage(format_args!("--tenant-weight names {:?} twice", tenant.as_str())));
+        }
+    }
+    Ok(weights)
 }
 
 fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConfig, Failure> {

@@ -1,7 +1,7 @@
 //! Receipts and statistics for the wire.
 
 use tidemill_engine::{
-    Drained, EngineStats,
+    Drained, EngineStats, Histogram,
     output::{AbortReceipt, AbortStage},
 };
 use tidemill_proto::v1;
@@ -30,8 +30,14 @@ pub fn drain_response(drained: Drained) -> v1::DrainResponse {
     v1::DrainResponse { finished: drained.finished as u32, cut_off: drained.cut_off as u32 }
 }
 
-/// A reading of the engine's gauges and counters.
+/// The receipts of an abort of everything.
+pub fn abort_all_response(receipts: &[AbortReceipt]) -> v1::AbortAllResponse {
+    v1::AbortAllResponse { receipts: receipts.iter().map(abort_response).collect() }
+}
+
+/// A reading of the engine's gauges, counters and distributions.
 pub fn stats(stats: &EngineStats) -> v1::Stats {
+    let histograms = &stats.histograms;
     v1::Stats {
         num_requests_running: stats.num_requests_running as u32,
         num_requests_waiting: stats.num_requests_waiting as u32,
@@ -50,5 +56,26 @@ pub fn stats(stats: &EngineStats) -> v1::Stats {
         engine_heartbeat_age_seconds: stats.heartbeat_age.as_secs_f64(),
         uptime_seconds: stats.uptime.as_secs_f64(),
         draining: stats.draining,
+        num_requests_parked: stats.num_requests_parked as u32,
+        prefix_cache_queries_total: stats.counters.prefix_cache_queries,
+        prefix_cache_hits_total: stats.counters.prefix_cache_hits,
+        kv_blocks_saved_total: stats.counters.blocks_saved,
+        kv_blocks_loaded_total: stats.counters.blocks_loaded,
+        requests_parked_total: stats.counters.parked,
+        time_to_first_token_seconds: Some(histogram(&histograms.time_to_first_token)),
+        inter_token_latency_seconds: Some(histogram(&histograms.inter_token_latency)),
+        e2e_request_latency_seconds: Some(histogram(&histograms.e2e_request_latency)),
+        request_queue_time_seconds: Some(histogram(&histograms.request_queue_time)),
+        request_prefill_time_seconds: Some(histogram(&histograms.request_prefill_time)),
+        request_decode_time_seconds: Some(histogram(&histograms.request_decode_time)),
+        iteration_tokens_total: Some(histogram(&histograms.iteration_tokens)),
+        abort_to_free_seconds: Some(histogram(&histograms.abort_to_free)),
+        step_plan_seconds: Some(histogram(&histograms.step_plan)),
+        step_execute_seconds: Some(histogram(&histograms.step_execute)),
+        step_resolve_seconds: Some(histogram(&histograms.step_resolve)),
     }
+}
+
+fn histogram(histogram: &Histogram) -> v1::Histogram {
+    v1::Histogram { bounds: histogram.bounds.to_vec(), counts: histogram.counts.clone(), sum: histogram.sum }
 }

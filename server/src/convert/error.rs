@@ -11,9 +11,9 @@ const MAX_VIOLATIONS: usize = 8;
 /// Longest message in bytes. Clients accept some 8 KiB of headers, and percent-encoding can triple a message.
 const MAX_MESSAGE_BYTES: usize = 512;
 
-/// The status of an error, for the request with this id.
-pub fn status(error: &RequestError, id: &RequestId) -> Status {
-    let code = match error.code() {
+/// The code of a class of errors.
+pub fn code(error: ErrorCode) -> Code {
+    match error {
         ErrorCode::InvalidArgument => Code::InvalidArgument,
         ErrorCode::FailedPrecondition => Code::FailedPrecondition,
         ErrorCode::NotFound => Code::NotFound,
@@ -22,7 +22,35 @@ pub fn status(error: &RequestError, id: &RequestId) -> Status {
         ErrorCode::Unavailable | ErrorCode::DeviceLost => Code::Unavailable,
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
         ErrorCode::Internal => Code::Internal,
-    };
+    }
+}
+
+/// A status code as the gRPC specification writes it.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// The status of an error, for the request with this id.
+pub fn status(error: &RequestError, id: &RequestId) -> Status {
+    let code = code(error.code());
     let mut details = ErrorDetails::new();
     if id.as_str().len() <= RequestId::MAX_BYTES {
         details.set_request_info(id.as_str(), "");
@@ -31,7 +59,7 @@ pub fn status(error: &RequestError, id: &RequestId) -> Status {
         RequestError::Invalid(violations) => {
             return invalid(violations, details);
         }
-        RequestError::QueueFull { retry_after, .. } => {
+        RequestError::QueueFull { retry_after, .. } | RequestError::Overloaded { retry_after, .. } => {
             details.set_retry_info(Some(*retry_after));
             error.to_string()
         }
@@ -77,6 +105,8 @@ fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -91,6 +121,25 @@ mod tests {
             assert!(status.message().len() <= MAX_MESSAGE_BYTES + 3);
             assert!(status.details().len() < 5 << 10, "{}", status.details().len());
         }
+    }
+
+    #[test]
+    fn overload_says_when_to_retry_and_a_slow_reader_is_not_told_to() {
+        let id = RequestId::new("r");
+        let (wait, limit) = (Duration::from_secs(3), Duration::from_secs(2));
+        let retry_after = Duration::from_millis(700);
+        for error in [
+            RequestError::QueueFull { waiting: 9, retry_after },
+            RequestError::Overloaded { wait, limit, retry_after },
+        ] {
+            let status = status(&error, &id);
+            assert_eq!(status.code(), Code::ResourceExhausted);
+            assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(retry_after), "{status:?}");
+        }
+        let status = status(&RequestError::SlowReader { unread: Duration::from_secs(60) }, &id);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.get_details_retry_info().is_none(), "the same client would be as slow again");
+        assert!(status.message().contains("60 s"), "{status:?}");
     }
 
     #[test]

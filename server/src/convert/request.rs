@@ -2,7 +2,7 @@
 
 use tidemill_engine::{
     RequestError,
-    ids::{RequestId, TokenId},
+    ids::{RequestId, TenantId, TokenId},
     request::{GenerateRequest, Prompt},
     sampling::SamplingParams,
     text::chat::{ChatMessage, ChatPrompt},
@@ -31,6 +31,9 @@ pub fn generate_request(
         token_ids_only: output.token_ids_only,
         include_special_tokens: output.include_special_tokens,
         model: Some(request.model),
+        priority: request.priority,
+        tenant: TenantId::new(request.tenant),
+        cache_salt: request.cache_salt,
         ..GenerateRequest::new(prompt)
     })
 }

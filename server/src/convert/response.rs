@@ -2,9 +2,11 @@
 
 use tidemill_engine::{
     ids::{RequestId, TokenId},
-    output::{Finish, FinishReason, MatchedStop, Output, TokenLogprobs, Usage},
+    output::{Finish, MatchedStop, Output, TokenLogprobs, Usage},
 };
 use tidemill_proto::v1;
+
+use super::finish_reason;
 
 /// Writes one request's messages.
 #[derive(Debug)]
@@ -46,11 +48,7 @@ impl ResponseWriter {
 
 fn end(message: &mut v1::GenerateResponse, finish: Finish) {
     use v1::generate_response::MatchedStop as Wire;
-    message.set_finish_reason(match finish.reason {
-        FinishReason::Stop => v1::FinishReason::Stop,
-        FinishReason::Length => v1::FinishReason::Length,
-        FinishReason::Abort => v1::FinishReason::Abort,
-    });
+    message.set_finish_reason(finish_reason(finish.reason));
     message.matched_stop = finish.matched_stop.map(|stop| match stop {
         MatchedStop::Text(text) => Wire::MatchedStopString(text),
         MatchedStop::Token(TokenId(id)) => Wire::MatchedStopTokenId(id),

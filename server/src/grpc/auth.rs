@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use axum::{
-    extract::{Request, State},
+    extract::{Request as HttpRequest, State},
     http::HeaderMap,
     middleware::Next,
     response::Response,
 };
 use subtle::{Choice, ConstantTimeEq};
-use tonic::Status;
+use tonic::{Request, Status};
 
 use super::refusal;
 use crate::exit::Failure;
@@ -45,17 +45,43 @@ impl ApiKeys {
         self.0.is_empty()
     }
 
-    /// Whether a request with these headers may pass. Which key differs where is not to be learnt from the time it
+    /// The key of a request with these headers, if it may pass. Which key differs where is not to be learnt from the time it
     /// takes; the length of a key may be.
-    fn admits(&self, headers: &HeaderMap) -> bool {
-        let Some(presented) = credential(headers) else { return false };
+    fn admit(&self, headers: &HeaderMap) -> Option<Credential> {
+        let presented = presented(headers)?;
         let equal = |key: &String| key.as_bytes().ct_eq(presented);
-        self.0.iter().map(equal).fold(Choice::from(0), |any, one| any | one).into()
+        let known: bool = self.0.iter().map(equal).fold(Choice::from(0), |any, one| any | one).into();
+        known.then(|| Credential::of(presented))
+    }
+}
+
+/// Who a client has proved to be: a fingerprint of its key or certificate, fit for logs. In the extensions of a request that came with a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credential(pub Arc<str>);
+
+impl Credential {
+    /// Hexadecimal digits of a fingerprint.
+    const DIGITS: usize = 16;
+
+    /// The fingerprint of a secret or a certificate: the beginning of its BLAKE3 hash.
+    fn of(bytes: &[u8]) -> Self {
+        Self(blake3::hash(bytes).to_hex()[..Self::DIGITS].into())
+    }
+
+    /// The key that a request presented, or else the certificate of its connection; empty for a client of an open server.
+    pub fn of_request<T>(request: &Request<T>) -> Self {
+        if let Some(key) = request.extensions().get::<Self>() {
+            return key.clone();
+        }
+        let certificates = request.peer_certs();
+        // The client's own comes first; the others are of its authorities.
+        let own = certificates.as_ref().and_then(|chain| chain.first());
+        own.map_or_else(|| Self("".into()), |certificate| Self::of(certificate))
     }
 }
 
 /// `authorization: Bearer KEY`, `authorization: Api-Key KEY` or `x-api-key: KEY`.
-fn credential(headers: &HeaderMap) -> Option<&[u8]> {
+fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     if let Some(key) = headers.get("x-api-key") {
         return Some(key.as_bytes());
     }
@@ -70,8 +96,12 @@ fn credential(headers: &HeaderMap) -> Option<&[u8]> {
 const OPEN: &str = "/grpc.health.v1.Health/";
 
 /// Lets a request pass or answers UNAUTHENTICATED. New services are closed unless they are listed as open here.
-pub async fn guard(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
-    if keys.is_empty() || request.uri().path().starts_with(OPEN) || keys.admits(request.headers()) {
+pub async fn guard(State(keys): State<ApiKeys>, mut request: HttpRequest, next: Next) -> Response {
+    if keys.is_empty() || request.uri().path().starts_with(OPEN) {
+        return next.run(request).await;
+    }
+    if let Some(credential) = keys.admit(request.headers()) {
+        request.extensions_mut().insert(credential);
         return next.run(request).await;
     }
     tracing::info!(path = ?request.uri().path(), status = "UNAUTHENTICATED", "rpc");
@@ -97,7 +127,7 @@ mod tests {
             ("authorization", "Api-Key s3cret"),
             ("x-api-key", "s3cret"),
         ] {
-            assert!(keys.admits(&headers(name, value)), "{name}: {value}");
+            assert_eq!(keys.admit(&headers(name, value)), Some(Credential::of(b"s3cret")), "{name}: {value}");
         }
         for (name, value) in [
             ("authorization", "s3cret"),
@@ -108,9 +138,16 @@ mod tests {
             ("x-api-key", ""),
             ("cookie", "s3cret"),
         ] {
-            assert!(!keys.admits(&headers(name, value)), "{name}: {value}");
+            assert_eq!(keys.admit(&headers(name, value)), None, "{name}: {value}");
         }
-        assert!(!keys.admits(&HeaderMap::new()));
+        assert_eq!(keys.admit(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_documented_one_and_tells_keys_apart() {
+        // `printf abc | b3sum | cut -c1-16`
+        assert_eq!(&*Credential::of(b"abc").0, "6437b3ac38465133");
+        assert_ne!(Credential::of(b"s3cret"), Credential::of(b"other"));
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use tidemill_engine::{ids::RequestId, output::Output};
 use tonic::{Code, Response, Status, metadata::MetadataMap};
 
+use crate::convert::{code_name, finish_reason_name};
+
 /// The header that carries a request's id, both ways of failing included.
 const REQUEST_ID: &str = "x-request-id";
 
@@ -48,11 +50,7 @@ impl Call {
         self.tokens.completion += output.token_ids.len();
         self.tokens.first.get_or_insert_with(|| self.started.elapsed());
         if let Some(finish) = &output.finish {
-            self.tokens.finish.push(match finish.reason {
-                tidemill_engine::output::FinishReason::Stop => "stop",
-                tidemill_engine::output::FinishReason::Length => "length",
-                tidemill_engine::output::FinishReason::Abort => "abort",
-            });
+            self.tokens.finish.push(finish_reason_name(finish.reason));
         }
     }
 
@@ -105,46 +103,25 @@ impl Drop for Call {
         let ms = |duration: Duration| duration.as_micros() as f64 / 1e3;
         let duration_ms = ms(self.started.elapsed());
         let tokens = &self.tokens;
-        if self.rpc == "GetStats" && status == "OK" {
-            // Scrapers ask every second.
-            tracing::debug!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
-        } else if tokens.prompt == 0 {
-            tracing::info!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
-        } else {
-            tracing::info!(
+        let finish = tokens.finish.join(",");
+        if tokens.prompt > 0 {
+            // What the client saw. What the engine did is in the line of the request's life, and an operator wants one line.
+            tracing::debug!(
                 rpc = self.rpc,
                 request_id = ?id,
                 status,
-                finish = tokens.finish.join(","),
+                finish,
                 prompt_tokens = tokens.prompt,
                 completion_tokens = tokens.completion,
                 first_token_ms = tokens.first.map(ms),
                 duration_ms,
                 "rpc"
             );
+        } else if matches!(self.rpc, "GetStats" | "Explain") && status == "OK" {
+            // Scrapers and pages ask every second.
+            tracing::debug!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
+        } else {
+            tracing::info!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
         }
-    }
-}
-
-/// A status code as the gRPC specification writes it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }

@@ -3,13 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::stream;
-use tidemill_engine::{EngineHandle, RequestError, ids::RequestId};
+use tidemill_engine::{EngineHandle, KvWatch, RequestError, ids::RequestId};
 use tidemill_proto::v1::{self, control_server::Control};
 use tokio::time::{MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 
 use super::{
     call::Call,
+    kv_events::KvEvents,
     lifecycle::{Lifecycle, Phase},
     stream::ResponseStream,
 };
@@ -28,16 +29,54 @@ impl ControlService {
         Self { lifecycle, grace }
     }
 
+    /// The id of a request that is to be looked up.
+    fn known_form(id: &RequestId) -> Result<(), Status> {
+        if (1..=RequestId::MAX_BYTES).contains(&id.as_str().len()) {
+            return Ok(());
+        }
+        let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
+        Err(convert::status(&RequestError::invalid("request_id", message), id))
+    }
+
     async fn abort_request(&self, id: RequestId) -> Result<v1::AbortResponse, Status> {
         let to_status = |error: RequestError| convert::status(&error, &id);
         let engine = self.lifecycle.engine()?;
-        if !(1..=RequestId::MAX_BYTES).contains(&id.as_str().len()) {
-            let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
-            return Err(to_status(RequestError::invalid("request_id", message)));
-        }
+        Self::known_form(&id)?;
         let receipt = engine.abort(id.clone()).await.map_err(to_status)?;
         tracing::debug!(request_id = ?id.as_str(), ?receipt, "abort");
         Ok(convert::abort_response(&receipt))
+    }
+
+    async fn abort_everything(&self, id: &RequestId) -> Result<v1::AbortAllResponse, Status> {
+        let receipts =
+            self.lifecycle.engine()?.abort_all().await.map_err(|error| convert::status(&error, id))?;
+        tracing::info!(requests = receipts.len(), "all requests are aborted");
+        Ok(convert::abort_all_response(&receipts))
+    }
+
+    async fn explain_request(&self, id: RequestId) -> Result<v1::ExplainResponse, Status> {
+        let engine = self.lifecycle.engine()?;
+        Self::known_form(&id)?;
+        match engine.explain(id.clone()).await {
+            Ok(Some(explanation)) => Ok(convert::explain_response(&explanation)),
+            Ok(None) => Err(Status::not_found(
+                "no request of this id is live, and none that ended lately is remembered by it",
+            )),
+            Err(error) => Err(convert::status(&error, &id)),
+        }
+    }
+
+    async fn reset_cache(&self, id: &RequestId) -> Result<v1::ResetPrefixCacheResponse, Status> {
+        let freed = self.lifecycle.engine()?.reset_prefix_cache().await;
+        let freed = freed.map_err(|error| convert::status(&error, id))?;
+        Ok(v1::ResetPrefixCacheResponse { blocks_freed: freed as u32 })
+    }
+
+    /// Changes of the prefix cache, with what is needed to stream them.
+    async fn watch_kv(&self, id: &RequestId) -> Result<(EngineHandle, KvWatch), Status> {
+        let engine = self.lifecycle.engine()?.clone();
+        let watch = engine.watch_kv().await.map_err(|error| convert::status(&error, id))?;
+        Ok((engine, watch))
     }
 
     async fn drain_for(
@@ -111,6 +150,51 @@ impl Control for ControlService {
             }),
         };
         let result = self.drain_for(grace, call.id()).await;
+        call.end(result)
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        let id = RequestId::new(request.into_inner().request_id);
+        let call = Call::start("Explain", id.clone());
+        let result = self.explain_request(id).await;
+        call.end(result)
+    }
+
+    type WatchKvEventsStream = ResponseStream<v1::WatchKvEventsResponse>;
+
+    async fn watch_kv_events(
+        &self,
+        request: Request<v1::WatchKvEventsRequest>,
+    ) -> Result<Response<Self::WatchKvEventsStream>, Status> {
+        let mut call = Call::start("WatchKvEvents", RequestId::random());
+        let include_token_ids = request.into_inner().include_token_ids;
+        let (engine, watch) = match self.watch_kv(call.id()).await {
+            Ok(watch) => watch,
+            Err(status) => return Err(call.fail(status)),
+        };
+        let response = call.respond(());
+        let events = KvEvents { engine, watch, include_token_ids, lifecycle: self.lifecycle.clone(), call };
+        Ok(response.map(|()| events.into_stream()))
+    }
+
+    async fn reset_prefix_cache(
+        &self,
+        _: Request<v1::ResetPrefixCacheRequest>,
+    ) -> Result<Response<v1::ResetPrefixCacheResponse>, Status> {
+        let call = Call::start("ResetPrefixCache", RequestId::random());
+        let result = self.reset_cache(call.id()).await;
+        call.end(result)
+    }
+
+    async fn abort_all(
+        &self,
+        _: Request<v1::AbortAllRequest>,
+    ) -> Result<Response<v1::AbortAllResponse>, Status> {
+        let call = Call::start("AbortAll", RequestId::random());
+        let result = self.abort_everything(call.id()).await;
         call.end(result)
     }
 }

@@ -3,12 +3,16 @@
 use std::{sync::Arc, time::Instant};
 
 use tidemill_engine::{
-    EngineHandle, Generation, RequestError, ids::RequestId, request::ValidatedRequest, text::TextModel,
+    EngineHandle, Generation, RequestError,
+    ids::{RequestId, TenantId},
+    request::ValidatedRequest,
+    text::TextModel,
 };
 use tidemill_proto::v1::{self, inference_server::Inference};
 use tonic::{Request, Response, Status};
 
 use super::{
+    auth::Credential,
     call::Call,
     deadline::Deadline,
     lifecycle::{Lifecycle, Phase},
@@ -35,7 +39,7 @@ impl InferenceService {
         &self,
         id: RequestId,
         request: v1::GenerateRequest,
-        deadline: Option<Instant>,
+        origin: Origin,
     ) -> Result<(Generation, Admitted), Refused> {
         let engine = self.lifecycle.engine().map_err(Refused::Status)?.clone();
         // Asked again by the engine; here it saves the time to encode the prompt.
@@ -43,7 +47,7 @@ impl InferenceService {
             return Err(Refused::Error(RequestError::Draining));
         }
         let validated =
-            self.texts.run(move || validate(&engine, id, request, deadline).map(|v| (engine, v))).await;
+            self.texts.run(move || validate(&engine, id, request, origin).map(|v| (engine, v))).await;
         let (engine, validated) = validated.map_err(Refused::Error)?;
         let admitted = Admitted {
             prompt_tokens: validated.prompt().len(),
@@ -65,6 +69,28 @@ impl InferenceService {
     }
 }
 
+/// What a request's headers and connection say beside its message.
+struct Origin {
+    deadline: Option<Instant>,
+    credential: Credential,
+    trace_parent: Option<Arc<str>>,
+}
+
+impl Origin {
+    /// Longest `traceparent` that is kept. Version 00 has 55 bytes; later ones may have more.
+    const MAX_TRACE_PARENT_BYTES: usize = 128;
+
+    fn of<T>(request: &Request<T>) -> Self {
+        let trace_parent = request.metadata().get("traceparent").and_then(|value| value.to_str().ok());
+        let trace_parent = trace_parent.filter(|value| value.len() <= Self::MAX_TRACE_PARENT_BYTES);
+        Self {
+            deadline: request.extensions().get::<Deadline>().map(|deadline| deadline.0),
+            credential: Credential::of_request(request),
+            trace_parent: trace_parent.map(Into::into),
+        }
+    }
+}
+
 /// What the stream of an admitted request needs to know of it.
 struct Admitted {
     prompt_tokens: usize,
@@ -81,10 +107,15 @@ fn validate(
     engine: &EngineHandle,
     id: RequestId,
     request: v1::GenerateRequest,
-    deadline: Option<Instant>,
+    origin: Origin,
 ) -> Result<ValidatedRequest, RequestError> {
     let mut request = convert::generate_request(id, request)?;
-    request.deadline = deadline;
+    request.deadline = origin.deadline;
+    request.trace_parent = origin.trace_parent;
+    if request.tenant.as_str().is_empty() {
+        request.tenant = TenantId::new(origin.credential.0.clone());
+    }
+    request.credential = origin.credential.0;
     engine.validate(request)
 }
 
@@ -96,14 +127,14 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
+        let origin = Origin::of(&request);
         let request = request.into_inner();
         let id = match request.request_id.as_str() {
             "" => RequestId::random(),
             id => RequestId::new(id),
         };
         let mut call = Call::start("Generate", id.clone());
-        match self.admit(id.clone(), request, deadline).await {
+        match self.admit(id.clone(), request, origin).await {
             Ok((generation, admitted)) => {
                 call.prompt_tokens(admitted.prompt_tokens);
                 let response = call.respond(());

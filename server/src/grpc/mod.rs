@@ -6,6 +6,7 @@ mod control;
 mod deadline;
 mod incoming;
 mod inference;
+mod kv_events;
 mod lifecycle;
 pub mod panics;
 mod server;

@@ -230,3 +230,10 @@ pub fn endless(id: &str) -> GenerateRequest {
     let sampling = SamplingParams { ignore_eos: true, n: Some(8), ..greedy(1000) };
     GenerateRequest { request_id: id.into(), ..text("Once upon a time", sampling) }
 }
+
+/// One completion, as long as the context.
+pub fn alone(id: &str) -> GenerateRequest {
+    let mut request = endless(id);
+    request.sampling.as_mut().unwrap().n = None;
+    request
+}
