@@ -4,7 +4,12 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tidemill_kernels::DType;
 
-use crate::{explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy};
+use crate::{
+    error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy,
+};
+
+/// What a count among the options may be at most: more is a slip of the keyboard.
+const MAX_COUNT: usize = 1 << 30;
 
 /// Arithmetic of the matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -130,6 +135,56 @@ pub struct SchedulingConfig {
     pub max_stream_buffer: usize,
     /// What a stream may stay parked before its request ends.
     pub slow_reader_timeout: Duration,
+}
+
+impl SchedulingConfig {
+    /// Checks the options, also against the sizes of a step.
+    ///
+    /// # Errors
+    /// The option that is out of range or contradicts another.
+    pub(crate) fn check(&self, max_num_seqs: usize, max_num_batched_tokens: usize) -> Result<(), LoadError> {
+        let counts = [
+            ("--max-num-queued-reqs", Some(self.max_num_queued_reqs)),
+            ("--max-num-queued-tokens", self.max_num_queued_tokens),
+            ("--max-stream-buffer", Some(self.max_stream_buffer)),
+            ("--long-prefill-token-threshold", self.long_prefill_token_threshold),
+        ];
+        for (option, count) in counts.into_iter().filter_map(|(option, count)| Some((option, count?))) {
+            if !(1..=MAX_COUNT).contains(&count) {
+                return refuse(option, format!("{count} is not in [1, {MAX_COUNT}]"));
+            }
+        }
+        let durations = [
+            ("--target-itl-ms", self.target_itl),
+            ("--max-queue-time", self.max_queue_time),
+            ("--slow-reader-timeout", Some(self.slow_reader_timeout)),
+        ];
+        if let Some((option, _)) = durations.into_iter().find(|(_, time)| *time == Some(Duration::ZERO)) {
+            return refuse(option, "must be over 0".into());
+        }
+        if let Some((tenant, _)) = self.tenant_weights.iter().find(|(_, weight)| **weight == 0) {
+            return refuse("--tenant-weight", format!("{tenant}=0: a weight is at least 1"));
+        }
+        if !self.tenant_weights.is_empty() && self.policy != Policy::Fair {
+            return refuse("--tenant-weight", "counts only with --scheduling-policy fair".into());
+        }
+        if self.enable_kv_cache_events && !self.enable_prefix_caching {
+            let detail =
+                "there is nothing to report without a prefix cache; leave --no-enable-prefix-caching out";
+            return refuse("--enable-kv-cache-events", detail.into());
+        }
+        if max_num_batched_tokens < max_num_seqs {
+            let detail = format!(
+                "{max_num_batched_tokens} tokens per step are too few for the {max_num_seqs} rows of --max-num-seqs, each                  of which may need one; raise this or lower that"
+            );
+            return refuse("--max-num-batched-tokens", detail);
+        }
+        Ok(())
+    }
+}
+
+fn refuse(option: &'static str, detail: String) -> Result<(), LoadError> {
+    Err(LoadError::Option { option, detail })
 }
 
 impl Default for SchedulingConfig {

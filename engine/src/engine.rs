@@ -2,10 +2,7 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, AtomicUsize},
-    },
+    sync::{Arc, OnceLock, atomic::AtomicU64},
     thread,
 };
 
@@ -14,9 +11,10 @@ use tidemill_kernels::{DType, cuda::driver::Driver};
 
 use crate::{
     config::{EngineConfig, SchedulingConfig},
-    core::{Command, Core},
+    core::{Command, Core, Parts, Settings},
     device::{self, Model},
     error::{LoadError, StopReason},
+    explain::EndedLife,
     handle::{EngineHandle, Shared},
     info::ModelInfo,
     kv::{BlockPool, CacheConfig},
@@ -26,9 +24,10 @@ use crate::{
         generation_config::GenerationDefaults,
         spec::ModelSpec,
     },
+    queue::Queue,
     request::Validator,
     runner::{RunnerThread, panic_message},
-    scheduler::{Limits, Scheduler, SchedulerConfig},
+    scheduler::{Limits, SchedulerConfig},
     stats::SharedStats,
     swap::SwapFacts,
     text::TextModel,
@@ -47,12 +46,14 @@ pub enum Progress {
 }
 
 /// What an engine is told besides its runner and its model.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct EngineOptions {
     /// Who is served when, and what is refused.
     pub scheduling: SchedulingConfig,
     /// Plans a step while the one before it runs.
     pub look_ahead: bool,
+    /// Gets the life of every request that has ended. What finds it full is lost and counted.
+    pub lives: Option<async_channel::Sender<EndedLife>>,
     /// Blocks of host memory that the runner has, for what the prefix cache gives up.
     pub host_blocks: usize,
 }
@@ -143,21 +144,23 @@ impl Engine {
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
         let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
-        let options = EngineOptions { scheduling: config.scheduling, look_ahead, host_blocks };
+        let options =
+            EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives, host_blocks };
         Self::with_runner(runner, info, text, options)
     }
 
     /// Starts the engine thread over a runner: the real one, or one that a test brings. `info` must describe it.
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// An option that is out of range or contradicts another, or when the thread cannot be started.
     pub fn with_runner(
         runner: RunnerThread,
         info: ModelInfo,
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, host_blocks } = options;
+        let EngineOptions { scheduling, look_ahead, lives, host_blocks } = options;
+        scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
         let pool = match scheduling.enable_prefix_caching {
             true => {
                 let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
@@ -167,6 +170,15 @@ impl Engine {
             false => BlockPool::new(info.num_kv_blocks, info.block_size),
         };
         let stats = Arc::new(SharedStats::new(pool.clone()));
+        let queue = Queue::new(scheduling.max_num_queued_reqs, scheduling.max_num_queued_tokens);
+        let settings = Settings {
+            look_ahead,
+            target_itl: scheduling.target_itl,
+            max_queue_time: scheduling.max_queue_time,
+            slow_reader_timeout: scheduling.slow_reader_timeout,
+            kv_cache_events: scheduling.enable_prefix_caching && scheduling.enable_kv_cache_events,
+            model_name: info.served_model_name.clone(),
+        };
         let threshold = scheduling.long_prefill_token_threshold;
         let limits = Limits {
             max_num_seqs: info.max_num_seqs,
@@ -184,21 +196,21 @@ impl Engine {
                 max_model_len: info.max_model_len,
                 kv_capacity_tokens: info.num_kv_blocks * info.block_size,
                 eos_token_ids: info.eos_token_ids.clone(),
-                policy: options.scheduling.policy,
+                policy: scheduling.policy,
             },
             info,
             text,
             stats: stats.clone(),
-            max_num_queued_reqs: scheduling.max_num_queued_reqs,
-            queued: Arc::new(AtomicUsize::new(0)),
+            queue: queue.clone(),
+            max_stream_buffer: scheduling.max_stream_buffer,
             next_ticket: AtomicU64::new(0),
             stopped: OnceLock::new(),
             alive,
         });
-        let config =
+        let scheduler =
             SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights };
-        let scheduler = Scheduler::new(config, pool);
-        let mut core = Core::new(scheduler, runner, commands, stats, look_ahead);
+        let parts = Parts { scheduler, pool, runner, commands, stats, queue, lives, settings };
+        let mut core = Core::new(parts);
         let thread_shared = shared.clone();
         let body = move || {
             let ended = panic::catch_unwind(AssertUnwindSafe(|| core.run()));

@@ -3,6 +3,8 @@
 //! Detokenising and stop strings live here, off the engine thread. A stop string ends its completion by a command to the
 //! engine, whose answer carries the usage.
 
+use std::sync::Arc;
+
 use async_channel::Receiver;
 
 use crate::{
@@ -14,6 +16,7 @@ use crate::{
     output::{Finish, FinishReason, MatchedStop, Output, TokenLogprobs},
     request::ValidatedRequest,
     text::{detokenize::Detokenizer, stop::StopMatcher},
+    unread::Unread,
 };
 
 /// One completion's text.
@@ -27,12 +30,19 @@ struct Completion {
     done: bool,
 }
 
+/// What the engine thread sends a request's events through.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub ticket: Ticket,
+    pub events: Receiver<Event>,
+    pub unread: Arc<Unread>,
+}
+
 /// The stream of one request's outputs. Dropping it before its end aborts the request.
 #[derive(Debug)]
 pub struct Generation {
     id: RequestId,
-    ticket: Ticket,
-    events: Receiver<Event>,
+    stream: Stream,
     handle: EngineHandle,
     completions: Vec<Completion>,
     min_tokens: usize,
@@ -42,12 +52,7 @@ pub struct Generation {
 }
 
 impl Generation {
-    pub(crate) fn new(
-        request: &ValidatedRequest,
-        ticket: Ticket,
-        events: Receiver<Event>,
-        handle: EngineHandle,
-    ) -> Self {
+    pub(crate) fn new(request: &ValidatedRequest, stream: Stream, handle: EngineHandle) -> Self {
         let completion = |_| Completion {
             text: request.text_output.then(|| {
                 let detokenizer = handle.text().detokenizer(request.include_special_tokens);
@@ -59,8 +64,7 @@ impl Generation {
         };
         Self {
             id: request.id.clone(),
-            ticket,
-            events,
+            stream,
             completions: (0..request.n).map(completion).collect(),
             min_tokens: request.sampling.min_tokens,
             prompt_logprobs: Vec::new(),
@@ -77,7 +81,7 @@ impl Generation {
     /// The next output; `None` after the last one of the last completion. An error is the last thing a stream gives.
     pub async fn next(&mut self) -> Option<Result<Output, RequestError>> {
         while !self.over {
-            let event = self.events.recv().await.unwrap_or_else(|_| self.engine_gone());
+            let event = self.stream.events.recv().await.unwrap_or_else(|_| self.engine_gone());
             if let Some(output) = self.accept(event) {
                 return Some(output);
             }
@@ -88,7 +92,7 @@ impl Generation {
     /// [`next`](Self::next) for callers without an async runtime.
     pub fn next_blocking(&mut self) -> Option<Result<Output, RequestError>> {
         while !self.over {
-            let event = self.events.recv_blocking().unwrap_or_else(|_| self.engine_gone());
+            let event = self.stream.events.recv_blocking().unwrap_or_else(|_| self.engine_gone());
             if let Some(output) = self.accept(event) {
                 return Some(output);
             }
@@ -110,7 +114,13 @@ impl Generation {
                 self.prompt_logprobs.extend(logprobs);
                 return None;
             }
-            Event::Token { index, token, logprobs, finish } => (index, Some((token, logprobs)), finish),
+            Event::Token { index, token, logprobs, finish } => {
+                if self.stream.unread.taken() {
+                    // Fails only when the engine is gone, which closes the events too.
+                    drop(self.handle.commands.send(Command::Resume { ticket: self.stream.ticket }));
+                }
+                (index, Some((token, logprobs)), finish)
+            }
             Event::Finished { index, finish } => (index, None, Some(finish)),
         };
         let completion = &mut self.completions[index as usize];
@@ -142,7 +152,7 @@ impl Generation {
             None if completion.stopped.is_some() => {
                 // Its answer is the completion's end, with the usage. A send fails only when the engine is gone, which
                 // closes the events too.
-                drop(self.handle.commands.send(Command::Stop { ticket: self.ticket, index }));
+                drop(self.handle.commands.send(Command::Stop { ticket: self.stream.ticket, index }));
             }
             None => {}
         }
@@ -193,7 +203,7 @@ impl Drop for Generation {
     fn drop(&mut self) {
         if !self.over {
             // Fails only when the engine is gone, and everything with it.
-            drop(self.handle.commands.send(Command::Drop { ticket: self.ticket }));
+            drop(self.handle.commands.send(Command::Drop { ticket: self.stream.ticket }));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -14,15 +14,16 @@ use crate::{
     core::{Command, Submission},
     error::{RequestError, StopReason},
     explain::Explanation,
-    generation::Generation,
+    generation::{Generation, Stream},
     ids::{RequestId, Ticket},
     info::ModelInfo,
     kv::KvEventBatch,
     output::AbortReceipt,
-    queue::QueueSlot,
+    queue::Queue,
     request::{GenerateRequest, ValidatedRequest, Validator},
     stats::{EngineStats, SharedStats},
     text::TextModel,
+    unread::Unread,
 };
 
 /// What handles and the engine thread share.
@@ -32,9 +33,10 @@ pub(crate) struct Shared {
     pub text: Arc<TextModel>,
     pub validator: Validator,
     pub stats: Arc<SharedStats>,
-    pub max_num_queued_reqs: usize,
     /// Requests that were submitted and have no row of the batch yet.
-    pub queued: Arc<AtomicUsize>,
+    pub queue: Arc<Queue>,
+    /// Tokens that a stream may hold unread.
+    pub max_stream_buffer: usize,
     pub next_ticket: AtomicU64,
     /// Why the engine stopped, once it did.
     pub stopped: std::sync::OnceLock<StopReason>,
@@ -72,7 +74,8 @@ impl EngineHandle {
     ///
     /// # Errors
     /// [`RequestError::QueueFull`], [`RequestError::Draining`], [`RequestError::EngineStopped`],
-    /// [`RequestError::DeviceLost`]. An id that is live already is reported by the stream.
+    /// [`RequestError::DeviceLost`]. An id that is live already and a wait that would be too long ([`RequestError::Overloaded`]) are
+    /// reported by the stream, at once.
     pub fn submit(&self, request: ValidatedRequest) -> Result<Generation, RequestError> {
         let refuse = |error| {
             self.shared.stats.count_refusal();
@@ -84,17 +87,18 @@ impl EngineHandle {
         if self.shared.stats.is_draining() {
             return refuse(RequestError::Draining);
         }
-        let slot = match QueueSlot::take(&self.shared.queued, self.shared.max_num_queued_reqs) {
+        let slot = match self.shared.queue.take(request.prompt.len()) {
             Ok(slot) => slot,
-            Err(waiting) => {
-                return refuse(RequestError::QueueFull { waiting, retry_after: Duration::from_secs(1) });
-            }
+            Err(error) => return refuse(error),
         };
         let ticket = Ticket(self.shared.next_ticket.fetch_add(1, Relaxed));
-        // At most one event per token and completion, so the bound of max_tokens bounds the channel too.
+        // Nothing is lost on the way. The bound is that a request whose stream is unread is parked.
         let (events_tx, events) = async_channel::unbounded();
-        let generation = Generation::new(&request, ticket, events, self.clone());
-        let submission = Submission { ticket, request, events: events_tx, slot, submitted: Instant::now() };
+        let unread = Arc::new(Unread::new(self.shared.max_stream_buffer));
+        let stream = Stream { ticket, events, unread: unread.clone() };
+        let generation = Generation::new(&request, stream, self.clone());
+        let submitted = Instant::now();
+        let submission = Submission { ticket, request, events: events_tx, unread, slot, submitted };
         match self.commands.send(Command::Submit(Box::new(submission))) {
             Ok(()) => Ok(generation),
             Err(_) => Err(self.stop_reason().error()),
@@ -126,6 +130,18 @@ impl EngineHandle {
             Ok(()) => Ok(receipt),
             Err(_) => Err(self.stop_reason().error()),
         }
+    }
+
+    /// Ends every live request, queued or running, and takes new ones as before. One receipt for each, in order of submission.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
+    pub async fn abort_all(&self) -> Result<Vec<AbortReceipt>, RequestError> {
+        let (reply, receipts) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        let command = Command::AbortAll { received: Instant::now(), reply };
+        self.commands.send(command).map_err(|_| stopped())?;
+        receipts.recv().await.map_err(|_| stopped())
     }
 
     /// Why a request waits, and its life so far; `None` for one that was never seen or ended long ago.

@@ -1,8 +1,10 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
+mod admission;
 mod config;
 mod core;
 mod device;
+mod ended;
 mod engine;
 pub mod error;
 mod event;
@@ -13,6 +15,7 @@ pub mod ids;
 mod info;
 pub mod kv;
 mod ledger;
+mod life;
 pub mod model;
 pub mod output;
 mod queue;
@@ -24,6 +27,7 @@ mod sizes;
 mod stats;
 mod swap;
 pub mod text;
+mod unread;
 
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
 pub use engine::{Engine, EngineOptions, Progress};

@@ -28,10 +28,14 @@ impl Asked {
     /// The option that is out of range.
     pub fn check(config: &EngineConfig, spec: &ModelSpec, defaults: Defaults) -> Result<Self, LoadError> {
         let longest = spec.max_position_embeddings;
+        // A step has a token for each row. Who gives one of the two gets the other one to fit.
+        let (seqs, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+        let max_num_batched_tokens =
+            tokens.unwrap_or(defaults.max_num_batched_tokens.max(seqs.unwrap_or_default()));
         let asked = Self {
             max_model_len: config.max_model_len.unwrap_or(longest),
-            max_num_seqs: config.max_num_seqs.unwrap_or(defaults.max_num_seqs),
-            max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
+            max_num_seqs: seqs.unwrap_or(defaults.max_num_seqs.min(max_num_batched_tokens)),
+            max_num_batched_tokens,
             block_size: config.block_size,
             len_is_explicit: config.max_model_len.is_some(),
         };
@@ -39,12 +43,12 @@ impl Asked {
             ("--max-num-seqs", asked.max_num_seqs),
             ("--max-num-batched-tokens", asked.max_num_batched_tokens),
             ("--block-size", asked.block_size),
-            ("--max-num-queued-reqs", config.scheduling.max_num_queued_reqs),
         ] {
             if value == 0 || value > 1 << 20 {
                 return option(name, format!("{value} is not in [1, {}]", 1 << 20));
             }
         }
+        config.scheduling.check(asked.max_num_seqs, asked.max_num_batched_tokens)?;
         if !(2..=longest).contains(&asked.max_model_len) {
             let detail =
                 format!("{} is not in [2, {longest}], what the model was made for", asked.max_model_len);

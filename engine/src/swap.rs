@@ -110,7 +110,20 @@ fn prefill_seconds_per_token<O: Ops>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tidemill_kernels_emu::{EmuDriver, Schedule};
+
     use super::*;
+    use crate::{
+        config::EngineConfig,
+        device::{Built, Model},
+        model::{
+            checkpoint::Checkpoint,
+            files::{ModelFiles, ModelSource},
+            spec::ModelSpec,
+        },
+    };
 
     #[test]
     fn swapping_pays_when_both_copies_take_less_than_computing() {
@@ -122,5 +135,70 @@ mod tests {
         };
         assert!(facts(1.0, 2.0, 3.1).pays());
         assert!(!facts(1.0, 2.0, 3.0).pays());
+    }
+
+    /// The built-in model on a CPU, or on an emulated GPU; in both cases with 32 blocks of 32 KiB.
+    fn built(driver: Option<Arc<EmuDriver>>, swap_space: usize) -> Result<Built, LoadError> {
+        let config = EngineConfig {
+            max_num_seqs: Some(4),
+            max_num_batched_tokens: Some(16),
+            max_model_len: Some(64),
+            kv_cache_memory: Some(1 << 20),
+            enforce_eager: true,
+            swap_space,
+            threads: Some(2),
+            ..EngineConfig::new(ModelSource::Builtin)
+        };
+        let files = ModelFiles::open(&config.source).unwrap();
+        let (spec, checkpoint) = (ModelSpec::load(&files).unwrap(), Checkpoint::open(&files).unwrap());
+        let model = Model { config: &config, spec: &spec, checkpoint: &checkpoint };
+        match driver {
+            Some(driver) => model.on_cuda(driver, |_| ()),
+            None => model.on_cpu(|_| ()),
+        }
+    }
+
+    /// 4 layers, keys and values, 16 tokens, 2 heads of 64, bfloat16.
+    const BLOCK_BYTES: usize = 4 * 2 * 16 * 2 * 64 * 2;
+
+    fn emulated() -> Arc<EmuDriver> {
+        Arc::new(EmuDriver::new(Schedule::default()))
+    }
+
+    #[test]
+    fn swap_space_becomes_host_blocks_whose_cost_is_measured() {
+        for driver in [None, Some(emulated())] {
+            let swap = built(driver, 20 * BLOCK_BYTES + 100).unwrap().facts.swap.unwrap();
+            assert_eq!(swap.host_blocks, 20);
+            let seconds =
+                [swap.save_seconds_per_block, swap.load_seconds_per_block, swap.recompute_seconds_per_block];
+            assert!(seconds.iter().all(|&seconds| seconds > 0.0 && seconds < 60.0), "{seconds:?}");
+        }
+    }
+
+    #[test]
+    fn without_room_for_a_block_nothing_is_allocated_and_nothing_measured() {
+        let pinned_bytes = |swap_space| {
+            let driver = emulated();
+            let built = built(Some(driver.clone()), swap_space).unwrap();
+            assert_eq!(built.facts.swap.is_some(), swap_space >= BLOCK_BYTES);
+            driver.live().pinned_bytes
+        };
+        let without = pinned_bytes(0);
+        assert_eq!(pinned_bytes(BLOCK_BYTES - 1), without);
+        assert!(pinned_bytes(BLOCK_BYTES) >= without + BLOCK_BYTES);
+    }
+
+    #[test]
+    fn more_swap_space_than_the_host_has_is_refused_by_name() {
+        for driver in [None, Some(emulated())] {
+            // 128 TiB, what the ids of host blocks reach.
+            match built(driver, usize::MAX).map(drop).unwrap_err() {
+                LoadError::Option { option, detail } => {
+                    assert_eq!(option, "--swap-space", "{detail}");
+                }
+                other => panic!("{other}"),
+            }
+        }
     }
 }

@@ -161,7 +161,7 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use tidemill_engine::{
-        Engine, EngineOptions, LoadError, SchedulingConfig,
+        Engine, EngineOptions, LoadError,
         model::files::ModelSource,
         request::{GenerateRequest, Prompt},
         runner::{DeviceLost, Runner, RunnerError, RunnerThread},
@@ -210,8 +210,7 @@ mod tests {
     async fn a_lost_device_ends_the_server_with_a_code_of_its_own() {
         let like = engine().handle();
         let (runner, ()) = RunnerThread::start(|| Ok::<_, LoadError>((Lost, ()))).unwrap();
-        let options =
-            EngineOptions { scheduling: SchedulingConfig::default(), look_ahead: true, host_blocks: 0 };
+        let options = EngineOptions { look_ahead: true, ..EngineOptions::default() };
         let engine = Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap();
         let server = Server::bind(&GrpcConfig::loopback()).await.unwrap();
         let (handle, mut signals) = (engine.handle(), Signals::new().unwrap());

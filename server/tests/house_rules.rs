@@ -93,9 +93,7 @@ fn scheduler_kv_and_ledger_run_without_kernels_model_or_text() {
         "crate::request",
         "Instant::now",
     ];
-    for place in
-        ["engine/src/scheduler", "engine/src/kv.rs", "engine/src/ledger.rs", "engine/src/sampling.rs"]
-    {
+    for place in ["engine/src/scheduler", "engine/src/kv", "engine/src/ledger", "engine/src/sampling.rs"] {
         never_names(place, &rooms);
         for (path, code) in sources(place) {
             let uses =

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use tidemill_engine::{
-    Engine, EngineOptions, ModelInfo, SchedulingConfig,
+    Engine, EngineOptions, ModelInfo,
     ids::TokenId,
     model::{
         decoder::Decoder,
@@ -74,7 +74,7 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
     };
-    let options = EngineOptions { scheduling: SchedulingConfig::default(), look_ahead: true, host_blocks: 0 };
+    let options = EngineOptions { look_ahead: true, ..EngineOptions::default() };
     let engine = Engine::with_runner(runner, info, text, options)?;
     batches.into_iter().map(|rows| decode_step(&engine, rows, context, steps, vocab)).collect()
 }

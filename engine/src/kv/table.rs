@@ -14,6 +14,8 @@ pub struct Fit {
     pub needed: usize,
     /// Blocks that can be had.
     pub available: usize,
+    /// Tokens that are there already.
+    pub cached_tokens: usize,
 }
 
 /// A sequence's blocks in order. Owns one reference to each and returns them in `Drop`; never `Clone`.
@@ -71,7 +73,11 @@ impl BlockTable {
         let reusable = self.extend_hashes(&mut blocks, tokens, reuse);
         let probe = blocks.probe(reusable, |at, node| self.link(tokens, at, node), given_back);
         let all = tokens.len().div_ceil(pool.block_size);
-        Fit { needed: all - probe.hits + probe.taken, available: probe.available }
+        Fit {
+            needed: all - probe.hits + probe.taken,
+            available: probe.available,
+            cached_tokens: probe.hits * pool.block_size,
+        }
     }
 
     /// Takes over the blocks that hold the beginning of `tokens`, at most `reuse` tokens. Returns the tokens they hold. The table is

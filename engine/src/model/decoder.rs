@@ -388,3 +388,38 @@ fn greedy() -> RowTask {
 fn head_shape(spec: &ModelSpec) -> HeadShape {
     HeadShape { num_heads: spec.num_heads, num_kv_heads: spec.num_kv_heads, head_dim: spec.head_dim }
 }
+
+#[cfg(test)]
+mod tests {
+    use tidemill_kernels::DType;
+
+    use super::*;
+
+    #[test]
+    fn a_step_full_of_prompt_takes_what_step_cache_and_rows_hold() {
+        let lens = |max_num_batched_tokens, max_model_len, num_blocks, max_rows| {
+            let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
+            let kv = KvShape {
+                num_layers: 1,
+                num_blocks,
+                block_size: 16,
+                num_kv_heads: 1,
+                head_dim: 2,
+                dtype: DType::F32,
+            };
+            let batch = prefill_batch(limits, &kv, max_rows);
+            let mut slots = batch.slot_mapping.clone();
+            slots.dedup();
+            assert!(slots.is_sorted() && slots.len() == batch.num_tokens(), "no token writes over another");
+            assert!(slots.iter().all(|&slot| slot < 16 * num_blocks as u32));
+            assert_eq!(batch.block_tables.len(), batch.num_rows() * batch.max_blocks);
+            batch.context_lens
+        };
+        assert_eq!(lens(150, 60, 32, 4), [60, 60, 30]);
+        assert_eq!(lens(150, 60, 32, 2), [60, 60], "rows");
+        assert_eq!(lens(150, 60, 7, 4), [60], "blocks for one full context");
+        assert_eq!(lens(150, 200, 32, 4), [150]);
+        assert_eq!(lens(150, 200, 3, 4), [48], "a cache smaller than a context");
+        assert_eq!(lens(8, 60, 32, 4), [8]);
+    }
+}

@@ -17,9 +17,10 @@ use crate::{
 /// was computed on tokens, keys and values that were never made: it is computed again, after the repetition. Results do not depend
 /// on who shares a step, so the other rows get what they would have got.
 ///
-/// A plan's blocks are copied right before it is launched: its saves the first time only, as what was launched since may have
-/// overwritten them; its loads every time, as a row that is repeated for a request that is gone may have overwritten those. Every
-/// step is launched, or was tried to be, before its turn comes; so the copies of one whose rows are tried alone have been made.
+/// A plan's blocks are copied right before it is launched. Its saves are made the first time only, as what was launched since may
+/// have overwritten the blocks; so a plan saves nothing that a step in flight still writes, and may have to write again. Its loads are
+/// made every time, as a row that is repeated for a request that is gone may have overwritten them. Every step is launched, or was
+/// tried to be, before its turn comes: the copies of one whose rows are tried alone have been made.
 pub struct StepQueue<R> {
     runner: R,
     /// Oldest first.

@@ -18,6 +18,7 @@ mod admit;
 mod check;
 mod explain;
 pub mod fair;
+mod pacer;
 mod plan;
 mod policy;
 mod resolve;
@@ -28,6 +29,7 @@ mod waiting;
 use std::collections::BTreeMap;
 
 pub use explain::Standing;
+pub use pacer::Pacer;
 pub use policy::{Policy, WaitReason};
 pub use resolve::{Effect, RowOutput, RowResult, StepOutput};
 use rustc_hash::FxHashMap;

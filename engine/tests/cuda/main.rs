@@ -6,3 +6,4 @@
 mod device;
 mod engine;
 mod goldens;
+mod swap;

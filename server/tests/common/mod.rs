@@ -82,7 +82,8 @@ impl Runner for Frail {
 
 /// An engine whose device is lost when the flag is set.
 pub fn frail_engine(lost: Arc<AtomicBool>, config: EngineConfig) -> Engine {
-    let options = EngineOptions { scheduling: config.scheduling.clone(), look_ahead: true, host_blocks: 0 };
+    let options =
+        EngineOptions { scheduling: config.scheduling.clone(), look_ahead: true, ..EngineOptions::default() };
     let like = Engine::start(config, |_| ()).unwrap().handle();
     let (runner, ()) = RunnerThread::start(move || Ok((Frail { lost, steps: VecDeque::new() }, ()))).unwrap();
     Engine::with_runner(runner, like.info().clone(), like.text().clone(), options).unwrap()

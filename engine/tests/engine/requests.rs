@@ -1,187 +1,19 @@
-//! The engine thread over a runner that the test holds by a string: aborts, deadlines, failures and drains at every stage.
-
-#![allow(clippy::unwrap_used)]
+//! A request's way through the engine, and every way out of it.
 
 use std::{
-    collections::VecDeque,
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use tidemill_engine::{
-    Engine, EngineHandle, EngineOptions, ErrorCode, Generation, ModelInfo, RequestError, SchedulingConfig,
-    StopReason,
+    ErrorCode, RequestError, StopReason,
     ids::{RequestId, TokenId},
-    model::{
-        files::{ModelFiles, ModelSource},
-        generation_config::GenerationDefaults,
-        spec::ModelSpec,
-    },
-    output::{AbortStage, FinishReason, MatchedStop, Output},
-    request::{GenerateRequest, Prompt},
-    runner::{DeviceLost, Runner, RunnerError, RunnerThread},
-    sampling::SamplingParams,
-    scheduler::{PlanRow, RowOutput, RowResult, StepOutput, StepPlan, TokenInput},
-    text::TextModel,
+    output::{AbortStage, FinishReason, MatchedStop},
+    request::GenerateRequest,
+    scheduler::{StepPlan, TokenInput},
 };
 
-const BLOCKS: usize = 16;
-const BLOCK_SIZE: usize = 4;
-/// A prompt with this token makes the runner panic.
-const POISON: TokenId = TokenId(66);
-/// A prompt with this token has no finite logits.
-const NAN: TokenId = TokenId(67);
-
-/// A prompt with this token takes the device down.
-const LOSS: TokenId = TokenId(68);
-
-/// A device that finishes a step only when the test lets it; the next token is the position, plus 300.
-struct GatedRunner {
-    gate: Receiver<()>,
-    started: Sender<StepPlan>,
-    steps: VecDeque<StepPlan>,
-}
-
-impl Runner for GatedRunner {
-    fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
-        // Fails only at the end of a test.
-        drop(self.started.send(plan.clone()));
-        self.steps.push_back(plan.clone());
-        Ok(())
-    }
-
-    fn wait(&mut self) -> Result<StepOutput, RunnerError> {
-        let plan = self.steps.pop_front().expect("something was launched");
-        // Fails only at the end of a test.
-        let _ = self.gate.recv();
-        let any = |token| plan.rows.iter().any(|row| row.input.known().contains(&token));
-        assert!(!any(POISON), "poisoned");
-        if any(LOSS) {
-            return Err(DeviceLost("fell off the bus".into()).into());
-        }
-        let result = |row: &PlanRow| {
-            if row.input.known().contains(&NAN) {
-                return RowResult::NotFinite;
-            }
-            let sampled = row.sample.as_ref().map(|sample| TokenId(300 + sample.position as u32));
-            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
-        };
-        Ok(StepOutput { rows: plan.rows.iter().map(result).collect() })
-    }
-
-    fn is_done(&mut self) -> bool {
-        false
-    }
-}
-
-struct Bench {
-    gate: Sender<()>,
-    started: Receiver<StepPlan>,
-    // Dropped last: the gate must be open when the engine waits for its runner.
-    engine: Option<Engine>,
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        (0..1000).for_each(|_| self.gate.send(()).unwrap_or(()));
-        self.engine = None;
-    }
-}
-
-impl Bench {
-    /// Two rows, chunks of 8 tokens, three places in the queue.
-    fn new() -> Self {
-        Self::looking_ahead(true)
-    }
-
-    fn looking_ahead(look_ahead: bool) -> Self {
-        let (gate, gate_rx) = unbounded();
-        let (started_tx, started) = unbounded();
-        let (runner, ()) = RunnerThread::start(move || {
-            Ok((GatedRunner { gate: gate_rx, started: started_tx, steps: VecDeque::new() }, ()))
-        })
-        .unwrap();
-        let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
-        let spec = ModelSpec::load(&files).unwrap();
-        let text = Arc::new(TextModel::load(&files, &spec).unwrap());
-        let info = ModelInfo {
-            served_model_name: "sim".into(),
-            architecture: "none".into(),
-            num_parameters: 0,
-            weight_bytes_per_step: 0,
-            vocab_size: spec.vocab_size,
-            max_model_len: BLOCKS * BLOCK_SIZE,
-            device: "simulated".into(),
-            dtype: "float32",
-            kv_cache_dtype: "float32",
-            block_size: BLOCK_SIZE,
-            num_kv_blocks: BLOCKS,
-            max_num_seqs: 2,
-            max_num_batched_tokens: 8,
-            eos_token_ids: Vec::new(),
-            has_chat_template: true,
-            defaults: GenerationDefaults::default(),
-        };
-        let options = EngineOptions {
-            scheduling: SchedulingConfig { max_num_queued_reqs: 3, ..SchedulingConfig::default() },
-            look_ahead,
-            host_blocks: 0,
-        };
-        Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options).unwrap()) }
-    }
-
-    fn handle(&self) -> EngineHandle {
-        self.engine.as_ref().unwrap().handle()
-    }
-
-    /// Waits until another step is in flight.
-    fn step_started(&self) -> StepPlan {
-        self.started.recv_timeout(Duration::from_secs(10)).expect("a step should have started")
-    }
-
-    fn finish_step(&self) {
-        self.gate.send(()).unwrap();
-    }
-
-    fn all_free(&self) -> bool {
-        self.handle().stats().kv_blocks.free == BLOCKS
-    }
-}
-
-fn request(id: &str, prompt: &[u32], max_tokens: u32) -> GenerateRequest {
-    let prompt = Prompt::TokenIds(prompt.iter().copied().map(TokenId).collect());
-    GenerateRequest {
-        id: Some(RequestId::new(id)),
-        sampling: SamplingParams { max_tokens: Some(max_tokens), ..SamplingParams::default() },
-        ..GenerateRequest::new(prompt)
-    }
-}
-
-fn submit(handle: &EngineHandle, request: GenerateRequest) -> Generation {
-    handle.submit(handle.validate(request).unwrap()).unwrap()
-}
-
-fn collect(mut generation: Generation) -> Result<(Vec<u32>, Output), RequestError> {
-    let mut tokens = Vec::new();
-    loop {
-        let output = generation.next_blocking().expect("a stream ends with a finish or an error")?;
-        tokens.extend(output.token_ids.iter().map(|token| token.0));
-        if output.finish.is_some() {
-            assert!(generation.next_blocking().is_none(), "nothing comes after the end");
-            return Ok((tokens, output));
-        }
-    }
-}
-
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(10), "never: {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
+use crate::rig::{Bench, LOSS, NAN, POISON, block_on, collect, eventually, request, submit};
 
 #[test]
 fn a_step_that_hangs_shows_in_the_heartbeat_however_many_commands_come() {
@@ -250,7 +82,7 @@ fn a_row_that_needs_the_host_waits_for_its_token_and_holds_nobody_up() {
     assert_eq!(rows(bench.step_started()), [(1, 3)]);
     bench.finish_step();
     assert_eq!(rows(bench.step_started()), [(0, 4), (1, 4)]);
-    (0..2).for_each(|_| bench.finish_step());
+    bench.finish_steps(2);
     assert_eq!(collect(penalised).unwrap().0, [303, 304, 305]);
     assert_eq!(collect(free).unwrap().0, [302, 303, 304, 305]);
 }
@@ -266,7 +98,7 @@ fn abort_frees_at_once_at_every_stage_while_steps_run() {
     let queued = [submit(&handle, request("q1", &[1, 2], 9)), submit(&handle, request("q2", &[1, 2], 9))];
     // The steps with the first two chunks of eight tokens are still in flight.
     let receipt = handle.abort_blocking(RequestId::new("prefill")).unwrap();
-    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Prefill, 4, 1));
+    assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Prefill, 8, 1));
     assert!(bench.all_free(), "blocks are free before a step ends");
     let receipt = handle.abort_blocking(RequestId::new("q2")).unwrap();
     assert_eq!((receipt.stage, receipt.blocks_freed, receipt.rows_freed), (AbortStage::Queued, 0, 0));
@@ -280,7 +112,7 @@ fn abort_frees_at_once_at_every_stage_while_steps_run() {
     let receipt = handle.abort_blocking(RequestId::new("q1")).unwrap();
     assert_eq!((receipt.stage, receipt.completion_tokens, receipt.blocks_freed), (AbortStage::Decode, 1, 1));
     assert!(bench.all_free() && receipt.time_to_free < Duration::from_secs(1), "two steps are in flight");
-    (0..2).for_each(|_| bench.finish_step());
+    bench.finish_steps(2);
     for generation in [prefill].into_iter().chain(queued) {
         let (_, last) = collect(generation).unwrap();
         assert_eq!(last.finish.unwrap().reason, FinishReason::Abort);
@@ -340,7 +172,7 @@ fn a_row_that_panics_or_has_no_finite_logits_takes_nobody_along() {
     bench.step_started();
     let bad = submit(&handle, request("bad", &[POISON.0], 3));
     let nan = submit(&handle, request("nan", &[NAN.0], 3));
-    (0..20).for_each(|_| bench.finish_step());
+    bench.finish_steps(20);
     assert_eq!(collect(good).unwrap().0, [303, 304, 305]);
     assert!(matches!(collect(bad), Err(RequestError::Internal(_))));
     assert_eq!(collect(nan).unwrap_err(), RequestError::NotFinite { position: 1 });
@@ -367,14 +199,14 @@ fn deadlines_end_queued_and_running_requests() {
 
 #[test]
 fn a_full_queue_refuses_at_once_and_takes_work_again_later() {
-    let bench = Bench::new();
+    let bench = Bench::looking_ahead(false);
     let handle = bench.handle();
     let mut live = vec![submit(&handle, request("0", &[1], 1))];
     bench.step_started();
     live.extend((1..=3).map(|i| submit(&handle, request(&i.to_string(), &[1], 1))));
     let refused = handle.submit(handle.validate(request("4", &[1], 1)).unwrap());
     assert!(matches!(refused, Err(RequestError::QueueFull { waiting: 3, .. })));
-    (0..20).for_each(|_| bench.finish_step());
+    bench.finish_steps(20);
     live.into_iter().for_each(|generation| drop(collect(generation).unwrap()));
     collect(submit(&handle, request("5", &[1], 1))).unwrap();
 }
@@ -452,7 +284,7 @@ fn n_completions_share_a_request_and_end_with_it() {
     let mut asked = request("a", &[1, 2, 3, 4, 5], 3);
     asked.sampling.n = Some(2);
     let mut generation = submit(&handle, asked);
-    (0..20).for_each(|_| bench.finish_step());
+    bench.finish_steps(20);
     let mut tokens = [Vec::new(), Vec::new()];
     while let Some(output) = generation.next_blocking() {
         let output = output.unwrap();
@@ -476,7 +308,7 @@ fn a_stop_string_ends_the_completion_before_its_tokens_run_out() {
     let mut asked = request("a", &[1, 2, 3], 40);
     asked.sampling.stop = vec![stop.clone()];
     let mut generation = submit(&handle, asked);
-    (0..60).for_each(|_| bench.finish_step());
+    bench.finish_steps(60);
     let mut said = String::new();
     let finish = loop {
         let output = generation.next_blocking().unwrap().unwrap();
@@ -489,22 +321,4 @@ fn a_stop_string_ends_the_completion_before_its_tokens_run_out() {
     assert_eq!((finish.reason, finish.matched_stop), (FinishReason::Stop, Some(MatchedStop::Text(stop))));
     assert!(finish.usage.completion_tokens <= 3, "tokens after the stop string are not part of it");
     eventually("all blocks are free", || bench.all_free());
-}
-
-/// Drives a future that needs no runtime.
-fn block_on<F: Future>(future: F) -> F::Output {
-    struct Unpark(thread::Thread);
-    impl std::task::Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Arc::new(Unpark(thread::current())).into();
-    let mut future = std::pin::pin!(future);
-    loop {
-        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
-            std::task::Poll::Ready(output) => return output,
-            std::task::Poll::Pending => thread::park(),
-        }
-    }
 }

@@ -1,10 +1,13 @@
 //! Gauges and counters, readable from any thread without asking the engine thread.
 
+mod histogram;
+
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
+pub use histogram::{Histogram, Histograms};
 use parking_lot::Mutex;
 
 use crate::kv::{BlockCounts, BlockPool};
@@ -59,46 +62,10 @@ pub struct Counters {
     pub blocks_saved: u64,
     /// Blocks copied back in.
     pub blocks_loaded: u64,
-    /// Times that sequences were parked because their client did not read.
+    /// Times that requests were parked because their client did not read.
     pub parked: u64,
-}
-
-/// Distributions since the start; seconds unless said otherwise.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Histograms {
-    /// From submission to the first token.
-    pub time_to_first_token: Histogram,
-    /// Between two tokens of one sequence.
-    pub inter_token_latency: Histogram,
-    /// From submission to the end, of requests that ended by stop or length.
-    pub e2e_request_latency: Histogram,
-    /// From submission to the first step.
-    pub request_queue_time: Histogram,
-    /// From the first step to the first token.
-    pub request_prefill_time: Histogram,
-    /// From the first token to the end.
-    pub request_decode_time: Histogram,
-    /// Tokens computed per step.
-    pub iteration_tokens: Histogram,
-    /// From the engine's receipt of an abort until everything was free.
-    pub abort_to_free: Histogram,
-    /// Planning a step.
-    pub step_plan: Histogram,
-    /// A step on the device.
-    pub step_execute: Histogram,
-    /// Taking a step's results in.
-    pub step_resolve: Histogram,
-}
-
-/// How often values fell into which range.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Histogram {
-    /// Upper bounds, inclusive, rising.
-    pub bounds: &'static [f64],
-    /// `bounds.len() + 1` counts, each of its own range: the last is for what is over the last bound.
-    pub counts: Vec<u64>,
-    /// Sum of all values.
-    pub sum: f64,
+    /// Ended requests whose life found no room on its way to whoever keeps records.
+    pub lives_lost: u64,
 }
 
 /// What the engine thread publishes.
@@ -115,11 +82,14 @@ pub(crate) struct SharedStats {
     busy: AtomicBool,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+/// What only the engine thread knows.
+#[derive(Debug, Default)]
 pub(crate) struct Published {
     pub running: usize,
     pub waiting: usize,
+    pub parked: usize,
     pub counters: Counters,
+    pub histograms: Histograms,
 }
 
 impl SharedStats {
@@ -135,8 +105,9 @@ impl SharedStats {
         }
     }
 
-    pub(crate) fn publish(&self, published: Published, busy: bool) {
-        *self.published.lock() = published;
+    /// Lets the engine thread write what it knows.
+    pub(crate) fn publish(&self, busy: bool, write: impl FnOnce(&mut Published)) {
+        write(&mut self.published.lock());
         self.busy.store(busy, Relaxed);
     }
 
@@ -158,14 +129,14 @@ impl SharedStats {
     }
 
     pub(crate) fn read(&self) -> EngineStats {
-        let published = *self.published.lock();
+        let published = self.published.lock();
         let uptime = self.started.elapsed();
         let idle_for = uptime.saturating_sub(Duration::from_millis(self.heartbeat_ms.load(Relaxed)));
         EngineStats {
             num_requests_running: published.running,
             num_requests_waiting: published.waiting,
-            num_requests_parked: 0,
-            histograms: Histograms::default(),
+            num_requests_parked: published.parked,
+            histograms: published.histograms.clone(),
             kv_blocks: self.pool.counts(),
             counters: Counters {
                 refused: published.counters.refused + self.refused.load(Relaxed),

@@ -1,0 +1,11 @@
+//! The engine thread over a runner that the test holds by a string: aborts, deadlines, failures, drains, overload, slow readers and
+//! explanations at every stage.
+
+#![allow(clippy::unwrap_used)]
+
+mod admission;
+mod explain;
+mod kv;
+mod readers;
+mod requests;
+mod rig;
