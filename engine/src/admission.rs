@@ -100,10 +100,11 @@ impl Admission {
         }
     }
 
-    /// What a request hears that has waited too long.
-    pub(crate) fn waited_too_long(&self, waited: Duration) -> RequestError {
-        let limit = self.max_queue_time.unwrap_or(waited);
-        RequestError::Overloaded { wait: waited, limit, retry_after: retry_hint(self.interval()) }
+    /// What a request hears that has waited too long, while so many others wait: it may try again when they would not wait too long.
+    pub(crate) fn waited_too_long(&self, wait: Duration, waiting: usize, now: Instant) -> RequestError {
+        let limit = self.max_queue_time.unwrap_or(wait);
+        let excess = self.predict(waiting, now).map(|predicted| predicted.saturating_sub(limit));
+        RequestError::Overloaded { wait, limit, retry_after: retry_hint(excess.max(self.interval())) }
     }
 }
 

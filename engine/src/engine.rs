@@ -161,14 +161,8 @@ impl Engine {
     ) -> Result<Self, LoadError> {
         let EngineOptions { scheduling, look_ahead, lives, host_blocks } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
-        let pool = match scheduling.enable_prefix_caching {
-            true => {
-                let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
-                let cache = CacheConfig { key, events, host_blocks };
-                BlockPool::with_cache(info.num_kv_blocks, info.block_size, cache)
-            }
-            false => BlockPool::new(info.num_kv_blocks, info.block_size),
-        };
+        let pool = block_pool(&info, &scheduling, host_blocks);
+        let scheduler = scheduler_config(&info, &scheduling);
         let stats = Arc::new(SharedStats::new(pool.clone()));
         let queue = Queue::new(scheduling.max_num_queued_reqs, scheduling.max_num_queued_tokens);
         let settings = Settings {
@@ -176,14 +170,8 @@ impl Engine {
             target_itl: scheduling.target_itl,
             max_queue_time: scheduling.max_queue_time,
             slow_reader_timeout: scheduling.slow_reader_timeout,
-            kv_cache_events: scheduling.enable_prefix_caching && scheduling.enable_kv_cache_events,
+            kv_cache_events: scheduling.enable_kv_cache_events,
             model_name: info.served_model_name.clone(),
-        };
-        let threshold = scheduling.long_prefill_token_threshold;
-        let limits = Limits {
-            max_num_seqs: info.max_num_seqs,
-            max_num_batched_tokens: info.max_num_batched_tokens,
-            long_prefill_token_threshold: threshold.unwrap_or(info.max_num_batched_tokens.div_ceil(2)),
         };
         let (commands_tx, commands) = unbounded();
         let (alive_guard, alive) = async_channel::bounded(1);
@@ -207,29 +195,8 @@ impl Engine {
             stopped: OnceLock::new(),
             alive,
         });
-        let scheduler =
-            SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights };
         let parts = Parts { scheduler, pool, runner, commands, stats, queue, lives, settings };
-        let mut core = Core::new(parts);
-        let thread_shared = shared.clone();
-        let body = move || {
-            let ended = panic::catch_unwind(AssertUnwindSafe(|| core.run()));
-            let reason = ended.unwrap_or_else(|payload| {
-                let said = panic_message(payload.as_ref());
-                StopReason::Stopped(format!("the engine thread panicked: {said}"))
-            });
-            tracing::debug!(%reason, "the engine thread ends");
-            // Set before the channel closes, so that whoever waits on it finds the reason.
-            thread_shared.stopped.get_or_init(|| reason);
-            drop(alive_guard);
-            // Waits for the runner, which may take long: everybody has been told.
-            drop(core);
-        };
-        let spawned = thread::Builder::new().name("tidemill-engine".into()).spawn(body);
-        let thread = spawned.map_err(|source| LoadError::Option {
-            option: "engine thread",
-            detail: format!("cannot be started: {source}"),
-        })?;
+        let thread = spawn(Core::new(parts), shared.clone(), alive_guard)?;
         Ok(Self { handle: EngineHandle { commands: commands_tx, shared }, thread: Some(thread) })
     }
 
@@ -247,6 +214,50 @@ impl Drop for Engine {
             drop(thread.join());
         }
     }
+}
+
+/// Runs an engine thread to its end.
+fn spawn(
+    mut core: Core,
+    shared: Arc<Shared>,
+    alive_guard: async_channel::Sender<()>,
+) -> Result<thread::JoinHandle<()>, LoadError> {
+    let body = move || {
+        let ended = panic::catch_unwind(AssertUnwindSafe(|| core.run()));
+        let reason = ended.unwrap_or_else(|payload| {
+            let said = panic_message(payload.as_ref());
+            StopReason::Stopped(format!("the engine thread panicked: {said}"))
+        });
+        tracing::debug!(%reason, "the engine thread ends");
+        // Set before the channel closes, so that whoever waits on it finds the reason.
+        shared.stopped.get_or_init(|| reason);
+        drop(alive_guard);
+        // Waits for the runner, which may take long: everybody has been told.
+        drop(core);
+    };
+    thread::Builder::new().name("tidemill-engine".into()).spawn(body).map_err(|source| LoadError::Option {
+        option: "engine thread",
+        detail: format!("cannot be started: {source}"),
+    })
+}
+
+fn block_pool(info: &ModelInfo, scheduling: &SchedulingConfig, host_blocks: usize) -> BlockPool {
+    if !scheduling.enable_prefix_caching {
+        return BlockPool::new(info.num_kv_blocks, info.block_size);
+    }
+    let (key, events) = (rand::random(), scheduling.enable_kv_cache_events);
+    let cache = CacheConfig { key, events, host_blocks };
+    BlockPool::with_cache(info.num_kv_blocks, info.block_size, cache)
+}
+
+fn scheduler_config(info: &ModelInfo, scheduling: &SchedulingConfig) -> SchedulerConfig {
+    let half = info.max_num_batched_tokens.div_ceil(2);
+    let limits = Limits {
+        max_num_seqs: info.max_num_seqs,
+        max_num_batched_tokens: info.max_num_batched_tokens,
+        long_prefill_token_threshold: scheduling.long_prefill_token_threshold.unwrap_or(half),
+    };
+    SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights.clone() }
 }
 
 /// A model's name when none is given: its folder's.

@@ -99,7 +99,8 @@ impl Core {
                     self.counters.failed += 1;
                 }
                 Timer::Queue => {
-                    let error = self.admission.waited_too_long(self.ledger.age(ticket, now));
+                    let (waited, waiting) = (self.ledger.age(ticket, now), self.scheduler.num_waiting());
+                    let error = self.admission.waited_too_long(waited, waiting, now);
                     self.fail(ticket, error, now);
                     self.counters.refused += 1;
                 }

@@ -79,7 +79,7 @@ impl Core {
             && request.stop.is_empty());
         let tokens = if may_end_early { sampling.min_tokens.max(1) } else { sampling.max_tokens };
         let (prompt, reusable) = (&request.prompt, request.prompt.len() - 1);
-        let cached = self.pool.table(root).probe(prompt, reusable).cached_tokens;
+        let cached = self.pool.table(root).probe(prompt, reusable, &[]).cached_tokens;
         let prefill = self.pacer.prefill_time(prompt.len() - cached);
         let step = self.pacer.step_time().unwrap_or(Duration::ZERO);
         prefill.saturating_add(step.saturating_mul(u32::try_from(tokens).unwrap_or(u32::MAX)))

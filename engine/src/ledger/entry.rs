@@ -64,6 +64,7 @@ pub(super) struct Completion {
     pub seq: Option<SeqId>,
     pub tokens: usize,
     pub first_token: Option<Instant>,
+    /// Without a token before it in the same run of steps there is no latency between the two.
     pub last_token: Option<Instant>,
     pub num_preemptions: usize,
 }

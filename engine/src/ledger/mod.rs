@@ -153,14 +153,12 @@ impl Ledger {
             self.histograms.request_prefill_time.record_duration(prefill);
         }
         let completion = &mut entry.completions[index];
-        match completion.last_token.replace(now) {
-            Some(last) => {
-                self.histograms.inter_token_latency.record_duration(now.saturating_duration_since(last))
-            }
-            None => {
-                completion.first_token = Some(now);
-                entry.life.push(index, Life::FirstToken, now);
-            }
+        if let Some(last) = completion.last_token.replace(now) {
+            self.histograms.inter_token_latency.record_duration(now.saturating_duration_since(last));
+        }
+        if completion.first_token.is_none() {
+            completion.first_token = Some(now);
+            entry.life.push(index, Life::FirstToken, now);
         }
         completion.tokens += 1;
         completion.num_preemptions = token.num_preemptions;
@@ -260,6 +258,8 @@ impl Ledger {
         let Some(entry) = self.open.get_mut(&ticket).filter(parked) else { return false };
         entry.parked = None;
         entry.life.push(0, Life::Unparked, now);
+        // What a client let itself wait for is no latency of ours.
+        entry.completions.iter_mut().for_each(|completion| completion.last_token = None);
         self.set_timer(ticket, Timer::Reader, None);
         true
     }

@@ -72,7 +72,7 @@ fn a_preempted_request_says_so() {
     let bench = Bench::new();
     let handle = bench.handle();
     let old = submit(&handle, request("old", &[1, 2], 50));
-    let young = submit(&handle, request("young", &[1, 2], 50));
+    let young = submit(&handle, request("young", &[3, 4], 50));
     let mut steps = 0;
     while handle.stats().counters.preemptions == 0 {
         bench.step_started();
