@@ -78,7 +78,10 @@ impl Crowd {
                     };
                     match follow(&client, ask, Instant::now(), note).await {
                         Ok(seen) => lock(&log).answers.push(seen),
-                        Err(status) => return drop(lock(&log).error.get_or_insert(status)),
+                        Err(status) => {
+                            lock(&log).error.get_or_insert(status);
+                            return;
+                        }
                     }
                 }
             });

@@ -33,6 +33,8 @@ const WARM_UP: f64 = 0.25;
 struct Limits {
     ttft: Duration,
     mean_itl: Duration,
+    /// `--max-queue-time` of the server that has it.
+    queue_time: Duration,
 }
 
 impl Limits {
@@ -46,8 +48,10 @@ impl Limits {
 struct Fates {
     good: usize,
     late: usize,
-    /// From when a refused request was due to its refusal.
+    /// From when a request was due to its refusal, of those that were refused before they had waited for all of the queue time.
     refused: Vec<Duration>,
+    /// Those that were let in, waited so long, and were refused then: the prediction of their wait had been too short.
+    expired: usize,
     seconds: f64,
 }
 
@@ -84,6 +88,7 @@ enum Fate {
     Good,
     Late,
     Refused(Duration),
+    Expired,
 }
 
 fn judge(result: Result<Seen, Status>, due: Instant, limits: Limits) -> Result<Fate, Error> {
@@ -93,7 +98,8 @@ fn judge(result: Result<Seen, Status>, due: Instant, limits: Limits) -> Result<F
         Err(status) if status.code() == Code::ResourceExhausted => {
             let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
             hint.ok_or_else(|| format!("a refusal says not when to retry: {status:?}"))?;
-            Ok(Fate::Refused(due.elapsed()))
+            let after = due.elapsed();
+            Ok(if after < limits.queue_time { Fate::Refused(after) } else { Fate::Expired })
         }
         Err(status) => Err(status.into()),
     }
@@ -131,6 +137,7 @@ async fn offer(bench: &Bench, served: &Served, rate: f64, limits: Limits) -> Res
                 Fate::Good => fates.good += 1,
                 Fate::Late => fates.late += 1,
                 Fate::Refused(after) => fates.refused.push(after),
+                Fate::Expired => fates.expired += 1,
             }
         }
         Ok::<_, Error>(())
@@ -139,7 +146,7 @@ async fn offer(bench: &Bench, served: &Served, rate: f64, limits: Limits) -> Res
         done?;
     }
     drop(tasks);
-    fates.late = counted - fates.good - fates.refused.len();
+    fates.late = counted - fates.good - fates.refused.len() - fates.expired;
     Ok(fates)
 }
 
@@ -172,9 +179,8 @@ pub async fn run(bench: &Bench) -> Result<Value, Error> {
     let (capacity, mean_itl) = capacity(bench, &unlimited).await?;
     // By Little's law a request is in the batch for so long.
     let in_batch = Duration::from_secs_f64(ROWS as f64 / capacity);
-    let limits = Limits { ttft: in_batch * 4, mean_itl: mean_itl * 2 };
-    let queue_time = limits.ttft / 2;
-    let seconds = format!("{:.4}", queue_time.as_secs_f64());
+    let limits = Limits { ttft: in_batch * 4, mean_itl: mean_itl * 4, queue_time: in_batch * 2 };
+    let seconds = format!("{:.4}", limits.queue_time.as_secs_f64());
     let limited = bench.serve(&[&rows[..], &["--max-queue-time", &seconds]].concat()).await?;
     let mut servers = [
         Server { name: "limited", served: limited, fates: Vec::new() },
@@ -192,11 +198,13 @@ pub async fn run(bench: &Bench) -> Result<Value, Error> {
         ms(limits.ttft),
         ms(limits.mean_itl),
     );
-    println!("  queue      load   offered/s   good/s   of peak   late   refused   refusal p50   p99 ms");
+    println!(
+        "  queue      load   offered/s   good/s   of peak   late   refused   after p50   p99 ms   expired"
+    );
     let reports: Vec<Value> = servers.iter().map(|server| server.report(&bench.size.loads)).collect();
     Ok(json!({
         "capacity_requests_per_second": capacity, "ttft_limit_ms": ms(limits.ttft),
-        "mean_itl_limit_ms": ms(limits.mean_itl), "max_queue_time_ms": ms(queue_time), "queues": reports,
+        "mean_itl_limit_ms": ms(limits.mean_itl), "max_queue_time_ms": ms(limits.queue_time), "queues": reports,
     }))
 }
 
@@ -206,16 +214,16 @@ impl Server {
         let mut rows = Vec::new();
         for (load, fates) in loads.iter().zip(&self.fates) {
             let refused = fates.refused.len();
-            let offered = (fates.good + fates.late + refused) as f64 / fates.seconds;
+            let offered = (fates.good + fates.late + refused + fates.expired) as f64 / fates.seconds;
             let (good, of_peak) = (fates.goodput(), fates.goodput() / peak);
             let [p50, p99] = [0.5, 0.99].map(|q| ms(quantile(&fates.refused, q)));
             println!(
-                "  {:8} {load:5.2}x {offered:10.1} {good:8.1} {of_peak:9.2} {:6} {refused:9} {p50:13.2} {p99:8.2}",
-                self.name, fates.late
+                "  {:8} {load:5.2}x {offered:10.1} {good:8.1} {of_peak:9.2} {:6} {refused:9} {p50:11.2} {p99:8.2} {:9}",
+                self.name, fates.late, fates.expired
             );
             rows.push(json!({
                 "load": load, "offered_per_second": offered, "good_per_second": good, "of_peak": of_peak,
-                "late": fates.late, "refused": refused, "refusal_p50_ms": p50, "refusal_p99_ms": p99,
+                "late": fates.late, "refused": refused, "expired": fates.expired, "refusal_p50_ms": p50, "refusal_p99_ms": p99,
             }));
         }
         json!({ "queue": self.name, "loads": rows })

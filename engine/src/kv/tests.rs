@@ -72,7 +72,11 @@ fn the_end_of_the_least_recently_used_chain_is_given_up_first() {
     let mut third = pool.table(pool.prefix_root(&["model", "b"], 0));
     assert!(third.reserve(8));
     let mut fit = pool.table(pool.prefix_root(&["model", "a"], 0));
-    assert_eq!(fit.probe(&old, 12, &[]), Fit { needed: 2 + 2, available: 4, cached_tokens: 8 }, "two found, two missing");
+    assert_eq!(
+        fit.probe(&old, 12, &[]),
+        Fit { needed: 2 + 2, available: 4, cached_tokens: 8 },
+        "two found, two missing"
+    );
     assert_eq!(hold(&pool, "a", &new[..9]).1, 8);
     assert!(!third.reserve(28));
 }
