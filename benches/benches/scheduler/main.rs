@@ -4,6 +4,9 @@
 //! runs meanwhile as long as a step takes longer, and the quickest decode steps of small models on large GPUs take about a
 //! millisecond. `benches/tests/scheduler_allocations.rs` holds the other half of the promise, that it allocates nothing.
 
+// The macros of criterion make functions without documentation.
+#![allow(missing_docs)]
+
 mod rig;
 
 use std::{

@@ -87,10 +87,12 @@ impl Rig {
     /// `rows` rows that generate, with contexts of about `context` tokens: their blocks fill at different steps, as those of requests that came
     /// at different times do. `more` tokens are asked for.
     pub fn decoding(policy: Policy, rows: usize, context: usize, more: usize) -> Self {
-        let blocks = rows * (context + more + 64).div_ceil(BLOCK_SIZE) + 4096;
+        // While the last prompts are read, the first rows generate.
+        let fill = rows * (context + BLOCK_SIZE) / (MAX_NUM_BATCHED_TOKENS - rows) + 64;
+        let blocks = rows * (context + more + fill + 64).div_ceil(BLOCK_SIZE) + 4096;
         let mut rig = Self::new(policy, blocks);
         for row in 0..rows {
-            rig.arrive(prompt(row as u64, context + row % BLOCK_SIZE), more + 32, 0);
+            rig.arrive(prompt(row as u64, context + row % BLOCK_SIZE), more + fill, 0);
         }
         while rig.scheduler.num_waiting() > 0 || rig.num_prefilling() > 0 {
             rig.step();

@@ -19,6 +19,9 @@ const TARGET: u32 = 4;
 /// Between the first token of one long prompt and the arrival of the next.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// The tokens of the step that gave the prompt's first one are there after it.
+const LAST_STEP: Duration = Duration::from_millis(2);
+
 /// A way to read long prompts, and what came of it.
 struct Way {
     name: String,
@@ -60,17 +63,16 @@ async fn quiet(bench: &Bench, served: &Served) -> Result<Vec<Duration>, Error> {
 /// One round of one way.
 async fn round(bench: &Bench, way: &mut Way) -> Result<(), Error> {
     let crowd = Crowd::start(bench, &way.served, streams(&way.served), STREAMS).await?;
-    crowd.take()?;
     let (end, long) = (bench.window_end(), bench.longest_prompt(&way.served));
-    loop {
+    while Instant::now() < end {
+        // Only the time in which the prompt is read counts, with the gap in which it arrives and the one in which it is done.
+        crowd.take()?;
         let seen = answer(&way.served.client, bench.fresh(&way.served, long, 1)).await?;
         way.ttfts.push(seen.ttft);
-        if Instant::now() > end {
-            break;
-        }
+        tokio::time::sleep(LAST_STEP).await;
+        way.gaps.extend(crowd.take()?.gaps);
         tokio::time::sleep(PAUSE).await;
     }
-    way.gaps.extend(crowd.take()?.gaps);
     Ok(())
 }
 
@@ -101,7 +103,7 @@ pub async fn run(bench: &Bench) -> Result<Value, Error> {
             round(bench, way).await?;
         }
     }
-    println!("long prompt: {STREAMS} streams decode while prompts of {long} tokens arrive one after another");
+    println!("long prompt: {STREAMS} streams decode; their ITL while a prompt of {long} tokens is read");
     println!("  way                          ITL p50      p99   max ms  p99/quiet's   long TTFT ms");
     println!("  {:28} {:7.2} {:8.2}", "no long prompt", ms(p50), ms(p99));
     let rows: Vec<Value> = ways.iter().map(|way| way.report(p99)).collect();
