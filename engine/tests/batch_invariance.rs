@@ -113,11 +113,12 @@ fn alone_or_among_32_chunked_preempted_or_planned_ahead_the_bits_are_the_same() 
     assert!(reference.iter().all(|(tokens, bits, ..)| !tokens.is_empty() && bits.len() == 2 * tokens.len()));
     assert!(reference.iter().any(|(.., prompt)| prompt.len() > 64), "more than one group of logits");
     assert!(alone(&engine(512, None, true), COUNT) == reference, "alone, but planned ahead");
+    let mut preempted = 0;
     for (budget, kv_blocks, look_ahead) in [
         (16, None, true),
         (2048, None, true),
-        (512, Some(40), false),
-        (512, Some(40), true),
+        (512, Some(24), false),
+        (512, Some(24), true),
         (16, Some(24), true),
     ] {
         let engine = engine(budget, kv_blocks, look_ahead);
@@ -130,15 +131,12 @@ fn alone_or_among_32_chunked_preempted_or_planned_ahead_the_bits_are_the_same() 
         }
         let stats = engine.handle().stats();
         assert_eq!(stats.kv_blocks.owned, 0);
-        // On a fast device the first requests may end before the last arrive.
-        if device() == DeviceChoice::Cpu {
-            assert_eq!(
-                kv_blocks.is_some(),
-                stats.counters.preemptions > 0,
-                "a small cache preempts, a large one does not"
-            );
-        }
+        let preemptions = stats.counters.preemptions;
+        assert!(kv_blocks.is_some() || preemptions == 0, "there is room for all");
+        preempted += preemptions;
     }
+    // On a fast device the first requests may end before the last arrive.
+    assert!(preempted > 0 || device() != DeviceChoice::Cpu, "a small cache preempts");
 }
 
 #[test]
