@@ -23,6 +23,8 @@ pub struct EngineStats {
     pub num_requests_parked: usize,
     /// KV blocks by state.
     pub kv_blocks: BlockCounts,
+    /// KV blocks that are kept in host memory.
+    pub num_host_blocks_used: usize,
     /// Counters since the start.
     pub counters: Counters,
     /// Distributions since the start.
@@ -138,6 +140,7 @@ impl SharedStats {
             num_requests_parked: published.parked,
             histograms: published.histograms.clone(),
             kv_blocks: self.pool.counts(),
+            num_host_blocks_used: self.pool.num_host_blocks_used(),
             counters: Counters {
                 refused: published.counters.refused + self.refused.load(Relaxed),
                 ..published.counters

@@ -59,6 +59,7 @@ pub fn stats(stats: &EngineStats) -> v1::Stats {
         num_requests_parked: stats.num_requests_parked as u32,
         prefix_cache_queries_total: stats.counters.prefix_cache_queries,
         prefix_cache_hits_total: stats.counters.prefix_cache_hits,
+        kv_host_blocks_used: stats.num_host_blocks_used as u32,
         kv_blocks_saved_total: stats.counters.blocks_saved,
         kv_blocks_loaded_total: stats.counters.blocks_loaded,
         requests_parked_total: stats.counters.parked,
