@@ -154,7 +154,11 @@ fn chains_part_where_their_tokens_do() {
     let other = [tokens(0..4), tokens(50..55)].concat();
     drop(hold(&pool, "a", &one));
     assert_eq!(hold(&pool, "a", &other).1, 4);
-    assert_eq!([hold(&pool, "a", &one).1, hold(&pool, "a", &other).1], [8, 8], "neither took the other's place");
+    assert_eq!(
+        [hold(&pool, "a", &one).1, hold(&pool, "a", &other).1],
+        [8, 8],
+        "neither took the other's place"
+    );
 }
 
 /// A chain of two blocks whose first was given up while the second, which somebody else had computed, is still there.

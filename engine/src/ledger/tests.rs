@@ -141,7 +141,9 @@ fn distributions_count_each_stage_of_each_request_once() {
     let mut rig = Rig::new();
     let _client = rig.open(TICKET, 2, [None, None]);
     rig.ledger.admitted(seq(TICKET, 0), 0, rig.at(10));
-    for (index, finish, ms) in [(0, None, 30), (1, None, 40), (0, None, 45), (1, Some(FinishReason::Stop), 50)] {
+    for (index, finish, ms) in
+        [(0, None, 30), (1, None, 40), (0, None, 45), (1, Some(FinishReason::Stop), 50)]
+    {
         rig.token(seq(TICKET, index), finish, ms);
     }
     rig.token(seq(TICKET, 0), Some(FinishReason::Length), 90);
@@ -177,7 +179,10 @@ fn an_abort_ends_every_completion_that_is_left_and_counts_in_no_latency() {
         .collect();
     assert_eq!(ended, [(0, FinishReason::Abort, 0), (2, FinishReason::Abort, 0)]);
     let histograms = &rig.ledger.histograms;
-    assert_eq!((count_of(&histograms.e2e_request_latency), count_of(&histograms.request_decode_time)), (0, 0));
+    assert_eq!(
+        (count_of(&histograms.e2e_request_latency), count_of(&histograms.request_decode_time)),
+        (0, 0)
+    );
     assert_eq!((rig.ledger.next_timer(), rig.ledger.due(rig.at(1000)).len()), (None, 0), "no timer is left");
     assert!(!rig.ledger.finish((TICKET, 0), FinishReason::Stop, rig.at(40)), "it is over");
     assert!(client.take().is_empty());
