@@ -3,6 +3,7 @@
 
 pub mod aborts;
 pub mod load;
+pub mod scheduling;
 pub mod server;
 pub mod speed;
 pub mod storm;

@@ -81,17 +81,24 @@ pub async fn run(client: &InferenceClient<Channel>, wave: &Wave) -> Result<WaveT
     Ok(WaveTiming { streams, wall: start.elapsed() })
 }
 
-fn request(wave: &Wave, index: u64) -> GenerateRequest {
-    // SplitMix64 (Steele et al. 2014): different prompts for different streams and waves, the same in every run.
-    let mut state = wave.salt.wrapping_mul(1 << 20).wrapping_add(index);
+/// A prompt of `len` tokens below `vocab_size`: another for every number, the same in every run.
+pub fn prompt(number: u64, len: usize, vocab_size: u32) -> Vec<u32> {
+    // SplitMix64 (Steele et al. 2014).
+    let mut state = number;
     let mut draw = || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % u64::from(wave.vocab_size)) as u32
+        ((z ^ (z >> 31)) % u64::from(vocab_size)) as u32
     };
+    (0..len).map(|_| draw()).collect()
+}
+
+fn request(wave: &Wave, index: u64) -> GenerateRequest {
+    let number = wave.salt.wrapping_mul(1 << 20).wrapping_add(index);
+    let ids = prompt(number, wave.prompt_tokens, wave.vocab_size);
     GenerateRequest {
-        prompt: Some(Prompt::TokenIds(TokenIds { ids: (0..wave.prompt_tokens).map(|_| draw()).collect() })),
+        prompt: Some(Prompt::TokenIds(TokenIds { ids })),
         sampling: Some(SamplingParams {
             temperature: Some(0.0),
             max_tokens: Some(wave.max_tokens),

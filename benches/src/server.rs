@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, BufRead, BufReader},
+    path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -21,8 +22,15 @@ impl ServerProcess {
     /// # Errors
     /// When the binary is missing, or ends before it listens.
     pub fn start(args: &[&str]) -> io::Result<Self> {
-        let binary = std::env::current_exe()?.with_file_name("tidemill");
-        let mut child = Command::new(&binary)
+        Self::start_binary(&std::env::current_exe()?.with_file_name("tidemill"), args)
+    }
+
+    /// The same with the binary that stands there.
+    ///
+    /// # Errors
+    /// As [`ServerProcess::start`].
+    pub fn start_binary(binary: &Path, args: &[&str]) -> io::Result<Self> {
+        let mut child = Command::new(binary)
             .args(["serve", "--grpc-port", "0"])
             .args(args)
             .stdout(Stdio::piped())

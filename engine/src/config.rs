@@ -175,7 +175,8 @@ impl SchedulingConfig {
         }
         if max_num_batched_tokens < max_num_seqs {
             let detail = format!(
-                "{max_num_batched_tokens} tokens per step are too few for the {max_num_seqs} rows of --max-num-seqs, each                  of which may need one; raise this or lower that"
+                "{max_num_batched_tokens} tokens per step are too few for the {max_num_seqs} rows of --max-num-seqs, each of which \
+                 may need one; raise this or lower that"
             );
             return refuse("--max-num-batched-tokens", detail);
         }

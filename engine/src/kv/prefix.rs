@@ -4,7 +4,7 @@
 //! chain is the very one that was found before. So a collision of hashes, or a chain whose beginning was given up and computed
 //! anew by somebody else, is a miss and never another's keys and values.
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::BlockHash;
 use crate::{
@@ -77,10 +77,13 @@ pub(super) struct PrefixIndex {
 
 impl PrefixIndex {
     pub fn new(key: [u8; 32], block_size: usize, device_blocks: usize, host_blocks: usize) -> Self {
+        // It never grows: there are no more entries than blocks, and with twice the room the map clears away what removals leave behind
+        // without moving.
+        let room = 2 * (device_blocks + host_blocks);
         Self {
             key,
             block_size,
-            by_hash: FxHashMap::default(),
+            by_hash: FxHashMap::with_capacity_and_hasher(room, FxBuildHasher),
             device: Shelf::new(device_blocks, block_size),
             host: Shelf::new(host_blocks, block_size),
             last: NodeId::ROOT.0,

@@ -52,6 +52,18 @@ impl BlockTable {
         self.ids.len() * self.pool.block_size
     }
 
+    /// Makes room in its lists for the blocks of so many tokens, so that growing up to there allocates nothing.
+    pub fn prepare(&mut self, tokens: usize) {
+        let blocks = tokens.div_ceil(self.pool.block_size);
+        self.ids.reserve_exact(blocks.saturating_sub(self.ids.len()));
+        self.hashes.reserve_exact(blocks.saturating_sub(self.hashes.len()));
+    }
+
+    /// Blocks up to which its list does not grow.
+    pub fn room(&self) -> usize {
+        self.ids.capacity()
+    }
+
     /// What it takes to hold all of `tokens`, at most `reuse` of which may be found in the prefix cache; as it would be if somebody gave
     /// one reference to each of `given_back` back. The table is empty.
     pub fn probe(&mut self, tokens: &[TokenId], reuse: usize, given_back: &[BlockId]) -> Fit {

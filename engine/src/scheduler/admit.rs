@@ -46,6 +46,7 @@ impl Scheduler {
     fn take_in(&mut self, id: SeqId) {
         let seq = self.seqs.get_mut(&id).expect("whoever waits is live");
         self.waiting.remove(&seq.turn);
+        seq.table.prepare(seq.prompt_len + seq.sampling.max_tokens);
         let reusable = seq.reusable();
         let cached_tokens = seq.table.match_prefix(&seq.tokens, reusable);
         let fits = seq.table.reserve(seq.tokens.len());

@@ -155,6 +155,7 @@ impl Spare {
         }
         (row.seq, row.start) = (seq.turn.id, start);
         row.blocks.clear();
+        row.blocks.reserve(seq.table.room());
         row.blocks.extend_from_slice(seq.table.ids());
         row.sample = (end == seq.num_tokens()).then(|| SamplePlan {
             sampling: seq.sampling.clone(),
