@@ -213,7 +213,7 @@ fn a_failure_is_told_and_a_dropped_stream_is_not() {
     assert!(!rig.ledger.discard(TICKET, rig.at(31)));
     assert!(dropped.take().is_empty() && dropped.events.is_closed());
     assert_eq!(rig.life(), [Life::Queued, Life::Dropped], "the later of the two of this name");
-    assert_eq!(rig.ledger.ticket_of(seq(TICKET, 0)), None);
+    assert_eq!((rig.ledger.ticket_of(seq(TICKET, 0)), rig.ledger.lives_lost()), (None, 0));
 }
 
 #[test]
