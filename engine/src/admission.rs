@@ -165,6 +165,18 @@ mod tests {
     }
 
     #[test]
+    fn one_sample_moves_the_rate_by_an_eighth_and_several_at_once_by_as_many() {
+        let (mut admission, now) = steady(None);
+        admission.planned(1, 20, now + 900 * MS);
+        assert!(admission.interval().unwrap().abs_diff(200 * MS) < MS);
+        let (mut admission, now) = steady(Some(3000 * MS));
+        admission.planned(4, 20, now + 80 * MS);
+        // 20 + 80 * (7/8)^4
+        assert!(admission.interval().unwrap().abs_diff(67 * MS) < MS);
+        assert_eq!(admission.max_queue_time(), Some(3000 * MS));
+    }
+
+    #[test]
     fn the_limit_refuses_with_the_time_by_which_the_queue_is_short_enough() {
         let (admission, now) = steady(Some(1000 * MS));
         assert_eq!(admission.judge(arrival(9), now), Ok(()));

@@ -6,6 +6,8 @@
 //! ([`Timer`]) and what happened to it ([`LifeLog`](crate::life::LifeLog)) is kept with it.
 
 mod entry;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeSet, HashMap},

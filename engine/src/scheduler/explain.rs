@@ -80,7 +80,8 @@ impl Scheduler {
         if self.policy == Policy::Fair && surplus > 0 && !turn.resumed {
             return Some(WaitReason::Fairness { surplus });
         }
-        if ahead > 0 {
+        // How many are ahead is an estimate; who is the first is not.
+        if ahead > 0 && self.waiting.head() != Some(id) {
             return Some(WaitReason::Turn { ahead });
         }
         let fit = self.fit(id);

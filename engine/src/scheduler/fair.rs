@@ -118,6 +118,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_given_is_remembered_while_there_are_few_names_and_forgotten_when_there_are_many() {
+        let [a, b, c] = ["a", "b", "c"].map(TenantId::new);
+        let mut shares = FairShares::new(BTreeMap::new());
+        shares.charge(&a, 10, 0);
+        shares.charge(&b, 20, 0);
+        shares.goes(&a, |_| false);
+        assert_eq!(shares.least([&a, &c].into_iter()), Some(&c));
+        (0..2 * MAX_REMEMBERED).for_each(|name| shares.charge(&TenantId::new(name.to_string()), 5, 0));
+        shares.goes(&a, |_| false);
+        assert!(shares.shares.len() <= MAX_REMEMBERED + 2, "half of them");
+        assert_eq!(shares.counter(&b), 20 * SCALE, "who was given most is forgotten last");
+    }
+
+    #[test]
     fn who_waits_is_remembered_however_many_names_there_are() {
         let waiting = TenantId::new("waiting");
         let mut shares = FairShares::new(BTreeMap::new());

@@ -288,6 +288,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_request_will_take_is_told_once_it_was_seen() {
+        let mut pacer = Pacer::new(None, 1000);
+        assert_eq!((pacer.step_time(), pacer.prefill_time(100)), (None, Duration::ZERO));
+        pacer.observe(8, 0, Duration::from_millis(10));
+        pacer.observe(8, 1000, Duration::from_millis(510));
+        assert_eq!(pacer.step_time(), Some(Duration::from_millis(10)));
+        let prefill = pacer.prefill_time(100);
+        assert!(prefill.abs_diff(Duration::from_millis(50)) < Duration::from_micros(1), "{prefill:?}");
+    }
+
+    #[test]
     fn a_budget_is_never_over_the_step() {
         let mut tiny = Pacer::new(Some(Duration::from_secs(1)), 8);
         assert_eq!(tiny.prefill_budget(1), 8);

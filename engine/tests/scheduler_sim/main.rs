@@ -38,6 +38,7 @@ mod scenario;
 mod seen;
 mod shrink;
 mod sim;
+mod standing;
 mod steps;
 
 use std::env;

@@ -74,6 +74,21 @@ fn an_equal_priority_takes_nobodys_row() {
 }
 
 #[test]
+fn the_pipeline_goes_on_where_priorities_have_nothing_to_gain() {
+    // For an equal; and for a better one that finds a row and blocks anyway, but no token of this step.
+    for (max_num_seqs, priority) in [(1, 1), (2, 0)] {
+        let setup =
+            Setup { policy: Policy::Priority, max_num_seqs, max_num_batched_tokens: 8, ..Setup::default() };
+        let mut rig = Rig::new(setup);
+        add_with_priority(&mut rig, 0, 1);
+        rig.launch();
+        add_with_priority(&mut rig, 1, priority);
+        assert!(shape(&rig.launch()).contains(&(0, 6, 1)));
+        assert_eq!(rig.scheduler.num_preemptions(), 0);
+    }
+}
+
+#[test]
 fn a_better_priority_takes_blocks_that_it_needs() {
     let mut rig = Rig::new(Setup { policy: Policy::Priority, blocks: 6, ..Setup::default() });
     add_with_priority(&mut rig, 0, 1);

@@ -31,6 +31,15 @@ fn a_step_mixes_decode_rows_and_prompt_chunks_and_serves_decode_first() {
 }
 
 #[test]
+fn nobody_is_taken_in_when_no_token_of_the_step_is_left() {
+    let mut rig = rig(4, 8, 64);
+    rig.add(0, 8, 2);
+    rig.add(1, 3, 2);
+    assert_eq!(shape(&rig.launch()), [(0, 0, 8)]);
+    assert_eq!((rig.scheduler.num_running(), rig.scheduler.num_waiting()), (1, 1));
+}
+
+#[test]
 fn the_token_of_a_row_is_found_among_all_rows_of_logits() {
     let mut rig = rig(4, 64, 64);
     for id in 0..3 {
