@@ -5,7 +5,7 @@
 //! priority where it counts, then by age. The first of it always advances; the last is preempted first.
 //!
 //! There is no prefill mode. Every sequence has `num_computed` tokens in the KV cache and wants to reach its length; a
-//! step hands out at most `max_num_batched_tokens`, to decode rows first, then to prompts in chunks ([`plan`]). Who gets a row is the
+//! step hands out at most `max_num_batched_tokens`, to decode rows first, then to prompts in chunks ([`Scheduler::plan`]). Who gets a row is the
 //! queue's to say ([`Policy`]). A sequence that waits holds no blocks: what it had computed is in the prefix cache, and is found there
 //! again unless it was given up meanwhile.
 //!
