@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use tidemill_engine::{
-    ids::SeqId,
+    ids::{SeqId, TokenId},
+    output::{FinishReason, MatchedStop},
     sampling::Sampling,
-    scheduler::{MAX_IN_FLIGHT, NewSequence, TokenInput, WaitReason},
+    scheduler::{
+        Effect, MAX_IN_FLIGHT, NewSequence, RowOutput, RowResult, StepOutput, TokenInput, WaitReason,
+    },
 };
 
 use crate::rig::{Rig, Setup, shape};
@@ -204,4 +207,43 @@ fn what_can_never_fit_is_known_at_admission() {
     let rig = rig(1, 8, 2);
     assert!(rig.scheduler.fits(4, 5), "eight tokens are written: the ninth has no successor");
     assert!(!rig.scheduler.fits(4, 6));
+}
+
+/// Plans a step of one row and gives it this token.
+fn step_with(rig: &mut Rig, sampled: Option<u32>) -> Effect {
+    let plan = rig.scheduler.plan(|_| usize::MAX);
+    let sampled = sampled.map(TokenId);
+    let rows = vec![RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })];
+    let mut effects = Vec::new();
+    rig.scheduler.resolve(plan, StepOutput { rows }, &mut effects);
+    assert_eq!(effects.len(), 1, "{effects:?}");
+    effects.remove(0)
+}
+
+#[test]
+fn tokens_that_stop_do_so_once_there_are_enough_and_the_clients_own_is_named() {
+    const OWN: u32 = 5;
+    const EOS: u32 = 6;
+    for (last, stop) in [(OWN, Some(MatchedStop::Token(TokenId(OWN)))), (EOS, None)] {
+        let mut rig = rig(4, 64, 64);
+        let new = rig.sequence(0, 3, 9);
+        let (stop_token_ids, eos_token_ids) = (vec![TokenId(OWN)], vec![TokenId(EOS)]);
+        let sampling = Sampling { stop_token_ids, eos_token_ids, min_tokens: 3, ..(*new.sampling).clone() };
+        rig.scheduler.add(NewSequence { sampling: Arc::new(sampling), ..new });
+        for early in [OWN, EOS] {
+            assert!(matches!(step_with(&mut rig, Some(early)), Effect::Token { finish: None, .. }));
+        }
+        let Effect::Token { finish, .. } = step_with(&mut rig, Some(last)) else { panic!("a token") };
+        assert_eq!(finish, Some((FinishReason::Stop, stop)));
+        assert_eq!(rig.pool.counts().owned, 0);
+    }
+}
+
+#[test]
+fn a_row_that_wanted_a_token_and_got_none_fails() {
+    let mut rig = rig(4, 64, 64);
+    rig.add(0, 3, 9);
+    let effect = step_with(&mut rig, None);
+    assert!(matches!(effect, Effect::Failed { position: 3, error: Some(_), .. }), "{effect:?}");
+    assert_eq!((rig.scheduler.num_running(), rig.pool.counts().owned), (0, 0));
 }
