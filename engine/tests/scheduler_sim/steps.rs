@@ -7,7 +7,7 @@ use tidemill_engine::{
     output::{FinishReason, MatchedStop},
     sampling::Sampling,
     scheduler::{
-        Effect, MAX_IN_FLIGHT, NewSequence, RowOutput, RowResult, StepOutput, TokenInput, WaitReason,
+        Effect, MAX_IN_FLIGHT, NewSequence, RowOutput, RowResult, Stage, StepOutput, TokenInput, WaitReason,
     },
 };
 
@@ -246,4 +246,25 @@ fn a_row_that_wanted_a_token_and_got_none_fails() {
     let effect = step_with(&mut rig, None);
     assert!(matches!(effect, Effect::Failed { position: 3, error: Some(_), .. }), "{effect:?}");
     assert_eq!((rig.scheduler.num_running(), rig.pool.counts().owned), (0, 0));
+}
+
+#[test]
+fn a_sequence_reads_its_prompt_until_it_has_a_token() {
+    let mut rig = rig(4, 8, 64);
+    let stage = |rig: &mut Rig, id| rig.scheduler.remove(SeqId(id)).map(|removed| removed.stage);
+    rig.add(0, 12, 9);
+    assert_eq!(stage(&mut rig, 0), Some(Stage::Queued));
+    rig.add(1, 12, 9);
+    assert_eq!(rig.launch().num_tokens(), 8);
+    rig.finish();
+    assert_eq!(stage(&mut rig, 1), Some(Stage::Prefill), "four tokens are to be read");
+    rig.add(2, 1, 9);
+    assert_eq!(rig.launch().num_tokens(), 1);
+    assert_eq!(stage(&mut rig, 2), Some(Stage::Prefill), "it has no token yet");
+    rig.finish();
+    rig.add(3, 3, 9);
+    rig.launch();
+    rig.finish();
+    assert_eq!(stage(&mut rig, 3), Some(Stage::Decode));
+    assert_eq!(stage(&mut rig, 3), None);
 }
