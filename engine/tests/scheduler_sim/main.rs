@@ -90,7 +90,7 @@ fn asked(name: &str, otherwise: u64) -> u64 {
 }
 
 #[test]
-#[ignore = "runs for as long as it is told to"]
+#[ignore = "a soak of any length, see the header; every test run does the first 1,000 seeds"]
 fn soak() {
     let first = asked("SIM_FIRST_SEED", 1000);
     let seeds = asked("SIM_SEEDS", 10_000);
