@@ -30,6 +30,7 @@ pub mod scheduler;
 mod sizes;
 mod stats;
 mod stopped;
+pub mod structured;
 mod swap;
 mod sync;
 pub mod text;

@@ -11,6 +11,7 @@ use crate::{
     model::generation_config::GenerationDefaults,
     sampling::{Sampling, SamplingParams},
     scheduler::Policy,
+    structured::{Structured, Thinking},
     text::{TextModel, chat::ChatPrompt},
 };
 
@@ -34,6 +35,10 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// How to choose tokens.
     pub sampling: SamplingParams,
+    /// The form that the completion must have.
+    pub structured: Option<Structured>,
+    /// How the model marks its thoughts, where that matters: for a budget of them, or for a form of what follows.
+    pub thinking: Option<Thinking>,
     /// Do not detokenise; incompatible with stop strings.
     pub token_ids_only: bool,
     /// Let special tokens stand in the text.
@@ -63,6 +68,8 @@ impl GenerateRequest {
             id: None,
             prompt,
             sampling: SamplingParams::default(),
+            structured: None,
+            thinking: None,
             token_ids_only: false,
             include_special_tokens: false,
             model: None,

@@ -26,8 +26,8 @@ static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
 });
 
 fn chat(text: &str) -> Prompt {
-    let message = ChatMessage { role: "user".into(), content: text.into(), tool_calls: None };
-    Prompt::Chat(ChatPrompt { messages: vec![message], tools: None, add_generation_prompt: true })
+    let message = ChatMessage::new("user", text);
+    Prompt::Chat(ChatPrompt::new(vec![message]))
 }
 
 fn greedy(max_tokens: u32) -> SamplingParams {

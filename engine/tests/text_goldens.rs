@@ -60,11 +60,13 @@ fn numbers(ids: &[TokenId]) -> Vec<u32> {
 fn conversations_render_and_encode_as_transformers_does() {
     let model = demo();
     for case in golden().conversations {
-        let message = |m: Message| ChatMessage { role: m.role, content: m.content, tool_calls: m.tool_calls };
+        let message =
+            |m: Message| ChatMessage { tool_calls: m.tool_calls, ..ChatMessage::new(m.role, m.content) };
         let prompt = ChatPrompt {
             messages: case.messages.into_iter().map(message).collect(),
             tools: case.tools,
             add_generation_prompt: case.add_generation_prompt,
+            template_kwargs: serde_json::Map::new(),
         };
         let text = model.render_chat(&prompt).unwrap();
         let ids = model.encode(&text, false).unwrap();

@@ -91,8 +91,8 @@ fn read_stdin() -> Result<String, Failure> {
 }
 
 fn conversation(text: String) -> ChatPrompt {
-    let message = ChatMessage { role: "user".into(), content: text, tool_calls: None };
-    ChatPrompt { messages: vec![message], tools: None, add_generation_prompt: true }
+    let message = ChatMessage::new("user", text);
+    ChatPrompt::new(vec![message])
 }
 
 /// Streams the text to stdout. `None` when its reader went away first.

@@ -12,8 +12,7 @@ use tidemill_proto::v1::{
 };
 
 fn chat(question: &str) -> ChatPrompt {
-    let message =
-        ChatMessage { role: "user".into(), content: question.into(), tool_calls_json: String::new() };
+    let message = ChatMessage { role: "user".into(), content: question.into(), ..ChatMessage::default() };
     ChatPrompt { messages: vec![message], ..ChatPrompt::default() }
 }
 

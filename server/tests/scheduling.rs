@@ -152,7 +152,7 @@ async fn the_next_turn_of_a_chat_reuses_what_the_last_one_generated() {
     let message = |role: &str, content: &str| ChatMessage {
         role: role.into(),
         content: content.into(),
-        tool_calls_json: String::new(),
+        ..ChatMessage::default()
     };
     let chat = |messages: &[ChatMessage]| {
         let chat = ChatPrompt { messages: messages.to_vec(), ..ChatPrompt::default() };

@@ -32,6 +32,29 @@ pub struct ChatMessage {
     /// Tool calls of an assistant's turn in the OpenAI form: a JSON array.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_calls: Option<serde_json::Value>,
+    /// In a tool's turn: the call that it answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    /// Who speaks, where roles are not enough; in a tool's turn the function.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// What a reasoning model thought before an assistant's turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+}
+
+impl ChatMessage {
+    /// A turn that is nothing but text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+            tool_calls: None,
+            tool_call_id: None,
+            name: None,
+            reasoning_content: None,
+        }
+    }
 }
 
 /// A conversation to render.
@@ -43,6 +66,15 @@ pub struct ChatPrompt {
     pub tools: Option<serde_json::Value>,
     /// Ends the text with the start of an assistant's turn.
     pub add_generation_prompt: bool,
+    /// More variables for the template, such as `enable_thinking`. They cannot replace those above.
+    pub template_kwargs: Map<String, serde_json::Value>,
+}
+
+impl ChatPrompt {
+    /// A conversation that the assistant is to go on with.
+    pub fn new(messages: Vec<ChatMessage>) -> Self {
+        Self { messages, tools: None, add_generation_prompt: true, template_kwargs: Map::new() }
+    }
 }
 
 /// Most messages of a conversation. Some templates look through all of them for each.
@@ -103,7 +135,10 @@ impl ChatTemplates {
                 tools => Value::from(Serde(&prompt.tools)),
                 documents => (),
                 add_generation_prompt => prompt.add_generation_prompt,
-                ..self.special_tokens.clone()
+                ..minijinja::value::merge_maps([
+                    Value::from(Serde(&prompt.template_kwargs)),
+                    self.special_tokens.clone(),
+                ])
             };
             self.environment.get_template(name)?.render_captured_to(context, &mut output).map(|_| ())
         });

@@ -28,8 +28,8 @@ fn model(template: &str) -> TextModel {
 }
 
 fn user(content: &str) -> ChatPrompt {
-    let message = ChatMessage { role: "user".to_owned(), content: content.to_owned(), tool_calls: None };
-    ChatPrompt { messages: vec![message], tools: None, add_generation_prompt: true }
+    let message = ChatMessage::new("user", content);
+    ChatPrompt::new(vec![message])
 }
 
 #[derive(Deserialize)]
@@ -60,11 +60,13 @@ fn templates_render_as_transformers_renders_them() {
         serde_json::from_str(include_str!("../fixtures/templates/chat_templates.json")).unwrap();
     let mut failures = Vec::new();
     for case in goldens.cases {
-        let message = |m: Message| ChatMessage { role: m.role, content: m.content, tool_calls: m.tool_calls };
+        let message =
+            |m: Message| ChatMessage { tool_calls: m.tool_calls, ..ChatMessage::new(m.role, m.content) };
         let prompt = ChatPrompt {
             messages: case.messages.into_iter().map(message).collect(),
             tools: case.tools,
             add_generation_prompt: case.add_generation_prompt,
+            template_kwargs: serde_json::Map::new(),
         };
         match model(&case.template).render_chat(&prompt) {
             Ok(text) if text == case.text => {}

@@ -50,8 +50,8 @@ proptest! {
         tools in prop::option::of(json_value()),
         add_generation_prompt: bool,
     ) {
-        let messages = turns.into_iter().map(|(role, content, tool_calls)| ChatMessage { role, content, tool_calls });
-        let prompt = ChatPrompt { messages: messages.collect(), tools, add_generation_prompt };
+        let messages = turns.into_iter().map(|(role, content, tool_calls)| ChatMessage { tool_calls, ..ChatMessage::new(role, content) });
+        let prompt = ChatPrompt { tools, add_generation_prompt, ..ChatPrompt::new(messages.collect()) };
         let _ = DEMO.render_chat(&prompt);
     }
 
@@ -90,8 +90,8 @@ proptest! {
             let dir = folder(&[("tokenizer.json", tokenizer.as_bytes()), ("chat_template.jinja", &template)]);
             match load(dir.path()) {
                 Ok(model) => {
-                    let message = ChatMessage { role: "user".to_owned(), content: "x".to_owned(), tool_calls: None };
-                    let _ = model.render_chat(&ChatPrompt { messages: vec![message], tools: None, add_generation_prompt: true });
+                    let message = ChatMessage::new("user", "x");
+                    let _ = model.render_chat(&ChatPrompt::new(vec![message]));
                 }
                 Err(error) => prop_assert!(error.to_string().contains("chat_template.jinja")),
             }
@@ -136,7 +136,7 @@ fn deep_nesting_cannot_overflow_the_stack() {
             [("tokenizer.json", tokenizer.as_bytes()), ("chat_template.jinja", template.as_bytes())];
         match load(folder(&files).path()) {
             Ok(model) => {
-                let prompt = ChatPrompt { messages: vec![], tools: None, add_generation_prompt: true };
+                let prompt = ChatPrompt::new(vec![]);
                 let _ = model.render_chat(&prompt);
             }
             Err(error) => assert!(error.to_string().contains("chat_template.jinja"), "{error}"),

@@ -5,6 +5,7 @@ use tidemill_engine::{
     ids::{RequestId, TenantId, TokenId},
     request::{GenerateRequest, Prompt},
     sampling::SamplingParams,
+    structured::{Structured, Thinking},
     text::chat::{ChatMessage, ChatPrompt},
 };
 use tidemill_proto::v1;
@@ -28,6 +29,12 @@ pub fn generate_request(
     Ok(GenerateRequest {
         id: Some(id),
         sampling: sampling(request.sampling.unwrap_or_default()),
+        structured: request.structured.map(structured).transpose()?,
+        thinking: request.thinking.map(|wire| Thinking {
+            start: wire.start,
+            end: wire.end,
+            budget: wire.budget,
+        }),
         token_ids_only: output.token_ids_only,
         include_special_tokens: output.include_special_tokens,
         model: Some(request.model),
@@ -41,6 +48,21 @@ pub fn generate_request(
 /// Bare numbers as token ids; the engine checks them.
 pub fn token_ids(ids: Vec<u32>) -> Vec<TokenId> {
     ids.into_iter().map(TokenId).collect()
+}
+
+fn structured(wire: v1::Structured) -> Result<Structured, RequestError> {
+    use v1::structured::Form;
+    Ok(match wire.form {
+        Some(Form::JsonObject(_)) => Structured::JsonObject,
+        Some(Form::JsonSchema(schema)) => Structured::JsonSchema(schema.into()),
+        Some(Form::Regex(regex)) => Structured::Regex(regex.into()),
+        Some(Form::Choice(choice)) => Structured::Choice(choice.texts.into()),
+        Some(Form::Lark(grammar)) => Structured::Lark(grammar.into()),
+        None => {
+            let message = "is empty; set json_object, json_schema, regex, choice or lark";
+            return Err(RequestError::invalid("structured", message));
+        }
+    })
 }
 
 fn sampling(wire: v1::SamplingParams) -> SamplingParams {
@@ -75,13 +97,34 @@ fn sampling(wire: v1::SamplingParams) -> SamplingParams {
 pub fn chat_prompt(chat: v1::ChatPrompt, field: &'static str) -> Result<ChatPrompt, RequestError> {
     let messages = chat.messages.into_iter().map(|message| {
         let tool_calls = json_array(&message.tool_calls_json, field, "tool_calls_json")?;
-        Ok(ChatMessage { role: message.role, content: message.content, tool_calls })
+        let some = |text: String| Some(text).filter(|text| !text.is_empty());
+        Ok(ChatMessage {
+            role: message.role,
+            content: message.content,
+            tool_calls,
+            tool_call_id: some(message.tool_call_id),
+            name: some(message.name),
+            reasoning_content: some(message.reasoning_content),
+        })
     });
     Ok(ChatPrompt {
         messages: messages.collect::<Result<_, RequestError>>()?,
         tools: json_array(&chat.tools_json, field, "tools_json")?,
         add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+        template_kwargs: template_kwargs(&chat.template_kwargs_json, field)?,
     })
+}
+
+fn template_kwargs(
+    text: &str,
+    field: &'static str,
+) -> Result<serde_json::Map<String, serde_json::Value>, RequestError> {
+    if text.is_empty() {
+        return Ok(serde_json::Map::new());
+    }
+    let wrong =
+        |error| RequestError::invalid(field, format!("template_kwargs_json is no JSON object: {error}"));
+    serde_json::from_str(text).map_err(wrong)
 }
 
 /// A JSON array in a string; an empty string is none. serde_json bounds the depth.

@@ -38,17 +38,14 @@ const WEATHER: &str = r#"[{"type": "function", "function": {"name": "get_weather
 impl Prompt {
     /// The request on the wire.
     pub fn request(self) -> GenerateRequest {
-        let message = ChatMessage {
-            role: "user".into(),
-            content: self.question.into(),
-            tool_calls_json: String::new(),
-        };
+        let message =
+            ChatMessage { role: "user".into(), content: self.question.into(), ..ChatMessage::default() };
         GenerateRequest {
             request_id: self.label.into(),
             prompt: Some(WirePrompt::Chat(ChatPrompt {
                 messages: vec![message],
                 tools_json: self.tools_json.into(),
-                add_generation_prompt: None,
+                ..ChatPrompt::default()
             })),
             sampling: Some(SamplingParams {
                 temperature: Some(0.0),
