@@ -167,12 +167,13 @@ impl TextModel {
         self.inner.chat.as_ref().map(ChatTemplates::source)
     }
 
-    /// Texts of the tokens that stand for no text of their own, such as `<|im_end|>`, by id.
-    pub fn special_tokens(&self) -> Vec<String> {
-        let mut special: Vec<_> = self.inner.tokenizer.get_added_tokens_decoder().into_iter().collect();
-        special.retain(|(_, token)| token.special);
+    /// The tokens that stand for no text of their own, such as `<|im_end|>`, by id.
+    pub fn special_tokens(&self) -> Vec<(TokenId, String)> {
+        let added = self.inner.tokenizer.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special);
+        let mut special: Vec<_> = special.map(|(id, token)| (TokenId(id), token.content)).collect();
         special.sort_unstable_by_key(|&(id, _)| id);
-        special.into_iter().map(|(_, token)| token.content).collect()
+        special
     }
 
     /// A conversation as the text that the model was trained on. Encode it with `add_special: false`: the template writes

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     grpc::{Lifecycle, Phase, TextWorkers},
-    http::answer::ParserChoice,
+    http::answer::Parsers,
 };
 
 /// Longest text in bytes that is encoded for its own sake: some seconds of work.
@@ -32,13 +32,13 @@ const MAX_DETOKENIZE_IDS: usize = 1 << 20;
 pub struct LocalEngine {
     lifecycle: Arc<Lifecycle>,
     texts: TextWorkers,
-    parsers: ParserChoice,
+    parsers: Parsers,
     card: OnceLock<Arc<ModelCard>>,
 }
 
 impl LocalEngine {
     /// The engine that `lifecycle` will have or has.
-    pub fn new(lifecycle: Arc<Lifecycle>, parsers: ParserChoice) -> Self {
+    pub fn new(lifecycle: Arc<Lifecycle>, parsers: Parsers) -> Self {
         Self { lifecycle, texts: TextWorkers::new(), parsers, card: OnceLock::new() }
     }
 
@@ -127,7 +127,7 @@ fn outputs(generation: Generation) -> OutputStream {
     }))
 }
 
-fn card(engine: &EngineHandle, parsers: &ParserChoice) -> ModelCard {
+fn card(engine: &EngineHandle, parsers: &Parsers) -> ModelCard {
     let (info, text) = (engine.info(), engine.text());
     let (tool_format, reasoning) = parsers.resolve(text.chat_template_source());
     ModelCard {
