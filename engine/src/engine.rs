@@ -20,6 +20,7 @@ use crate::{
     kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
+        embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
         spec::ModelSpec,
@@ -101,6 +102,7 @@ impl Engine {
         }
         let spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
+        let embedding = embedding_info(&files, &spec)?;
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
         checkpoint.verify(&spec)?;
@@ -141,6 +143,7 @@ impl Engine {
             eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
+            embedding,
         };
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
@@ -186,6 +189,7 @@ impl Engine {
                 kv_capacity_tokens: info.num_kv_blocks * info.block_size,
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
+                embedding: info.embedding,
             },
             info,
             text,

@@ -7,7 +7,7 @@ use crate::{
     error::{RequestError, StopReason},
     explain::Life,
     ids::SeqId,
-    ledger::{Delivered, Delivery},
+    ledger::{Delivered, Delivery, Embedded},
     runner::Finished,
     scheduler::{Effect, Note, RowResult, StepOutput, StepPlan},
 };
@@ -140,6 +140,10 @@ impl Core {
                     Delivered::Unread(ticket) => self.park(ticket, now),
                     Delivered::Over => self.counters.finished += 1,
                 }
+            }
+            Effect::Embedding { seq, values, num_preemptions } => {
+                let over = self.ledger.embedding(Embedded { seq, values, num_preemptions }, now);
+                self.counters.finished += u64::from(over);
             }
             Effect::Failed { seq, position, error } => self.fail_seq(seq, position, error, now),
         }

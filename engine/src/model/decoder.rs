@@ -7,8 +7,8 @@ use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
-    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape},
-    sampling::{RowTask, SampleSpec, Sampled},
+    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape, StepResults},
+    sampling::{RowTask, SampleSpec},
 };
 
 use super::{checkpoint::Tensors, rope::rope_table, spec::ModelSpec};
@@ -39,7 +39,7 @@ struct Scratch<O: Ops> {
     gate_up: O::Buffer,
     /// `[T, I]`.
     mlp: O::Buffer,
-    /// `[T, H]` the rows whose logits are wanted.
+    /// `[T, H]` the rows whose logits or hidden states are wanted.
     gathered: O::Buffer,
     /// `[max_logits_rows, V]` in f32.
     logits: O::Buffer,
@@ -221,11 +221,11 @@ impl<O: Ops> Decoder<O> {
         self.ops.is_done(pending)
     }
 
-    /// Waits for a step's results: one per task, in order.
+    /// Waits for a step's results: one per task, in order, and the hidden states of `meta.state_indices`.
     ///
     /// # Errors
     /// What an op returned.
-    pub fn wait(&self, pending: O::Pending) -> Result<Vec<Sampled>, KernelError> {
+    pub fn wait(&self, pending: O::Pending) -> Result<StepResults, KernelError> {
         self.ops.wait(pending)
     }
 
@@ -233,7 +233,7 @@ impl<O: Ops> Decoder<O> {
     ///
     /// # Errors
     /// What an op returned.
-    pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<Vec<Sampled>, KernelError> {
+    pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<StepResults, KernelError> {
         let pending = self.launch(meta, tasks.into())?;
         self.wait(pending)
     }
@@ -255,7 +255,8 @@ impl<O: Ops> Decoder<O> {
         Ok(all)
     }
 
-    /// All layers, then the logits in groups of at most `max_logits_rows` rows, each handed to `each`.
+    /// All layers, then the hidden states that are wanted as such, then the logits in groups of at most `max_logits_rows` rows, each handed
+    /// to `each`.
     fn forward(
         &mut self,
         batch: &O::Batch,
@@ -278,6 +279,12 @@ impl<O: Ops> Decoder<O> {
                 ops.rmsnorm(&mut s.normed, &s.hidden, &layer.post_attention_layernorm, eps, tokens)?;
                 ops.linear_silu_mul(&mut s.mlp, &mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens)?;
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
+            }
+            if extent.state_rows > 0 {
+                let rows = extent.logits_rows..extent.logits_rows + extent.state_rows;
+                ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows, spec.hidden_size)?;
+                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, extent.state_rows)?;
+                ops.states(&s.normed, batch, spec.hidden_size)?;
             }
             let head = lm_head.as_ref().unwrap_or(embed_tokens);
             for first in (0..extent.logits_rows).step_by(ops.max_logits_rows()) {
@@ -339,6 +346,7 @@ fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
         block_tables: (0..rows).collect(),
         max_blocks: 1,
         logits_indices: (0..rows).collect(),
+        state_indices: Vec::new(),
     }
 }
 
@@ -357,6 +365,7 @@ fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
         block_tables: vec![0; rows * max_blocks],
         max_blocks,
         logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
+        state_indices: Vec::new(),
     }
 }
 

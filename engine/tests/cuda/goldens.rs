@@ -78,6 +78,7 @@ impl<O: Ops> Model<O> {
             block_tables: blocks.clone(),
             max_blocks: blocks.len(),
             logits_indices: (tokens.len() - wanted..tokens.len()).map(|t| t as u32).collect(),
+            state_indices: Vec::new(),
         };
         let logits = self.decoder.logits(Arc::new(meta)).unwrap();
         logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()

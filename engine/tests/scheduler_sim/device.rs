@@ -146,7 +146,7 @@ impl Device {
         self.sampled.extend(row.targets.iter().map(|_| Kv::RUBBISH.token));
         let broken =
             matches!(self.fate(row.seq), Fate::NotFinite(tokens) if row.end() >= usize::from(tokens));
-        let mut output = RowOutput { sampled: None, logprobs: None, prompt_logprobs: scored };
+        let mut output = RowOutput { sampled: None, logprobs: None, prompt_logprobs: scored, states };
         let Some(sample) = &row.sample else { return RowResult::Done(output) };
         if fails || broken {
             self.sampled.push(Kv::RUBBISH.token);
