@@ -132,14 +132,15 @@ impl Scheduler {
         self.settle_unread(id);
     }
 
-    /// Takes hidden states in. With the last of those that count, the sequence has given what it was for.
+    /// Takes hidden states in. With the end of its prompt a sequence has given what it was for.
     fn pool(&mut self, row: &PlanRow, states: &[f32]) -> Option<Effect> {
         let seq = self.seqs.get_mut(&row.seq).expect("resolve looked it up");
         let pooler = seq.pooler.as_mut().expect("asked by the caller");
-        if !pooler.add(row.pool_at.clone(), states) {
+        let is_over = row.end() == seq.prompt_len;
+        if !pooler.add(row.pool_at.clone(), states) || (is_over && !pooler.is_complete()) {
             return Some(self.fail(row, Some("the hidden states are not those that were asked for".into())));
         }
-        if !pooler.is_complete() {
+        if !is_over {
             return None;
         }
         let (values, num_preemptions) = (pooler.mean(), seq.num_preemptions);
