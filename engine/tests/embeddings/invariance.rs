@@ -17,7 +17,12 @@ const COUNT: usize = 16;
 /// Values as bits, and tokens from the prefix cache.
 type Outcome = (Vec<u32>, usize);
 
-fn engine(dir: &TempDir, max_num_batched_tokens: usize, kv_blocks: Option<usize>, look_ahead: bool) -> Engine {
+fn engine(
+    dir: &TempDir,
+    max_num_batched_tokens: usize,
+    kv_blocks: Option<usize>,
+    look_ahead: bool,
+) -> Engine {
     // One block of 16 tokens: 4 layers, keys and values, 2 heads of 64, bfloat16.
     let block_bytes = 2 * 4 * 16 * 2 * 64 * 2;
     let config = EngineConfig {

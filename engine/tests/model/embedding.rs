@@ -26,9 +26,7 @@ fn read(extra: &[(&str, Value)]) -> Result<EmbeddingInfo, LoadError> {
 }
 
 fn modules(kinds: &[(&str, &str)]) -> Value {
-    let module = |(kind, path): &(&str, &str)| {
-        json!({"idx": 0, "name": "0", "path": path, "type": format!("sentence_transformers.models.{kind}")})
-    };
+    let module = |(kind, path): &(&str, &str)| json!({"idx": 0, "name": "0", "path": path, "type": format!("sentence_transformers.models.{kind}")});
     kinds.iter().map(module).collect()
 }
 
