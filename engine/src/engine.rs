@@ -108,8 +108,10 @@ impl Engine {
         checkpoint.verify(&spec)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
-        let looked_up = if spec.tie_word_embeddings { 0 } else { table.data.len() as u64 };
+        let table = spec.tensor_name("embed_tokens.weight");
+        let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
+        let is_output = spec.tie_word_embeddings && !spec.is_headless;
+        let looked_up = if is_output { 0 } else { table.data.len() as u64 };
         // A GPU keeps all weights in bfloat16.
         let halved = driver.is_some() && table.dtype == DType::F32;
         let weight_bytes_per_step =
@@ -128,7 +130,7 @@ impl Engine {
         })?;
         let info = ModelInfo {
             served_model_name: config.served_model_name.unwrap_or_else(|| model_name(&config.source)),
-            architecture: spec.architecture.name().to_owned(),
+            architecture: spec.architecture_name().to_owned(),
             num_parameters,
             weight_bytes_per_step,
             vocab_size: spec.vocab_size,

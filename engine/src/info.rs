@@ -50,4 +50,6 @@ pub struct EmbeddingInfo {
     pub pooling: Pooling,
     /// Whether it has length 1, unless a request says otherwise.
     pub normalize: bool,
+    /// The model has no output layer: it gives embeddings and nothing else.
+    pub is_only_output: bool,
 }

@@ -198,9 +198,13 @@ impl Validator {
     ///
     /// # Errors
     /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
-    /// [`RequestError::Unsupported`] for a chat prompt without a template.
+    /// [`RequestError::Unsupported`] for a chat prompt without a template, and where the model generates nothing.
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
         self.check_model(request.model.as_deref())?;
+        if self.embedding.is_only_output {
+            let message = "this model has no output layer: it gives embeddings and generates nothing";
+            return Err(RequestError::Unsupported(message.into()));
+        }
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
         self.check_stops(&request, &mut found);

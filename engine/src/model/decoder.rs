@@ -62,7 +62,7 @@ pub struct Decoder<O: Ops> {
     embed_tokens: O::Weight,
     layers: Vec<Layer<O>>,
     norm: O::Vector,
-    /// `None`: tied to `embed_tokens`.
+    /// `None`: tied to `embed_tokens`, or there is none, and nobody wants logits.
     lm_head: Option<O::Weight>,
     rope: O::Vector,
     /// With its shape; absent until [`Decoder::allocate_kv`].
@@ -101,9 +101,9 @@ impl<O: Ops> Decoder<O> {
         let tokens = limits.max_num_batched_tokens;
         let rope = rope_table(&spec.rope, spec.head_dim, limits.max_model_len);
         Ok(Self {
-            embed_tokens: matrix("model.embed_tokens.weight")?,
-            norm: vector("model.norm.weight")?,
-            lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
+            embed_tokens: matrix(&spec.tensor_name("embed_tokens.weight"))?,
+            norm: vector(&spec.tensor_name("norm.weight"))?,
+            lm_head: if spec.has_lm_head() { Some(matrix("lm_head.weight")?) } else { None },
             rope: ops.vector(&rope)?,
             kv: None,
             host_kv: None,
@@ -303,7 +303,7 @@ impl<O: Ops> Layer<O> {
     fn load(ops: &O, spec: &ModelSpec, checkpoint: &dyn Tensors, index: usize) -> Result<Self, LoadError> {
         let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
         let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-        let prefix = format!("model.layers.{index}");
+        let prefix = spec.tensor_name(&format!("layers.{index}"));
         let vector = |name: &str| -> Result<O::Vector, LoadError> {
             Ok(ops.vector(&checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[hidden])?.to_f32())?)
         };

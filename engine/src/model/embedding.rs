@@ -37,9 +37,9 @@ const MODE_FIELDS: [(&str, &str); 6] = [
 /// [`LoadError::Unsupported`] for modules and pooling modes that Tidemill does not implement, [`LoadError::Format`] for files that are
 /// missing, malformed or in contradiction. Both name the file and the field.
 pub fn embedding_info(files: &ModelFiles, spec: &ModelSpec) -> Result<EmbeddingInfo, LoadError> {
-    let dimensions = spec.hidden_size;
+    let (dimensions, is_only_output) = (spec.hidden_size, spec.is_headless);
     let Some(bytes) = files.read(MODULES)? else {
-        return Ok(EmbeddingInfo { dimensions, pooling: Pooling::Last, normalize: true });
+        return Ok(EmbeddingInfo { dimensions, pooling: Pooling::Last, normalize: true, is_only_output });
     };
     let path = files.path(MODULES);
     let list = parse_array(&path, &bytes)?;
@@ -68,7 +68,7 @@ pub fn embedding_info(files: &ModelFiles, spec: &ModelSpec) -> Result<EmbeddingI
     let path = files.path(&name);
     let map = parse_object(&path, &files.require(&name)?)?;
     let pooling = pooling(&Fields::new(&path, &map), dimensions)?;
-    Ok(EmbeddingInfo { dimensions, pooling, normalize })
+    Ok(EmbeddingInfo { dimensions, pooling, normalize, is_only_output })
 }
 
 /// An entry of `modules.json`.

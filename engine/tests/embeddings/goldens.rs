@@ -5,13 +5,13 @@ use std::{collections::HashMap, fs, path::Path, sync::Arc};
 
 use safetensors::SafeTensors;
 use tidemill_engine::{
-    Engine, EngineHandle, EngineOptions, ModelInfo, Pooling,
+    Engine, EngineHandle, EngineOptions, ErrorCode, ModelInfo, Pooling,
     ids::TokenId,
     model::{
         Checkpoint, Decoder, DecoderLimits, GenerationDefaults, ModelFiles, ModelSource, ModelSpec,
         embedding_info,
     },
-    request::{EmbedRequest, Prompt},
+    request::{EmbedRequest, GenerateRequest, Prompt},
     runner::{DecoderRunner, RunnerThread},
     text::TextModel,
 };
@@ -88,6 +88,36 @@ fn engine(dir: &Path, max_num_batched_tokens: usize) -> Engine {
 
 fn embed(handle: &EngineHandle, request: EmbedRequest) -> Vec<f32> {
     handle.submit_embed(handle.validate_embed(request).unwrap()).unwrap().wait_blocking().unwrap().values
+}
+
+/// The same weights as sentence-transformers saves them: without an output layer, and without the prefix that would tell it apart.
+fn behead(dir: &Path) {
+    let (weights, config) = (dir.join("model.safetensors"), dir.join("config.json"));
+    let bytes = fs::read(&weights).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let kept = tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("model.")?, tensor)));
+    let saved = safetensors::serialize(kept, None).unwrap();
+    fs::write(&weights, saved).unwrap();
+    let text = fs::read_to_string(&config).unwrap().replace("LlamaForCausalLM", "LlamaModel");
+    fs::write(&config, text).unwrap();
+}
+
+#[test]
+fn a_model_without_an_output_layer_gives_the_same_embeddings_and_generates_nothing() {
+    let fixture = here("tests/fixtures/llama");
+    let [whole, beheaded] = [(); 2].map(|()| folder(&fixture, Pooling::Mean, true));
+    behead(beheaded.path());
+    let prompt = Prompt::TokenIds((5..40).map(TokenId).collect());
+    let [expected, got] = [&whole, &beheaded].map(|dir| {
+        let engine = engine(dir.path(), 256);
+        embed(&engine.handle(), EmbedRequest::new(prompt.clone()))
+    });
+    assert!(got == expected && (length(&got) - 1.0).abs() < 1e-6);
+    let engine = engine(beheaded.path(), 256);
+    assert!(engine.handle().info().embedding.is_only_output);
+    let error = engine.handle().validate(GenerateRequest::new(prompt)).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::FailedPrecondition);
+    assert!(error.to_string().contains("no output layer"), "{error}");
 }
 
 fn difference(a: &[f32], b: &[f32]) -> f32 {

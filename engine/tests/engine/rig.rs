@@ -156,7 +156,12 @@ impl Bench {
             eos_token_ids: Vec::new(),
             has_chat_template: true,
             defaults: GenerationDefaults::default(),
-            embedding: EmbeddingInfo { dimensions: WIDTH, pooling: options.pooling, normalize: false },
+            embedding: EmbeddingInfo {
+                dimensions: WIDTH,
+                pooling: options.pooling,
+                normalize: false,
+                is_only_output: false,
+            },
         };
         Ok(Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options.engine)?) })
     }

@@ -36,6 +36,7 @@ pub fn model_response(info: &ModelInfo) -> v1::GetModelResponse {
             dimensions: info.embedding.dimensions as u32,
             pooling: info.embedding.pooling.name().to_owned(),
             normalize: info.embedding.normalize,
+            is_only_output: info.embedding.is_only_output,
         }),
     }
 }
