@@ -1,0 +1,142 @@
+//! The way of a request from the wire to the engine, the same for every protocol.
+
+use std::{sync::Arc, time::Instant};
+
+use tidemill_engine::{
+    EngineHandle, Generation, RequestError,
+    ids::{RequestId, TenantId, TokenId},
+    request::GenerateRequest,
+    text::TextModel,
+};
+use tonic::{Request, Status};
+
+use super::{
+    auth::Credential,
+    call::Call,
+    deadline::Deadline,
+    lifecycle::{Lifecycle, Phase},
+    texts::TextWorkers,
+};
+use crate::convert;
+
+/// The engine, and the threads on which text is encoded for it.
+#[derive(Debug, Clone)]
+pub struct Door {
+    lifecycle: Arc<Lifecycle>,
+    texts: TextWorkers,
+}
+
+/// A request that the engine has taken.
+pub struct Admitted {
+    /// Its outputs.
+    pub generation: Generation,
+    /// Of the prompt.
+    pub prompt_tokens: usize,
+    /// The prompt's first token: there is no log-probability for it.
+    pub first_prompt_token: TokenId,
+    /// The prompt's log-probabilities were asked for.
+    pub prompt_logprobs: bool,
+}
+
+impl Door {
+    /// The door to the server's engine.
+    pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
+        Self { lifecycle, texts: TextWorkers::new() }
+    }
+
+    /// Where the server is in its life.
+    pub fn lifecycle(&self) -> &Arc<Lifecycle> {
+        &self.lifecycle
+    }
+
+    /// The engine, once there is one.
+    ///
+    /// # Errors
+    /// UNAVAILABLE while loading.
+    pub fn engine(&self) -> Result<&EngineHandle, Status> {
+        self.lifecycle.engine()
+    }
+
+    /// Checks a request and hands it to the engine; `read` makes it of the message, on a thread for text.
+    ///
+    /// # Errors
+    /// What is wrong with it, or why the engine does not take it.
+    pub async fn admit(
+        &self,
+        id: &RequestId,
+        origin: Origin,
+        read: impl FnOnce() -> Result<GenerateRequest, RequestError> + Send + 'static,
+    ) -> Result<Admitted, Status> {
+        let refused = |error: RequestError| convert::status(&error, id);
+        let engine = self.engine()?.clone();
+        // Asked again by the engine; here it saves the time to encode the prompt.
+        if self.lifecycle.phase() > Phase::Ready {
+            return Err(refused(RequestError::Draining));
+        }
+        let work = move || {
+            let validated = engine.validate(origin.stamp(read()?))?;
+            Ok((engine, validated))
+        };
+        let (engine, validated) = self.texts.run(work).await.map_err(refused)?;
+        let prompt = validated.prompt();
+        let (prompt_tokens, first_prompt_token) = (prompt.len(), prompt[0]);
+        let prompt_logprobs = validated.sampling().prompt_logprobs.is_some();
+        let generation = engine.submit(validated).map_err(refused)?;
+        Ok(Admitted { generation, prompt_tokens, first_prompt_token, prompt_logprobs })
+    }
+
+    /// Text work of a unary call.
+    ///
+    /// # Errors
+    /// UNAVAILABLE while loading; what `work` returned.
+    pub async fn with_text<T: Send + 'static>(
+        &self,
+        call: &Call,
+        work: impl FnOnce(&TextModel, &EngineHandle) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let engine = self.engine()?.clone();
+        let result = self.texts.run(move || work(engine.text(), &engine)).await;
+        result.map_err(|error| convert::status(&error, call.id()))
+    }
+}
+
+/// What a request's headers and connection say beside its message.
+pub struct Origin {
+    deadline: Option<Instant>,
+    credential: Credential,
+    trace_parent: Option<Arc<str>>,
+}
+
+impl Origin {
+    /// Longest `traceparent` that is kept. Version 00 has 55 bytes; later ones may have more.
+    const MAX_TRACE_PARENT_BYTES: usize = 128;
+
+    /// Where this request came from.
+    pub fn of<T>(request: &Request<T>) -> Self {
+        let trace_parent = request.metadata().get("traceparent").and_then(|value| value.to_str().ok());
+        let trace_parent = trace_parent.filter(|value| value.len() <= Self::MAX_TRACE_PARENT_BYTES);
+        Self {
+            deadline: request.extensions().get::<Deadline>().map(|deadline| deadline.0),
+            credential: Credential::of_request(request),
+            trace_parent: trace_parent.map(Into::into),
+        }
+    }
+
+    fn stamp(self, mut request: GenerateRequest) -> GenerateRequest {
+        request.deadline = self.deadline;
+        request.trace_parent = self.trace_parent;
+        if request.tenant.as_str().is_empty() {
+            request.tenant = TenantId::new(self.credential.0.clone());
+        }
+        request.credential = self.credential.0;
+        request
+    }
+}
+
+/// The id that a request gave itself, or one of ours.
+pub fn request_id(given: &str) -> RequestId {
+    match given {
+        "" => RequestId::random(),
+        id => RequestId::new(id),
+    }
+}
