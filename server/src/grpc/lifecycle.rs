@@ -95,6 +95,11 @@ impl Lifecycle {
         *self.phase.borrow()
     }
 
+    /// Whether requests are served and the engine's steps go on.
+    pub fn is_healthy(&self) -> bool {
+        self.phase() == Phase::Ready && !self.stalled.load(Relaxed)
+    }
+
     /// Resolves when streams that have no end of their own must end.
     pub async fn stopped(&self) {
         let mut phase = self.phase.subscribe();

@@ -15,8 +15,9 @@ mod stream;
 mod texts;
 mod vllm;
 
-pub use lifecycle::Phase;
+pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;
+pub use texts::TextWorkers;
 
 /// A refusal as an HTTP response, for the layers in front of the services.
 fn refusal(status: tonic::Status) -> axum::response::Response {
