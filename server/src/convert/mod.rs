@@ -8,6 +8,7 @@ mod kv_events;
 mod model;
 mod request;
 mod response;
+pub mod vllm;
 
 pub use control::{abort_all_response, abort_response, drain_response, stats};
 pub use embed::{embed_request, embed_response};
@@ -16,4 +17,4 @@ pub use explain::{explain_response, finish_reason, finish_reason_name};
 pub use kv_events::kv_event_messages;
 pub use model::model_response;
 pub use request::{chat_prompt, generate_request, token_ids};
-pub use response::ResponseWriter;
+pub use response::{ResponseWriter, WriteOutput};

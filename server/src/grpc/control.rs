@@ -176,7 +176,8 @@ impl Control for ControlService {
             Err(status) => return Err(call.fail(status)),
         };
         let response = call.respond(());
-        let events = KvEvents { engine, watch, include_token_ids, lifecycle: self.lifecycle.clone(), call };
+        let to_messages = move |batch| convert::kv_event_messages(batch, include_token_ids);
+        let events = KvEvents { engine, watch, to_messages, lifecycle: self.lifecycle.clone(), call };
         Ok(response.map(|()| events.into_stream()))
     }
 

@@ -1,9 +1,10 @@
-//! The gRPC front end: `tidemill.v1`, health checks and reflection on one port.
+//! The gRPC front end: `tidemill.v1`, the protocol of gateways that know vLLM, health checks and reflection on one port.
 
 pub mod auth;
 mod call;
 mod control;
 mod deadline;
+mod door;
 mod incoming;
 mod inference;
 mod kv_events;
@@ -12,6 +13,7 @@ pub mod panics;
 mod server;
 mod stream;
 mod texts;
+mod vllm;
 
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;
