@@ -1,5 +1,6 @@
 //! The only translator between the engine's types and the wire's.
 
+mod activity;
 mod control;
 mod error;
 mod explain;
@@ -8,6 +9,7 @@ mod model;
 mod request;
 mod response;
 
+pub use activity::activity;
 pub use control::{abort_all_response, abort_response, drain_response, stats};
 pub use error::{code, code_name, status};
 pub use explain::{explain_response, finish_reason, finish_reason_name};
