@@ -1,7 +1,9 @@
-//! What the live page is told: the engine at work, as one JSON object per reading. Names are those of `tidemill.v1`.
+//! `/live`: the engine at work, as one JSON object per reading. Names are those of `tidemill.v1`.
 
-use std::time::Duration;
+use std::{future::ready, time::Duration};
 
+use axum::response::Response;
+use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use tidemill_engine::{
     EngineStats, Histogram,
@@ -9,29 +11,60 @@ use tidemill_engine::{
     output::AbortStage,
     scheduler::Stage,
 };
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+
+use super::{ApiError, App, Call, page, sse};
+use crate::{client::CallError, grpc::Phase};
 
 /// Time between two readings.
-pub const INTERVAL: Duration = Duration::from_millis(200);
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Streams readings until the client goes or the engine stops. As with `Control.Explain`, whoever has a key sees the ids of everybody's
+/// requests, but no text and no tokens.
+pub async fn watch(app: App, _: &mut Call) -> Result<Response, ApiError> {
+    if !app.live_page {
+        return Err(page::disabled());
+    }
+    // Without an engine there is a status to say so.
+    let first = reading(&app).await?;
+    let mut ticks = interval_at(Instant::now() + INTERVAL, INTERVAL);
+    // A reader that was slow gets the present, not the past.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let rest = stream::unfold((app, ticks), |(app, mut ticks)| async {
+        ticks.tick().await;
+        if app.engine.phase() == Phase::Stopped {
+            return None;
+        }
+        // The engine is gone: so is the stream, and the next one gets a status.
+        let event = reading(&app).await.ok()?;
+        Some((event, (app, ticks)))
+    });
+    Ok(sse::response(stream::once(ready(first)).chain(rest)))
+}
+
+async fn reading(app: &App) -> Result<Vec<u8>, CallError> {
+    let (activity, stats) = (app.engine.activity().await?, app.engine.stats().await?);
+    let mut event = Vec::new();
+    sse::data(&mut event, &LiveEvent::new(&activity, &stats));
+    Ok(event)
+}
 
 /// One reading.
 #[derive(Debug, Serialize)]
-pub struct LiveEvent {
-    /// Batch, queue, blocks and the last aborts.
-    pub activity: LiveActivity,
-    /// Gauges, counters and distributions.
-    pub stats: LiveStats,
+struct LiveEvent {
+    activity: LiveActivity,
+    stats: LiveStats,
 }
 
 impl LiveEvent {
-    /// A reading of the engine.
-    pub fn new(activity: &Activity, stats: &EngineStats) -> Self {
+    fn new(activity: &Activity, stats: &EngineStats) -> Self {
         Self { activity: LiveActivity::new(activity), stats: LiveStats::new(stats) }
     }
 }
 
-/// The engine between two steps.
+/// Batch, queue, blocks and the last aborts.
 #[derive(Debug, Serialize)]
-pub struct LiveActivity {
+struct LiveActivity {
     steps_total: u64,
     uptime_seconds: f64,
     max_num_seqs: usize,
@@ -86,7 +119,7 @@ struct LiveAbort {
 
 /// What the curves and the counters are made from.
 #[derive(Debug, Serialize)]
-pub struct LiveStats {
+struct LiveStats {
     num_requests_running: usize,
     num_requests_waiting: usize,
     num_requests_parked: usize,
@@ -216,4 +249,86 @@ fn abort(past: &PastAbort) -> LiveAbort {
 
 fn histogram(histogram: &Histogram) -> LiveHistogram {
     LiveHistogram { bounds: histogram.bounds.to_vec(), counts: histogram.counts.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use tidemill_engine::{ids::RequestId, kv::BlockCounts, output::AbortReceipt};
+
+    use super::*;
+
+    fn activity() -> Activity {
+        let id = RequestId::new("a");
+        let (prompt_tokens, completion_tokens) = (5, 2);
+        let row = ActiveRow {
+            id: id.clone(),
+            index: 1,
+            stage: Stage::Decode,
+            prompt_tokens,
+            computed_tokens: 6,
+            completion_tokens,
+            kv_blocks: 2,
+        };
+        let waiter =
+            Waiter { id: id.clone(), index: 0, prompt_tokens, completion_tokens: 0, is_resumed: false };
+        let receipt = AbortReceipt {
+            id,
+            stage: AbortStage::Prefill,
+            completion_tokens: 0,
+            blocks_freed: 3,
+            rows_freed: 1,
+            time_to_free: Duration::from_micros(40),
+        };
+        let past = PastAbort { number: 7, at: Duration::from_secs(2), cause: AbortCause::Dropped, receipt };
+        Activity {
+            steps: 9,
+            uptime: Duration::from_millis(2500),
+            max_num_seqs: 4,
+            rows: vec![row],
+            rows_left_out: 0,
+            num_waiting: 3,
+            waiting: vec![waiter],
+            blocks: BlockMap { total: 6, blocks_per_cell: 1, cells: vec![0, 3, 3, 1, 0, 0] },
+            aborts: vec![past],
+        }
+    }
+
+    #[test]
+    fn a_reading_has_the_shape_that_the_page_reads() {
+        let stats = EngineStats {
+            kv_blocks: BlockCounts { free: 3, owned: 2, cached: 1, total: 6 },
+            uptime: Duration::from_millis(2500),
+            ..EngineStats::default()
+        };
+        let event = serde_json::to_value(LiveEvent::new(&activity(), &stats)).unwrap();
+        let expected = json!({
+            "steps_total": 9, "uptime_seconds": 2.5, "max_num_seqs": 4,
+            "rows": [{
+                "request_id": "a", "index": 1, "stage": "decode", "prompt_tokens": 5, "computed_tokens": 6,
+                "completion_tokens": 2, "kv_blocks": 2,
+            }],
+            "rows_left_out": 0, "num_waiting": 3,
+            "waiting": [{
+                "request_id": "a", "index": 0, "prompt_tokens": 5, "completion_tokens": 0, "is_resumed": false,
+            }],
+            "blocks": {"total": 6, "blocks_per_cell": 1, "runs": [[0, 1], [3, 2], [1, 1], [0, 2]]},
+            "aborts": [{
+                "number": 7, "at_uptime_seconds": 2.0, "cause": "dropped", "request_id": "a", "stage": "prefill",
+                "completion_tokens": 0, "blocks_freed": 3, "rows_freed": 1, "seconds_to_free": 4e-5,
+            }],
+        });
+        assert_eq!(event["activity"], expected);
+        let stats = &event["stats"];
+        assert_eq!(stats["kv_blocks"], json!({"total": 6, "free": 3, "owned": 2, "cached": 1}));
+        assert_eq!((&stats["uptime_seconds"], &stats["draining"]), (&json!(2.5), &json!(false)));
+        // What the page's scripts read is there.
+        let page: String = page::ASSETS.iter().map(|asset| asset.text).collect();
+        let read = page.match_indices("stats.").map(|(at, _)| {
+            let rest = &page[at + "stats.".len()..];
+            &rest[..rest.find(|c: char| !(c.is_ascii_lowercase() || c == '_')).unwrap_or(rest.len())]
+        });
+        let missing: Vec<&str> = read.filter(|name| stats.get(name).is_none_or(Value::is_null)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
 }

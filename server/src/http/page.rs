@@ -1,7 +1,15 @@
-//! The live page: files that are part of the binary. They hold no secret: whoever has no key sees a page that asks for one.
+//! The live page at `/`: files that are part of the binary. They hold no secret: whoever has no key gets a page that asks for one.
 
-/// What the browser may do with the page: run and show what this server sends, talk to this server, and nothing else.
-pub const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
+use axum::{
+    body::Body,
+    http::{HeaderValue, header},
+    response::Response,
+};
+
+use super::{ApiError, App, Call, routes::Handler};
+
+/// What a browser lets the page do: run and show what this server sends, talk to this server, and nothing else.
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
      connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// A file of the page.
@@ -9,20 +17,26 @@ pub const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'
 pub struct Asset {
     /// Where it is served.
     pub path: &'static str,
-    /// Its `content-type`.
-    pub content_type: &'static str,
-    /// Its content.
+    /// Its media type, as the table of routes has it.
+    pub content_types: &'static [&'static str],
+    /// What is in it.
     pub text: &'static str,
+    /// Serves it.
+    pub handler: Handler,
 }
 
 macro_rules! asset {
-    ($path:literal, $file:literal, $content_type:literal) => {
+    ($path:literal, $file:literal, $content_type:literal) => {{
+        const TEXT: &str = include_str!(concat!("../../assets/page/", $file));
         Asset {
             path: $path,
-            content_type: concat!($content_type, "; charset=utf-8"),
-            text: include_str!(concat!("../../assets/page/", $file)),
+            content_types: &[$content_type],
+            text: TEXT,
+            handler: |app: App, _: &mut Call| {
+                Box::pin(async move { serve(&app, concat!($content_type, "; charset=utf-8"), TEXT) })
+            },
         }
-    };
+    }};
 }
 
 /// The page itself first, then what it loads.
@@ -35,3 +49,62 @@ pub const ASSETS: [Asset; 7] = [
     asset!("/draw.js", "draw.js", "text/javascript"),
     asset!("/wire.js", "wire.js", "text/javascript"),
 ];
+
+/// There is no page on this server.
+pub fn disabled() -> ApiError {
+    ApiError::not_found("there is no live page: the server was started with --disable-live-page")
+}
+
+fn serve(app: &App, content_type: &'static str, text: &'static str) -> Result<Response, ApiError> {
+    if !app.live_page {
+        return Err(disabled());
+    }
+    let mut response = Response::new(Body::from(text));
+    let headers = [
+        (header::CONTENT_TYPE, content_type),
+        (header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        // The next version of the server has another page.
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    for (name, value) in headers {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ASSETS;
+
+    #[test]
+    fn the_page_loads_nothing_but_its_own_files() {
+        for asset in ASSETS {
+            // The name of the format of an image that stands in the page itself is no address.
+            let text = asset.text.replace("http://www.w3.org/2000/svg", "");
+            for foreign in ["http:", "https:", "//cdn", "@import", "url("] {
+                assert!(!text.contains(foreign), "{} names {foreign}", asset.path);
+            }
+            for loaded in
+                text.split(['"', '\'']).filter(|word| word.ends_with(".js") || word.ends_with(".css"))
+            {
+                let path = format!("/{}", loaded.trim_start_matches("./"));
+                assert!(ASSETS.iter().any(|other| other.path == path), "{} loads {loaded}", asset.path);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_from_outside_becomes_markup() {
+        for asset in ASSETS {
+            let makers =
+                ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"];
+            for maker in makers {
+                assert!(!asset.text.contains(maker), "{} uses {maker}", asset.path);
+            }
+            // The policy forbids both.
+            assert!(!asset.text.contains(" style=") && !asset.text.contains(" onclick="), "{}", asset.path);
+        }
+    }
+}
