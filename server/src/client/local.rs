@@ -9,6 +9,7 @@ use std::{
 use futures_util::{FutureExt, stream};
 use tidemill_engine::{
     EngineHandle, EngineStats, Generation, RequestError,
+    activity::Activity,
     ids::{RequestId, TokenId},
     output::AbortReceipt,
     request::GenerateRequest,
@@ -111,6 +112,10 @@ impl EngineClient for LocalEngine {
 
     async fn stats(&self) -> Result<EngineStats, CallError> {
         Ok(self.engine()?.stats())
+    }
+
+    async fn activity(&self) -> Result<Activity, CallError> {
+        Ok(self.engine()?.activity().await?)
     }
 }
 

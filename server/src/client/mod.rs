@@ -9,6 +9,7 @@ use std::{fmt, pin::Pin, sync::Arc};
 use futures_util::Stream;
 use tidemill_engine::{
     EngineStats,
+    activity::Activity,
     ids::{RequestId, TokenId},
     output::{AbortReceipt, Output},
     request::GenerateRequest,
@@ -158,4 +159,10 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// When the engine is gone.
     async fn stats(&self) -> Result<EngineStats, CallError>;
+
+    /// The engine at work: batch, queue, blocks and the last aborts.
+    ///
+    /// # Errors
+    /// When the engine is gone.
+    async fn activity(&self) -> Result<Activity, CallError>;
 }

@@ -1,5 +1,6 @@
 //! The only translator between the engine's types and the wire's.
 
+mod activity;
 mod control;
 mod embed;
 mod error;
@@ -10,6 +11,7 @@ mod request;
 mod response;
 pub mod vllm;
 
+pub use activity::activity;
 pub use control::{abort_all_response, abort_response, drain_response, stats};
 pub use embed::{embed_request, embed_response};
 pub use error::{code, code_name, status};

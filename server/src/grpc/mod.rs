@@ -10,6 +10,7 @@ mod inference;
 mod kv_events;
 mod lifecycle;
 pub mod panics;
+mod readings;
 mod server;
 mod stream;
 mod texts;
