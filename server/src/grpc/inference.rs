@@ -61,7 +61,7 @@ impl Inference for InferenceService {
         let named = id.clone();
         let read = move || convert::embed_request(named, request);
         let embedding = self.door.embed(&mut call, origin, read).await;
-        let response = embedding.map(|embedding| convert::embed_response(id, embedding));
+        let response = embedding.map(|embedding| convert::embed_response(&id, embedding));
         call.end(response)
     }
 
