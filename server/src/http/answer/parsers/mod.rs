@@ -10,7 +10,7 @@
 //! - [`tool_grammar`]: grammars that make a model call a tool (`grammar`, `python_grammar`);
 //! - [`lark_from_ebnf`], [`is_ebnf`]: grammars in EBNF, as llama.cpp and vLLM take them (`ebnf`).
 
-// EBNF
+mod ebnf;
 mod envelope;
 mod formats;
 mod grammar;
@@ -27,7 +27,7 @@ mod tools;
 use std::sync::Arc;
 
 pub use self::{
-    // EBNFUSE
+    ebnf::{is_ebnf, lark_from_ebnf},
     formats::{ParserChoice, ReasoningFormat, ToolFormat, UnknownParser, detect},
     grammar::{ToolChoice, ToolDef, ToolGrammar, tool_grammar},
 };
