@@ -15,7 +15,7 @@ use serde_json::Map;
 
 use crate::{
     error::{LoadError, RequestError},
-    model::files::{self, CHAT_TEMPLATE, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
+    model::files::{self, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
     text::{
         guard::on_large_stack,
         pyjson::{Style, dumps},
@@ -93,6 +93,8 @@ pub(super) struct ChatTemplates {
     /// `bos_token` and the like.
     special_tokens: Value,
     has_tool_template: bool,
+    /// The template for conversations with tools where there are two.
+    source: String,
 }
 
 const DEFAULT: &str = "default";
@@ -117,7 +119,19 @@ impl ChatTemplates {
                 })?;
         }
         let has_tool_template = sources.iter().any(|(name, _)| name == TOOL_USE);
-        Ok(Some(Self { environment, special_tokens: special_tokens(&config), has_tool_template }))
+        let name = if has_tool_template { TOOL_USE } else { DEFAULT };
+        let source = sources.into_iter().find(|source| source.0 == name).map(|source| source.1);
+        Ok(Some(Self {
+            environment,
+            special_tokens: special_tokens(&config),
+            has_tool_template,
+            source: source.unwrap_or_default(),
+        }))
+    }
+
+    /// As it was written.
+    pub(super) fn source(&self) -> &str {
+        &self.source
     }
 
     /// The conversation as text.
@@ -285,11 +299,7 @@ fn sources(
     config: &Map<String, serde_json::Value>,
 ) -> Result<(PathBuf, Sources), LoadError> {
     let one = |source: String| vec![(DEFAULT.to_owned(), source)];
-    if let Some(path) = model.chat_template_override() {
-        return Ok((path.to_path_buf(), one(files::read_text(path, MAX_TEMPLATE_BYTES)?)));
-    }
-    if let Some(bytes) = model.read(CHAT_TEMPLATE)? {
-        let path = model.path(CHAT_TEMPLATE);
+    if let Some((path, bytes)) = model.chat_template()? {
         let source = files::utf8(&path, &bytes)?.to_owned();
         return Ok((path, one(source)));
     }

@@ -28,6 +28,18 @@ pub struct ReasoningFormat {
     pub end: &'static str,
 }
 
+impl ToolFormat {
+    /// What marks a call, where that may be special tokens of the tokenizer.
+    pub fn marks(self) -> &'static [&'static str] {
+        match self {
+            Self::Hermes => &["<tool_call>", "</tool_call>"],
+            Self::Llama3Json => &["<|python_tag|>"],
+            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]"],
+            Self::Pythonic | Self::Json => &[],
+        }
+    }
+}
+
 impl ReasoningFormat {
     /// `<think>…</think>`: DeepSeek-R1 and its distillations, Qwen 3, QwQ and most others.
     pub const THINK: Self = Self { name: "think", start: "<think>", end: "</think>" };

@@ -83,13 +83,16 @@ struct Rule {
     body: Expr,
 }
 
-/// Whether a grammar is EBNF and not Lark: EBNF alone has `::=` (vLLM's rule, `structured_outputs.grammar`).
-pub fn is_ebnf(grammar: &str) -> bool {
-    grammar.contains("::=")
+/// A grammar of either kind as Lark, for fields that take both (`structured_outputs.grammar`, `guided_grammar`). As in
+/// vLLM, one with `::=` is EBNF, which Lark has no such sign in; any other is passed on as it is.
+///
+/// # Errors
+/// Those of [`lark_from_ebnf`].
+pub fn lark_from_grammar(grammar: &str) -> Result<String, String> {
+    if grammar.contains("::=") { lark_from_ebnf(grammar) } else { Ok(grammar.to_owned()) }
 }
 
-/// Translates a grammar in EBNF, which begins at its rule `root`. The hardest grammar that is still read costs about a
-/// second of computing, so this does not belong on a thread that serves connections.
+/// Translates a grammar in EBNF, which begins at its rule `root`.
 ///
 /// The result accepts the same texts, to the character. Of llama.cpp's GBNF, all is read but token literals
 /// (`<name>`, `<[7]>`).
@@ -97,7 +100,7 @@ pub fn is_ebnf(grammar: &str) -> bool {
 /// # Errors
 /// In words with the line, when the text is no such grammar or is larger than what is read (128 KiB, 24 brackets within
 /// brackets, 128 rules that refer to each other in a row, 2000 repetitions).
-pub fn lark_from_ebnf(grammar: &str) -> Result<String, String> {
+pub(super) fn lark_from_ebnf(grammar: &str) -> Result<String, String> {
     if grammar.len() > LONGEST {
         return Err(format!("the grammar has {} bytes; at most {LONGEST} are read", grammar.len()));
     }

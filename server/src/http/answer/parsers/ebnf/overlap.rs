@@ -11,7 +11,7 @@ use super::{
 /// Grammars with more lexemes or references in their recursive rules, or more work to look at, are refused.
 const MOST_PLACES: usize = 1000;
 const MOST_REFERENCES: usize = 4000;
-const MOST_WORK: usize = 4_000_000;
+const MOST_WORK: usize = 20_000_000;
 
 /// Finds lexemes that must be taken apart, and remembers what it learnt about each.
 ///
@@ -26,6 +26,8 @@ pub(super) struct Overlaps {
     beginnings: Vec<CharSet>,
     /// For a shorter and a longer lexeme, the characters with which the longer can go on.
     beyond: HashMap<(usize, usize), Option<CharSet>>,
+    /// Steps taken, for [`MOST_WORK`].
+    work: usize,
 }
 
 impl Overlaps {
@@ -43,9 +45,9 @@ impl Overlaps {
         if !large.is_empty() {
             return Ok(large);
         }
-        map.link(shape);
+        map.link(shape, &mut self.work);
         let after = map.after(&self.beginnings);
-        let together = map.together(root, &self.beginnings)?;
+        let together = map.together(root, &self.beginnings, &mut self.work)?;
         let mut split = HashSet::new();
         for (short, others) in together.iter().enumerate() {
             for long in others.iter() {
@@ -134,11 +136,12 @@ impl Map {
     }
 
     /// Finds what each rule begins and ends with, and what follows each place.
-    fn link(&mut self, shape: &Shape) {
+    fn link(&mut self, shape: &Shape, work: &mut usize) {
         let mut changed = true;
-        while changed {
+        while changed && *work < MOST_WORK {
             changed = false;
             let mut place = 0;
+            *work += (self.places.len() + shape.rules.len()) * (1 + self.places.len() / 64);
             for (rule, node) in &shape.rules {
                 let ends = self.ends(node, &mut place);
                 changed |= self.ends.insert(*rule, ends.clone()) != Some(ends);
@@ -212,19 +215,18 @@ impl Map {
 
     /// For each place, the places that the lexer may look for at the same time: those that follow the same place, or two
     /// places that were looked for together and may match the same text.
-    fn together(&self, root: usize, beginnings: &[CharSet]) -> Result<Vec<Places>, String> {
+    fn together(&self, root: usize, beginnings: &[CharSet], work: &mut usize) -> Result<Vec<Places>, String> {
         let count = self.places.len();
         let mut together = vec![Places::new(count); count];
         let mut open = Vec::new();
-        let mut work = 0;
         let mut meet = |a: &Places, b: &Places, open: &mut Vec<(usize, usize)>| {
             for place in a.iter() {
-                work += 1 + count / 64;
+                *work += 1 + count / 64;
                 let new = b.without(&together[place]);
                 together[place].add(&new);
                 open.extend(new.iter().map(|other| (place, other)));
             }
-            work < MOST_WORK
+            *work < MOST_WORK
         };
         let mut fits = true;
         if let Some(ends) = self.ends.get(&root) {
