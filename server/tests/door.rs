@@ -244,8 +244,7 @@ async fn clients_without_files_find_everything_by_reflection() {
 #[tokio::test]
 async fn unknown_methods_and_services_are_unimplemented() {
     let harness = Harness::start().await;
-    for path in
-        [
+    for path in [
         "/tidemill.v1.Inference/Invented",
         "/vllm.Nothing/Generate",
         "/vllm.grpc.engine.VllmEngine/Invented",

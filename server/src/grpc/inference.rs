@@ -50,10 +50,7 @@ impl Inference for InferenceService {
         }
     }
 
-    async fn embed(
-        &self,
-        request: Request<v1::EmbedRequest>,
-    ) -> Result<Response<v1::EmbedResponse>, Status> {
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
         let origin = Origin::of(&request);
         let request = request.into_inner();
         let id = request_id(&request.request_id);
