@@ -122,6 +122,10 @@ impl Generation {
                 (index, Some((token, logprobs)), finish)
             }
             Event::Finished { index, finish } => (index, None, Some(finish)),
+            Event::Embedding { .. } => {
+                self.over = true;
+                return Some(Err(RequestError::Internal("an embedding for a generation".into())));
+            }
         };
         let completion = &mut self.completions[index as usize];
         let mut output = Output {

@@ -30,6 +30,8 @@ pub const TOKENIZER: &str = "tokenizer.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The chat template; optional.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// The modules of an embedding model; optional.
+pub const MODULES: &str = "modules.json";
 /// All weights in one file.
 pub const WEIGHTS: &str = "model.safetensors";
 /// Which shard holds which tensor.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod admission;
+mod embeddings;
 mod explain;
 mod kv;
 mod readers;

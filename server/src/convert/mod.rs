@@ -1,6 +1,7 @@
 //! The only translator between the engine's types and the wire's.
 
 mod control;
+mod embed;
 mod error;
 mod explain;
 mod kv_events;
@@ -9,6 +10,7 @@ mod request;
 mod response;
 
 pub use control::{abort_all_response, abort_response, drain_response, stats};
+pub use embed::{embed_request, embed_response};
 pub use error::{code, code_name, status};
 pub use explain::{explain_response, finish_reason, finish_reason_name};
 pub use kv_events::kv_event_messages;

@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Instant};
 use tidemill_engine::{
     EngineHandle, Generation, RequestError,
     ids::{RequestId, TenantId},
-    request::ValidatedRequest,
+    output::Embedding,
+    request::{ValidatedEmbed, ValidatedRequest},
     text::TextModel,
 };
 use tidemill_proto::v1::{self, inference_server::Inference};
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::convert::{self, ResponseWriter};
 
-/// Turns prompts into tokens.
+/// Turns prompts into tokens, or into embeddings.
 #[derive(Debug)]
 pub struct InferenceService {
     lifecycle: Arc<Lifecycle>,
@@ -34,6 +35,20 @@ impl InferenceService {
         Self { lifecycle, texts: TextWorkers::new() }
     }
 
+    /// Runs the check of a request where encoding its prompt holds nobody up.
+    async fn check<T: Send + 'static>(
+        &self,
+        check: impl FnOnce(&EngineHandle) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<(EngineHandle, T), Refused> {
+        let engine = self.lifecycle.engine().map_err(Refused::Status)?.clone();
+        // Asked again by the engine; here it saves the time to encode the prompt.
+        if self.lifecycle.phase() > Phase::Ready {
+            return Err(Refused::Error(RequestError::Draining));
+        }
+        let checked = self.texts.run(move || check(&engine).map(|checked| (engine, checked))).await;
+        checked.map_err(Refused::Error)
+    }
+
     /// Checks a request and hands it to the engine.
     async fn admit(
         &self,
@@ -41,20 +56,29 @@ impl InferenceService {
         request: v1::GenerateRequest,
         origin: Origin,
     ) -> Result<(Generation, Admitted), Refused> {
-        let engine = self.lifecycle.engine().map_err(Refused::Status)?.clone();
-        // Asked again by the engine; here it saves the time to encode the prompt.
-        if self.lifecycle.phase() > Phase::Ready {
-            return Err(Refused::Error(RequestError::Draining));
-        }
-        let validated =
-            self.texts.run(move || validate(&engine, id, request, origin).map(|v| (engine, v))).await;
-        let (engine, validated) = validated.map_err(Refused::Error)?;
+        let (engine, validated) = self.check(move |engine| validate(engine, id, request, origin)).await?;
         let admitted = Admitted {
             prompt_tokens: validated.prompt().len(),
             prompt_logprobs: validated.sampling().prompt_logprobs.is_some(),
         };
         let generation = engine.submit(validated).map_err(Refused::Error)?;
         Ok((generation, admitted))
+    }
+
+    /// Checks a request for an embedding, hands it to the engine and waits for the answer.
+    async fn embedding(
+        &self,
+        request: v1::EmbedRequest,
+        origin: Origin,
+        call: &mut Call,
+    ) -> Result<Embedding, Refused> {
+        let id = call.id().clone();
+        let (engine, validated) =
+            self.check(move |engine| validate_embed(engine, id, request, origin)).await?;
+        call.prompt_tokens(validated.prompt().len());
+        let pending = engine.submit_embed(validated).map_err(Refused::Error)?;
+        // When the client goes away this future is dropped, and with it the request.
+        pending.wait().await.map_err(Refused::Error)
     }
 
     /// Text work of a unary call.
@@ -97,10 +121,24 @@ struct Admitted {
     prompt_logprobs: bool,
 }
 
-/// Why a request did not come to the engine.
+/// Why a request has no answer.
 enum Refused {
     Error(RequestError),
     Status(Status),
+}
+
+impl Refused {
+    fn status(self, id: &RequestId) -> Status {
+        match self {
+            Self::Error(error) => convert::status(&error, id),
+            Self::Status(status) => status,
+        }
+    }
+}
+
+/// The client's name for a request, or ours.
+fn request_id(given: &str) -> RequestId {
+    if given.is_empty() { RequestId::random() } else { RequestId::new(given) }
 }
 
 fn validate(
@@ -119,6 +157,22 @@ fn validate(
     engine.validate(request)
 }
 
+fn validate_embed(
+    engine: &EngineHandle,
+    id: RequestId,
+    request: v1::EmbedRequest,
+    origin: Origin,
+) -> Result<ValidatedEmbed, RequestError> {
+    let mut request = convert::embed_request(id, request)?;
+    request.deadline = origin.deadline;
+    request.trace_parent = origin.trace_parent;
+    if request.tenant.as_str().is_empty() {
+        request.tenant = TenantId::new(origin.credential.0.clone());
+    }
+    request.credential = origin.credential.0;
+    engine.validate_embed(request)
+}
+
 #[tonic::async_trait]
 impl Inference for InferenceService {
     type GenerateStream = ResponseStream<v1::GenerateResponse>;
@@ -129,10 +183,7 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let origin = Origin::of(&request);
         let request = request.into_inner();
-        let id = match request.request_id.as_str() {
-            "" => RequestId::random(),
-            id => RequestId::new(id),
-        };
+        let id = request_id(&request.request_id);
         let mut call = Call::start("Generate", id.clone());
         match self.admit(id.clone(), request, origin).await {
             Ok((generation, admitted)) => {
@@ -142,9 +193,20 @@ impl Inference for InferenceService {
                 let answer = Answer { generation, writer, call };
                 Ok(response.map(|()| answer.into_stream()))
             }
-            Err(Refused::Error(error)) => Err(call.fail(convert::status(&error, &id))),
-            Err(Refused::Status(status)) => Err(call.fail(status)),
+            Err(refused) => Err(call.fail(refused.status(&id))),
         }
+    }
+
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
+        let origin = Origin::of(&request);
+        let request = request.into_inner();
+        let id = request_id(&request.request_id);
+        let mut call = Call::start("Embed", id.clone());
+        let result = self.embedding(request, origin, &mut call).await;
+        call.end(match result {
+            Ok(embedding) => Ok(convert::embed_response(&id, embedding)),
+            Err(refused) => Err(refused.status(&id)),
+        })
     }
 
     async fn tokenize(
