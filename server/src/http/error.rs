@@ -54,6 +54,23 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, message)
     }
 
+    /// The same in the words of a family that calls fields otherwise: pairs of our name, or the end of one, and theirs.
+    pub fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        for (ours, theirs) in names {
+            if let Some(param) = self.param.as_deref()
+                && let Some(place) = param.strip_suffix(ours)
+            {
+                self.param = Some(format!("{place}{theirs}"));
+            }
+            let (at_start, later) = (format!("{ours}: "), format!("; {ours}: "));
+            if let Some(rest) = self.message.strip_prefix(&at_start) {
+                self.message = format!("{theirs}: {rest}");
+            }
+            self.message = self.message.replace(&later, &format!("; {theirs}: "));
+        }
+        self
+    }
+
     /// The body in the family's shape.
     pub fn body(&self, family: Family, id: &RequestId) -> Value {
         match family {
@@ -134,6 +151,7 @@ impl From<CallError> for ApiError {
             ErrorCode::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             ErrorCode::DeviceLost => (StatusCode::SERVICE_UNAVAILABLE, "device_lost"),
             ErrorCode::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            ErrorCode::Cancelled => (aborted(), "request_aborted"),
             ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
         };
         Self {
@@ -143,6 +161,11 @@ impl From<CallError> for ApiError {
             ..Self::new(status, error.message)
         }
     }
+}
+
+/// Somebody ended the request. nginx's status for that, which no client takes for something to try again.
+fn aborted() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }
 
 /// The client's name of a field of the engine.
