@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use axum::http::StatusCode;
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -20,9 +21,12 @@ use super::{ApiError, answer::parsers::lark_from_grammar};
 /// 400 that names the field.
 pub fn part<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(body).map_err(|error| {
-        let path = error.path().to_string();
-        let message = format!("{path}: {}", error.inner());
-        ApiError::invalid(path, message)
+        let (path, reason) = (error.path().to_string(), error.inner());
+        match path.as_str() {
+            // A field is missing, and the reason says which.
+            "." | "?" => ApiError::new(StatusCode::BAD_REQUEST, reason.to_string()),
+            _ => ApiError::invalid(path.clone(), format!("{path}: {reason}")),
+        }
     })
 }
 
