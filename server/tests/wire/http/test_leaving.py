@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from front import MODEL, Wire, request_bytes, user
-from prompts import request
+from prompts import request as numbered
 from stages import LONG_DECODE, SERVER_OF, in_stage, is_gone, options_in
 
 FREE_SECONDS = 1
@@ -116,8 +116,8 @@ def test_a_client_that_is_killed(narrow, narrow_front):
 
 
 def test_those_who_stay_are_not_disturbed(wide, front):
-    alone = [wide.client.run(**request(number)).tokens for number in range(6)]
-    streams = [wide.client.start(**request(number)) for number in range(6)]
+    alone = [wide.client.run(**numbered(number)).tokens for number in range(6)]
+    streams = [wide.client.start(**numbered(number)) for number in range(6)]
     for _ in range(3):
         with contextlib.ExitStack() as leavers:
             for _ in range(30):
