@@ -93,6 +93,8 @@ pub(super) struct ChatTemplates {
     /// `bos_token` and the like.
     special_tokens: Value,
     has_tool_template: bool,
+    /// The template for conversations with tools where there are two.
+    source: String,
 }
 
 const DEFAULT: &str = "default";
@@ -117,7 +119,19 @@ impl ChatTemplates {
                 })?;
         }
         let has_tool_template = sources.iter().any(|(name, _)| name == TOOL_USE);
-        Ok(Some(Self { environment, special_tokens: special_tokens(&config), has_tool_template }))
+        let name = if has_tool_template { TOOL_USE } else { DEFAULT };
+        let source = sources.into_iter().find(|source| source.0 == name).map(|source| source.1);
+        Ok(Some(Self {
+            environment,
+            special_tokens: special_tokens(&config),
+            has_tool_template,
+            source: source.unwrap_or_default(),
+        }))
+    }
+
+    /// As it was written.
+    pub(super) fn source(&self) -> &str {
+        &self.source
     }
 
     /// The conversation as text.

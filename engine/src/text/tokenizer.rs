@@ -162,6 +162,19 @@ impl TextModel {
         self.inner.chat.is_some()
     }
 
+    /// The chat template as the model folder has it.
+    pub fn chat_template_source(&self) -> Option<&str> {
+        self.inner.chat.as_ref().map(ChatTemplates::source)
+    }
+
+    /// Texts of the tokens that stand for no text of their own, such as `<|im_end|>`, by id.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let mut special: Vec<_> = self.inner.tokenizer.get_added_tokens_decoder().into_iter().collect();
+        special.retain(|(_, token)| token.special);
+        special.sort_unstable_by_key(|&(id, _)| id);
+        special.into_iter().map(|(_, token)| token.content).collect()
+    }
+
     /// A conversation as the text that the model was trained on. Encode it with `add_special: false`: the template writes
     /// special tokens itself.
     ///

@@ -91,6 +91,11 @@ impl Lifecycle {
         *self.phase.borrow()
     }
 
+    /// Whether requests are served and the engine's steps go on.
+    pub fn is_healthy(&self) -> bool {
+        self.phase() == Phase::Ready && !self.stalled.load(Relaxed)
+    }
+
     /// Resolves when streams that have no end of their own must end.
     pub async fn stopped(&self) {
         let mut phase = self.phase.subscribe();
@@ -109,8 +114,7 @@ impl Lifecycle {
     /// Tells health checks how things stand.
     async fn report(&self) {
         let mut health = self.health.lock().await;
-        let healthy = self.phase() == Phase::Ready && !self.stalled.load(Relaxed);
-        let status = if healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if self.is_healthy() { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in SERVICES {
             health.set_service_status(service, status).await;
             if self.phase() == Phase::Stopped {

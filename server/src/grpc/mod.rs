@@ -13,8 +13,9 @@ mod server;
 mod stream;
 mod texts;
 
-pub use lifecycle::Phase;
+pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;
+pub use texts::TextWorkers;
 
 /// A refusal as an HTTP response, for the layers in front of the services.
 fn refusal(status: tonic::Status) -> axum::response::Response {

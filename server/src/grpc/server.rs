@@ -90,6 +90,11 @@ impl Server {
         self.lifecycle.phase()
     }
 
+    /// The stage of its life and its engine, for other front ends of the same process.
+    pub fn lifecycle(&self) -> Arc<Lifecycle> {
+        self.lifecycle.clone()
+    }
+
     /// Serves this engine from now on.
     pub async fn ready(&self, engine: EngineHandle) {
         self.lifecycle.ready(engine).await;
