@@ -119,11 +119,8 @@ class Process:
 class Server(Process):
     """One server process. `client` talks gRPC to it, `url` is its HTTP; `assert_as_new` finds what a test left behind."""
 
-    def __init__(self, *options, api_key=None, unheard=False, http=True, on_bound=None):
-        """Starts it; `unheard` closes our ends of its stdout and stderr as soon as it listens.
-
-        `on_bound(self)` is called once it listens, before it has to be ready.
-        """
+    def __init__(self, *options, api_key=None, unheard=False, http=True):
+        """Starts it; `unheard` closes our ends of its stdout and stderr as soon as it listens."""
         self.api_key = api_key
         bound = {"address": GRPC_BOUND, **({"url": HTTP_BOUND} if http else {})}
         # Tests that start a server at a port of their own give that option themselves.
@@ -134,8 +131,6 @@ class Server(Process):
         super().__init__(["serve", "--model", "builtin"], *ports, *options, bound=bound, unheard=unheard)
         self.client = Client(self.address, api_key)
         try:
-            if on_bound is not None:
-                on_bound(self)
             self.wait_until(self.client.is_serving, "the server is ready", START_SECONDS)
             self.canary = self.sing()
         except BaseException:

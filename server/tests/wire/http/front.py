@@ -10,7 +10,8 @@ import subprocess
 import anthropic
 import openai
 import requests
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import parser
+from prometheus_client.openmetrics import parser as openmetrics_parser
 
 MODEL = "tidemill-demo"
 TIMEOUT = 30
@@ -79,12 +80,19 @@ class Front:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    def metric_families(self):
+        """Name to metric family, by the parser that the reply's type asks for."""
+        answer = self.get("/metrics")
+        assert answer.status_code == 200, answer.text
+        kind = answer.headers["content-type"].split(";")[0]
+        chosen = {"application/openmetrics-text": openmetrics_parser, "text/plain": parser}[kind]
+        return {family.name: family for family in chosen.text_string_to_metric_families(answer.text)}
+
     def metrics(self):
         """Sample name and labels to value."""
-        text = self.get("/metrics").text
         return {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(text)
+            for family in self.metric_families().values()
             for sample in family.samples
         }
 
@@ -195,7 +203,8 @@ class Wire:
 
     def half_close(self):
         """FIN: nothing more will come from this side, which still listens."""
-        self.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # The other side may have gone first.
+            self.socket.shutdown(socket.SHUT_WR)
 
     def close(self):
         """Closes the socket."""

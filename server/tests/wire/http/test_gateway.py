@@ -279,7 +279,7 @@ def test_an_engine_that_is_killed_under_a_stream(start_gateway, start_server, fa
         said = wire.read_until(b"0\r\n\r\n")
         assert time.monotonic() - start < 10
     text = said.decode()
-    assert "[DONE]" not in text and "message_stop" not in text and "response.completed" not in text
+    assert '"finish_reason":"' not in text and "message_stop" not in text and "response.completed" not in text
     assert {"chat": '"error"', "completions": '"error"', "messages": "event: error", "responses": "response.failed"}[
         family
     ] in text, text[-500:]

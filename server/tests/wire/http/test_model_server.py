@@ -45,8 +45,9 @@ def test_raw_text_by_lines_and_bytes(front):
 def test_the_first_piece_comes_before_the_last_is_made(narrow_front, narrow):
     body = {"prompt": "The tide", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with narrow_front.post("/predict", body, stream=True) as answer:
-        assert next(answer.iter_content(None))
-        assert narrow.client.stats().num_requests_running == 1, "it is still being generated"
+        pieces = answer.iter_content(None)  # Dropping it would close the connection.
+        assert next(pieces)
+        narrow.wait_for_stats(lambda stats: stats.num_requests_running == 1, "it is still being generated")
     narrow.wait_until_idle()
 
 

@@ -7,6 +7,8 @@ import pytest
 from front import ANSWER, ANSWER_TOKENS, MODEL, PROMPT_TOKENS, QUESTION, user
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+STORY = "Tell me a story about a fox and a lantern."
+END = "<|im_end|>"  # It was generated too, and has its place among the tokens, though not in the text.
 GREEDY = dict(model=MODEL, temperature=0, max_tokens=60)
 # Long enough to show differences, whatever the model would like to say.
 LONG = dict(model=MODEL, max_tokens=24, extra_body={"ignore_eos": True})
@@ -112,10 +114,11 @@ def test_conversations(api):
 
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_several_choices(api, n):
-    answer = ask(api, n=n, temperature=1, seed=5)
+    several = dict(content=STORY, n=n, temperature=1, seed=5, max_tokens=30)
+    answer = ask(api, **several)
     assert [choice.index for choice in answer.choices] == list(range(n))
     assert len({choice.message.content for choice in answer.choices}) >= min(n, 2), "they differ"
-    stream = streamed(api, n=n, temperature=1, seed=5)
+    stream = streamed(api, **several)
     for index in range(n):
         assert joined(stream, index) == text(answer, index)
     assert len(finish_reasons(stream)) == n
@@ -142,8 +145,8 @@ def test_logprobs(api):
     answer = ask(api, logprobs=True, top_logprobs=3)
     entries = answer.choices[0].logprobs.content
     assert len(entries) == ANSWER_TOKENS
-    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == ANSWER
-    assert "".join(entry.token for entry in entries) == ANSWER
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == ANSWER + END
+    assert "".join(entry.token for entry in entries) == ANSWER + END
     for entry in entries:
         assert len(entry.top_logprobs) == 3
         assert entry.top_logprobs[0].token == entry.token, "greedy takes the most likely"
@@ -152,7 +155,7 @@ def test_logprobs(api):
         assert values == sorted(values, reverse=True) and sum(map(math.exp, values)) <= 1.001
     stream = streamed(api, logprobs=True, top_logprobs=3)
     pieces = [c.logprobs.content for chunk in stream for c in chunk.choices if c.logprobs and c.logprobs.content]
-    assert [entry for piece in pieces for entry in piece] == entries
+    assert [entry.model_dump() for piece in pieces for entry in piece] == [entry.model_dump() for entry in entries]
 
 
 def test_logprobs_without_top(api):
@@ -168,17 +171,16 @@ def test_top_logprobs_want_logprobs(api):
 
 def test_a_seed_repeats_and_another_differs(api):
     options = dict(temperature=1.5, **{k: v for k, v in LONG.items() if k != "model"})
-    one, again, other = (text(ask(api, seed=seed, **options)) for seed in (7, 7, 8))
+    one, again, other = (text(ask(api, STORY, seed=seed, **options)) for seed in (7, 7, 8))
     assert one == again != other
-    drawn = {text(ask(api, **options)) for _ in range(3)}
+    drawn = {text(ask(api, STORY, **options)) for _ in range(3)}
     assert len(drawn) > 1, "without a seed every answer is drawn anew"
 
 
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 def test_penalties(api, penalty):
-    content = "Tell me a story about a fox and a lantern."
-    plain = ask(api, content, max_tokens=90)
-    punished = ask(api, content, max_tokens=90, **{penalty: 2})
+    plain = ask(api, STORY, max_tokens=90)
+    punished = ask(api, STORY, max_tokens=90, **{penalty: 2})
 
     def distinct(answer):
         words = text(answer).split()
@@ -189,10 +191,9 @@ def test_penalties(api, penalty):
 
 def test_logit_bias(api, front):
     (token,) = front.post("/tokenize", {"prompt": " treasure", "add_special_tokens": False}).json()["tokens"]
-    content = "Tell me a story about a fox and a lantern."
-    assert "treasure" in text(ask(api, content, max_tokens=90))
-    assert "treasure" not in text(ask(api, content, max_tokens=90, logit_bias={str(token): -100}))
-    answer = ask(api, content, max_tokens=4, logit_bias={str(token): 100})
+    assert "treasure" in text(ask(api, STORY, max_tokens=90))
+    assert "treasure" not in text(ask(api, STORY, max_tokens=90, logit_bias={str(token): -100}))
+    answer = ask(api, STORY, max_tokens=4, logit_bias={str(token): 100})
     assert text(answer) == " treasure" * 4
 
 
@@ -223,7 +224,6 @@ def test_null_is_absent(api):
         *(("stop", value) for value in ([""], [str(i) for i in range(17)], 5)),
         *(("logit_bias", value) for value in ({"1": 101}, {"99999": 1}, {"a": 1})),
         *(("modalities", value) for value in (["audio"],)),
-        *(("audio", value) for value in ({"voice": "alloy", "format": "wav"},)),
         *(("response_format", value) for value in ({"type": "no such type"},)),
         *(("stream_options", value) for value in ({"include_usage": True},)),
     ],
@@ -243,7 +243,6 @@ def test_values_that_cannot_be_served_are_refused_by_name(api, field, value):
     "messages",
     [
         [],
-        [{"role": "no such role", "content": "a"}],
         [{"content": "a"}],
         [{"role": "user"}],
         [{"role": "user", "content": 5}],

@@ -106,9 +106,9 @@ def test_models(front, wide):
 
 
 def test_an_id_that_is_in_use(narrow, narrow_front):
-    stream = narrow.client.start([72, 73], max_tokens=900, ignore_eos=True, request_id="in use").read_tokens(1)
-    assert over_http(narrow_front, "/v1/completions", prompt="a", request_id="in use")[0] == 409
-    narrow.client.abort("in use")
+    stream = narrow.client.start([72, 73], max_tokens=900, ignore_eos=True, request_id="in-use").read_tokens(1)
+    assert over_http(narrow_front, "/v1/completions", prompt="a", request_id="in-use")[0] == 409
+    narrow.client.abort("in-use")
     stream.result()
 
 
