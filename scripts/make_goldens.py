@@ -9,6 +9,8 @@
 Each tiny model's folder holds what a loader meets on a hub (config.json, generation_config.json, safetensors) and
 
     golden.safetensors   input_ids.<i> i32 [T], logits.<i> f32 [T, V], greedy_ids.<i> i32 [24] for prompts of 7, 33 and 64 tokens
+    embeddings.safetensors  embeddings.<i> f32 [3, H], of the same prompts: the last token's hidden state after the final norm, the
+                         mean over all tokens, the first token's; none of them normalised
     golden.json          margins and tensor hashes
 
 All outputs are computed in float32 from the stored (rounded) weights with eager attention; greedy decoding recomputes the whole
@@ -247,11 +249,23 @@ def reference(model):
     return out, margins, distinct
 
 
+@torch.inference_mode()
+def embeddings(model):
+    """What the poolings lasttoken, mean and cls make of each prompt."""
+    out = {}
+    for i, ids in enumerate(prompts(model.config.vocab_size)):
+        states = model.model(ids[None], use_cache=False).last_hidden_state[0]
+        out[f"embeddings.{i}"] = torch.stack([states[-1], states.mean(0), states[0]]).contiguous()
+    return out
+
+
 def make_tiny(name, out, seed=None):
     folder = out / name
     weights = write_checkpoint(name, folder, TINY[name]["seed"] if seed is None else seed)
-    golden, margins, distinct = reference(load_model(folder))
+    model = load_model(folder)
+    golden, margins, distinct = reference(model)
     save_file(golden, folder / "golden.safetensors")
+    save_file(embeddings(model), folder / "embeddings.safetensors")
     info = {
         "margins": margins,
         "weights": {n: sha(w) for n, w in sorted(weights.items())},
@@ -275,7 +289,7 @@ def compare(committed, fresh):
                 problems.append(f"{label}: different tensors")
                 continue
             for n in a:
-                if n.startswith("logits"):
+                if n.startswith(("logits", "embeddings")):
                     if a[n].shape != b[n].shape or (a[n] - b[n]).abs().max() > TOLERANCE:
                         problems.append(f"{label}: {n} differs")
                 elif sha(a[n]) != sha(b[n]):

@@ -208,7 +208,7 @@ impl Model<'_> {
     /// The element type of the checkpoint's embedding, and so of all its matrices.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
         let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        Ok(self.checkpoint.tensor("model.embed_tokens.weight", &shape)?.dtype)
+        Ok(self.checkpoint.tensor(&self.spec.tensor_name("embed_tokens.weight"), &shape)?.dtype)
     }
 }
 

@@ -20,6 +20,7 @@ use crate::{
     kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
+        embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
         spec::ModelSpec,
@@ -101,13 +102,16 @@ impl Engine {
         }
         let spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
+        let embedding = embedding_info(&files, &spec)?;
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
         checkpoint.verify(&spec)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = checkpoint.tensor("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden_size])?;
-        let looked_up = if spec.tie_word_embeddings { 0 } else { table.data.len() as u64 };
+        let table = spec.tensor_name("embed_tokens.weight");
+        let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
+        let is_output = spec.tie_word_embeddings && !spec.is_headless;
+        let looked_up = if is_output { 0 } else { table.data.len() as u64 };
         // A GPU keeps all weights in bfloat16.
         let halved = driver.is_some() && table.dtype == DType::F32;
         let weight_bytes_per_step =
@@ -126,7 +130,7 @@ impl Engine {
         })?;
         let info = ModelInfo {
             served_model_name: config.served_model_name.unwrap_or_else(|| model_name(&config.source)),
-            architecture: spec.architecture.name().to_owned(),
+            architecture: spec.architecture_name().to_owned(),
             num_parameters,
             weight_bytes_per_step,
             vocab_size: spec.vocab_size,
@@ -141,6 +145,7 @@ impl Engine {
             eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
+            embedding,
         };
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
@@ -186,6 +191,7 @@ impl Engine {
                 kv_capacity_tokens: info.num_kv_blocks * info.block_size,
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
+                embedding: info.embedding,
             },
             info,
             text,

@@ -38,6 +38,8 @@ pub enum ErrorCode {
     DeviceLost,
     /// The deadline passed.
     DeadlineExceeded,
+    /// Somebody aborted it, and there is nothing to give.
+    Cancelled,
     /// A bug of ours, or a model that computes NaN.
     Internal,
 }
@@ -101,6 +103,9 @@ pub enum RequestError {
         /// Tokens produced until then.
         completion_tokens: usize,
     },
+    /// Somebody aborted a request that gives all or nothing.
+    #[error("the request was aborted")]
+    Aborted,
     /// The model gave NaN, or no finite logit, for this sequence.
     #[error("the model produced no finite logits at position {position}")]
     NotFinite {
@@ -135,6 +140,7 @@ impl RequestError {
             Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
             Self::DeviceLost(_) => ErrorCode::DeviceLost,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
+            Self::Aborted => ErrorCode::Cancelled,
             Self::NotFinite { .. } | Self::Internal(_) => ErrorCode::Internal,
         }
     }

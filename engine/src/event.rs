@@ -3,7 +3,7 @@
 use crate::{
     error::RequestError,
     ids::TokenId,
-    output::{Finish, TokenLogprobs},
+    output::{Finish, TokenLogprobs, Usage},
 };
 
 /// What the engine thread sends for a request. `index` is the completion.
@@ -20,6 +20,11 @@ pub(crate) enum Event {
     Finished {
         index: u32,
         finish: Finish,
+    },
+    /// The embedding that the request was for; nothing follows. `[H]`, before it is cut and normalised.
+    Embedding {
+        values: Vec<f32>,
+        usage: Usage,
     },
     /// The request is over; nothing follows.
     Failed(RequestError),

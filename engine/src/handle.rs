@@ -11,7 +11,9 @@ use std::{
 use crossbeam_channel::Sender;
 
 use crate::{
+    activity::Activity,
     core::{Command, Submission},
+    embedding::PendingEmbedding,
     error::{RequestError, StopReason},
     explain::Explanation,
     generation::{Generation, Stream},
@@ -20,7 +22,7 @@ use crate::{
     kv::KvEventBatch,
     output::AbortReceipt,
     queue::Queue,
-    request::{GenerateRequest, ValidatedRequest, Validator},
+    request::{EmbedRequest, GenerateRequest, ValidatedEmbed, ValidatedRequest, Validator},
     stats::{EngineStats, SharedStats},
     stopped::Stopped,
     text::TextModel,
@@ -78,6 +80,34 @@ impl EngineHandle {
     /// [`RequestError::DeviceLost`]. An id that is live already and a wait that would be too long ([`RequestError::Overloaded`]) are
     /// reported by the stream, at once.
     pub fn submit(&self, request: ValidatedRequest) -> Result<Generation, RequestError> {
+        self.enqueue(request, |request, stream| Generation::new(request, stream, self.clone()))
+    }
+
+    /// Checks a request for an embedding; see [`Validator::validate_embed`], also for where to call it.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn validate_embed(&self, request: EmbedRequest) -> Result<ValidatedEmbed, RequestError> {
+        self.shared.validator.validate_embed(request)
+    }
+
+    /// Queues a request for an embedding, as [`submit`](Self::submit) does one for tokens. Dropping the [`PendingEmbedding`] aborts it.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit).
+    pub fn submit_embed(&self, embed: ValidatedEmbed) -> Result<PendingEmbedding, RequestError> {
+        let ValidatedEmbed { request, shape } = embed;
+        self.enqueue(request, |request, stream| {
+            PendingEmbedding::new(request.id.clone(), shape, stream, self.clone())
+        })
+    }
+
+    /// Takes a place in the queue and hands the request to the engine thread; `answer` makes the caller's side of it.
+    fn enqueue<T>(
+        &self,
+        request: ValidatedRequest,
+        answer: impl FnOnce(&ValidatedRequest, Stream) -> T,
+    ) -> Result<T, RequestError> {
         let refuse = |error| {
             self.shared.stats.count_refusal();
             Err(error)
@@ -97,11 +127,11 @@ impl EngineHandle {
         let (events_tx, events) = async_channel::unbounded();
         let unread = Arc::new(Unread::new(self.shared.max_stream_buffer));
         let stream = Stream { ticket, events, unread: unread.clone() };
-        let generation = Generation::new(&request, stream, self.clone());
+        let answer = answer(&request, stream);
         let submitted = Instant::now();
         let submission = Submission { ticket, request, events: events_tx, unread, slot, submitted };
         match self.commands.send(Command::Submit(Box::new(submission))) {
-            Ok(()) => Ok(generation),
+            Ok(()) => Ok(answer),
             Err(_) => Err(self.stop_reason().error()),
         }
     }
@@ -154,6 +184,17 @@ impl EngineHandle {
         let stopped = || self.stop_reason().error();
         self.commands.send(Command::Explain { id, reply }).map_err(|_| stopped())?;
         explanation.recv().await.map_err(|_| stopped())
+    }
+
+    /// The engine at work: batch, queue, blocks and the last aborts. Computed when asked for; the ids of all requests are in it.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
+    pub async fn activity(&self) -> Result<Activity, RequestError> {
+        let (reply, activity) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        self.commands.send(Command::Activity { reply }).map_err(|_| stopped())?;
+        activity.recv().await.map_err(|_| stopped())
     }
 
     /// Everything that the prefix cache holds, and then its changes.

@@ -1,6 +1,6 @@
 //! What is loaded and how, for people and clients.
 
-use crate::{ids::TokenId, model::generation_config::GenerationDefaults};
+use crate::{ids::TokenId, model::generation_config::GenerationDefaults, pooling::Pooling};
 
 /// A loaded model and the engine around it.
 #[derive(Debug, Clone)]
@@ -37,4 +37,19 @@ pub struct ModelInfo {
     pub has_chat_template: bool,
     /// Sampling defaults of the model.
     pub defaults: GenerationDefaults,
+    /// What its embeddings are.
+    pub embedding: EmbeddingInfo,
+}
+
+/// What a model's embeddings are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EmbeddingInfo {
+    /// H: values of an embedding, unless a request asks for fewer.
+    pub dimensions: usize,
+    /// Which hidden states make it.
+    pub pooling: Pooling,
+    /// Whether it has length 1, unless a request says otherwise.
+    pub normalize: bool,
+    /// The model has no output layer: it gives embeddings and nothing else.
+    pub is_only_output: bool,
 }

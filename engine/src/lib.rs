@@ -1,9 +1,11 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
+pub mod activity;
 mod admission;
 mod config;
 mod core;
 mod device;
+mod embedding;
 mod ended;
 mod engine;
 pub mod error;
@@ -22,6 +24,7 @@ pub mod output;
 mod planted;
 #[cfg(feature = "planted")]
 pub mod planted;
+mod pooling;
 mod queue;
 pub mod request;
 pub mod runner;
@@ -37,10 +40,12 @@ pub mod text;
 mod unread;
 
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
+pub use embedding::PendingEmbedding;
 pub use engine::{Engine, EngineOptions, Progress};
 pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};
 pub use generation::Generation;
 pub use handle::{Drained, EngineHandle, KvWatch};
-pub use info::ModelInfo;
+pub use info::{EmbeddingInfo, ModelInfo};
+pub use pooling::Pooling;
 pub use stats::{Counters, EngineStats, Histogram, Histograms};
 pub use tidemill_kernels::DType;

@@ -82,6 +82,17 @@ pub struct Output {
     pub finish: Option<Finish>,
 }
 
+/// The embedding of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embedding {
+    /// As many as were asked for; of length 1 if that was asked for.
+    pub values: Vec<f32>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
 /// Where a request was when its abort took effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AbortStage {

@@ -60,6 +60,10 @@ pub enum Bug {
     StalePenalties,
     /// Prompt positions that are found in the prefix cache are not scored.
     ScoresSkipped,
+    /// The same for those whose hidden states count.
+    StatesSkipped,
+    /// A hidden state that is computed again counts again.
+    StatesTwice,
 }
 
 #[cfg(feature = "planted")]

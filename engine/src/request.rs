@@ -3,12 +3,19 @@
 //! [`Validator::validate`] is the one door: nothing else builds a [`ValidatedRequest`], and only that can be submitted, so every
 //! front end gives the same verdict.
 
-use std::{sync::Arc, time::Instant};
+mod embed;
+
+use std::{fmt::Display, sync::Arc, time::Instant};
+
+pub(crate) use embed::EmbeddingShape;
+pub use embed::{EmbedRequest, ValidatedEmbed};
 
 use crate::{
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
+    info::EmbeddingInfo,
     model::generation_config::GenerationDefaults,
+    pooling::Pooling,
     sampling::{Sampling, SamplingParams},
     scheduler::Policy,
     structured::{Structured, Thinking},
@@ -89,6 +96,8 @@ pub struct ValidatedRequest {
     pub(crate) id: RequestId,
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) sampling: Arc<Sampling>,
+    /// The request is for an embedding; nothing is sampled.
+    pub(crate) pooling: Option<Pooling>,
     pub(crate) stop: Vec<String>,
     pub(crate) n: u32,
     pub(crate) text_output: bool,
@@ -150,6 +159,16 @@ pub struct Validator {
     pub(crate) kv_capacity_tokens: usize,
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) policy: Policy,
+    pub(crate) embedding: EmbeddingInfo,
+}
+
+/// What a prompt is encoded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// At least one token follows it.
+    Generate,
+    /// Nothing follows it.
+    Embed,
 }
 
 /// Collects everything that is wrong, so that a client learns it in one answer.
@@ -161,6 +180,10 @@ impl Findings {
         if !ok {
             self.0.push(Violation { field, message: message() });
         }
+    }
+
+    fn into_result(self) -> Result<(), RequestError> {
+        if self.0.is_empty() { Ok(()) } else { Err(RequestError::Invalid(self.0)) }
     }
 
     fn range(&mut self, value: f32, field: &'static str, low: f32, high: f32) {
@@ -175,43 +198,32 @@ impl Validator {
     ///
     /// # Errors
     /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
-    /// [`RequestError::Unsupported`] for a chat prompt without a template.
+    /// [`RequestError::Unsupported`] for a chat prompt without a template, and where the model generates nothing.
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
-        if let Some(asked) = request.model.as_ref().filter(|m| !m.is_empty() && **m != self.served_model_name)
-        {
-            return Err(RequestError::ModelNotFound {
-                asked: asked.clone(),
-                served: self.served_model_name.clone(),
-            });
+        self.check_model(request.model.as_deref())?;
+        if self.embedding.is_only_output {
+            let message = "this model has no output layer: it gives embeddings and generates nothing";
+            return Err(RequestError::Unsupported(message.into()));
         }
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
         self.check_stops(&request, &mut found);
-        found.check(request.tenant.as_str().len() <= TenantId::MAX_BYTES, "tenant", || {
-            format!("longer than {} bytes", TenantId::MAX_BYTES)
-        });
-        found.check(request.cache_salt.len() <= limits::MAX_CACHE_SALT_BYTES, "cache_salt", || {
-            format!("longer than {} bytes", limits::MAX_CACHE_SALT_BYTES)
-        });
-        found.check(request.priority == 0 || self.policy == Policy::Priority, "priority", || {
-            "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
-        });
+        self.check_service(request.priority, &request.tenant, &request.cache_salt, &mut found);
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
             format!("{n} is not in [1, {}]", limits::MAX_N)
         });
         // A prompt is encoded only for a request that is otherwise sound: encoding is the expensive part.
-        if !found.0.is_empty() {
-            return Err(RequestError::Invalid(found.0));
-        }
-        let prompt = self.encode(request.prompt)?;
+        found.into_result()?;
+        let prompt = self.encode(request.prompt, Purpose::Generate)?;
         let sampling = self.with_lengths(sampling, &request.sampling, prompt.len())?;
         let id = request.id.filter(|id| !id.as_str().is_empty());
         Ok(ValidatedRequest {
             id: id.unwrap_or_else(RequestId::random),
             prompt: prompt.into(),
             sampling: Arc::new(sampling),
+            pooling: None,
             stop: request.sampling.stop,
             n,
             text_output: !request.token_ids_only,
@@ -232,6 +244,29 @@ impl Validator {
         });
         found.check(!id.as_str().chars().any(char::is_control), "request_id", || {
             "holds control characters".into()
+        });
+    }
+
+    fn check_model(&self, asked: Option<&str>) -> Result<(), RequestError> {
+        match asked.filter(|asked| !asked.is_empty() && *asked != self.served_model_name) {
+            None => Ok(()),
+            Some(asked) => Err(RequestError::ModelNotFound {
+                asked: asked.to_owned(),
+                served: self.served_model_name.clone(),
+            }),
+        }
+    }
+
+    /// What says who is served when, and with whom prefixes are shared.
+    fn check_service(&self, priority: i32, tenant: &TenantId, cache_salt: &str, found: &mut Findings) {
+        found.check(tenant.as_str().len() <= TenantId::MAX_BYTES, "tenant", || {
+            format!("longer than {} bytes", TenantId::MAX_BYTES)
+        });
+        found.check(cache_salt.len() <= limits::MAX_CACHE_SALT_BYTES, "cache_salt", || {
+            format!("longer than {} bytes", limits::MAX_CACHE_SALT_BYTES)
+        });
+        found.check(priority == 0 || self.policy == Policy::Priority, "priority", || {
+            "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
         });
     }
 
@@ -311,15 +346,15 @@ impl Validator {
         format!("token id {} is outside the vocabulary of {}", id.map_or(0, |id| id.0), self.vocab_size)
     }
 
-    fn encode(&self, prompt: Prompt) -> Result<Vec<TokenId>, RequestError> {
+    fn encode(&self, prompt: Prompt, purpose: Purpose) -> Result<Vec<TokenId>, RequestError> {
         let (ids, field) = match prompt {
             Prompt::Text(text) => {
-                self.refuse_gigantic(text.len(), "prompt.text")?;
+                self.refuse_gigantic(text.len(), "prompt.text", purpose)?;
                 (self.text.encode(&text, true)?, "prompt.text")
             }
             Prompt::Chat(chat) => {
                 let text = self.text.render_chat(&chat)?;
-                self.refuse_gigantic(text.len(), "prompt.chat")?;
+                self.refuse_gigantic(text.len(), "prompt.chat", purpose)?;
                 (self.text.encode(&text, false)?, "prompt.chat")
             }
             Prompt::TokenIds(ids) => {
@@ -335,27 +370,33 @@ impl Validator {
         if ids.is_empty() {
             return Err(RequestError::invalid(field, "the prompt is empty; give at least one token"));
         }
-        if ids.len() >= self.max_model_len {
-            return Err(self.too_long(field, ids.len(), ""));
+        if ids.len() > self.longest_prompt(purpose) {
+            return Err(self.too_long(field, ids.len(), purpose));
         }
         Ok(ids)
     }
 
-    /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
-    fn refuse_gigantic(&self, bytes: usize, field: &'static str) -> Result<(), RequestError> {
-        let least = self.text.min_tokens_for_bytes(bytes);
-        if least >= self.max_model_len { Err(self.too_long(field, least, "at least ")) } else { Ok(()) }
+    fn longest_prompt(&self, purpose: Purpose) -> usize {
+        self.max_model_len - usize::from(purpose == Purpose::Generate)
     }
 
-    fn too_long(&self, field: &'static str, tokens: usize, qualifier: &str) -> RequestError {
-        RequestError::invalid(
-            field,
-            format!(
-                "the prompt has {qualifier}{tokens} tokens; with one token to generate, at most {} fit max_model_len {}",
-                self.max_model_len - 1,
-                self.max_model_len
-            ),
-        )
+    /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
+    fn refuse_gigantic(
+        &self,
+        bytes: usize,
+        field: &'static str,
+        purpose: Purpose,
+    ) -> Result<(), RequestError> {
+        let least = self.text.min_tokens_for_bytes(bytes);
+        let fits = least <= self.longest_prompt(purpose);
+        if fits { Ok(()) } else { Err(self.too_long(field, format_args!("at least {least}"), purpose)) }
+    }
+
+    fn too_long(&self, field: &'static str, tokens: impl Display, purpose: Purpose) -> RequestError {
+        let room = if purpose == Purpose::Generate { "with one token to generate, " } else { "" };
+        let (most, of) = (self.longest_prompt(purpose), self.max_model_len);
+        let message = format!("the prompt has {tokens} tokens; {room}at most {most} fit max_model_len {of}");
+        RequestError::invalid(field, message)
     }
 
     fn with_lengths(

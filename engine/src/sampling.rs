@@ -83,6 +83,28 @@ impl Sampling {
         self.seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15))
     }
 
+    /// What stands in its place for a sequence that chooses no token. `max_tokens` is 1, so that it needs a block for each token of its
+    /// prompt: of a generation, the last token is never written.
+    pub fn of_embedding() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            max_tokens: 1,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+            eos_token_ids: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+
     /// Whether any penalty needs to know which tokens stand in the sequence.
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0

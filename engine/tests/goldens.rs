@@ -98,6 +98,7 @@ impl Model {
             block_tables: blocks.clone(),
             max_blocks: blocks.len(),
             logits_indices: (0..tokens.len() as u32).collect(),
+            state_indices: Vec::new(),
         };
         let logits = self.decoder.logits(Arc::new(meta)).unwrap();
         logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()

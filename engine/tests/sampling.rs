@@ -186,6 +186,7 @@ fn reference_logprobs(tokens: &[TokenId]) -> Vec<Vec<f64>> {
         block_tables: (0..8).collect(),
         max_blocks: 8,
         logits_indices: (0..count).collect(),
+        state_indices: Vec::new(),
     };
     let logits = decoder.logits(Arc::new(meta)).unwrap();
     let log_softmax = |row: &[f32]| {

@@ -114,7 +114,12 @@ impl Runner for Fake {
 }
 
 fn result(read: u32) -> RowResult {
-    RowResult::Done(RowOutput { sampled: Some(TokenId(read)), logprobs: None, prompt_logprobs: Vec::new() })
+    RowResult::Done(RowOutput {
+        sampled: Some(TokenId(read)),
+        logprobs: None,
+        prompt_logprobs: Vec::new(),
+        states: Vec::new(),
+    })
 }
 
 /// Sequence `seq` reads `block`, then writes its own number there.
@@ -128,6 +133,7 @@ fn row(seq: u64, block: u32) -> PlanRow {
         score_at: 0..0,
         targets: Vec::new(),
         score_top: 0,
+        pool_at: 0..0,
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Shape letters, the same everywhere below:
 //! **T** tokens of the step, **S** sequences (rows) of the step, **H** hidden size, **Q** query heads, **K** key/value heads,
-//! **D** head dimension, **I** intermediate size, **V** vocabulary, **R** rows of logits.
+//! **D** head dimension, **I** intermediate size, **V** vocabulary, **R** rows of logits, **E** hidden states wanted on the host.
 //!
 //! Every op is *batch-invariant*: the bits of one token's or row's result depend on that token's own inputs alone,
 //! never on how many others share the call or on how a prompt was cut into chunks. Reduction orders are therefore
@@ -45,6 +45,8 @@ pub struct BatchMeta {
     pub max_blocks: usize,
     /// `[R]` indices into the T tokens whose logits are wanted.
     pub logits_indices: Vec<u32>,
+    /// `[E]` indices into the T tokens whose hidden states are wanted on the host, rising; see [`Ops::states`].
+    pub state_indices: Vec<u32>,
 }
 
 impl BatchMeta {
@@ -159,6 +161,17 @@ pub struct Extent {
     pub tokens: usize,
     /// R.
     pub logits_rows: usize,
+    /// E, never padded.
+    pub state_rows: usize,
+}
+
+/// What a step gives.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepResults {
+    /// One per task, in order.
+    pub sampled: Vec<Sampled>,
+    /// `[E, H]` what [`Ops::states`] took; empty for a step that wants none.
+    pub states: Vec<f32>,
 }
 
 /// A device: its memory and its ops.
@@ -328,7 +341,8 @@ pub trait Ops: Send + Sync {
         rows: usize,
     ) -> Result<()>;
 
-    /// `out[r, :] = x[logits_indices[rows.start + r], :]`; `x` is `[T, H]`, `out` `[rows.len(), H]`.
+    /// `out[r, :] = x[indices[rows.start + r], :]`, where `indices` are the batch's `logits_indices` and behind them its `state_indices`;
+    /// `x` is `[T, H]`, `out` `[rows.len(), H]`.
     fn gather_rows(
         &self,
         out: &mut Self::Buffer,
@@ -348,14 +362,21 @@ pub trait Ops: Send + Sync {
         rows: Range<usize>,
     ) -> Result<()>;
 
+    /// Sends hidden states to the host with the step's results: `x` is `[E, H]` with H = `width`, in the order of `state_indices`. Once per
+    /// step at most, and never in one that wants none. The values are those of the device's storage type, as f32.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn states(&self, x: &Self::Buffer, batch: &Self::Batch, width: usize) -> Result<()>;
+
     /// Ends a step: sends what [`Ops::sample`] found to the host. The tokens stay on the device too, for [`FEEDBACK`].
     fn results(&self, batch: Self::Batch) -> Result<Self::Pending>;
 
     /// Whether [`Ops::wait`] would return at once.
     fn is_done(&self, pending: &Self::Pending) -> bool;
 
-    /// Waits for a step's results: one per task, in order.
-    fn wait(&self, pending: Self::Pending) -> Result<Vec<Sampled>>;
+    /// Waits for a step's results.
+    fn wait(&self, pending: Self::Pending) -> Result<StepResults>;
 
     /// Copies the first `elems` elements of a buffer to the host as f32.
     fn download(&self, buffer: &Self::Buffer, elems: usize) -> Result<Vec<f32>>;

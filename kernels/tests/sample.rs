@@ -38,7 +38,7 @@ fn sample(ops: &CpuOps, row: &[f32], tasks: &[RowTask]) -> Vec<Sampled> {
     let rows: Vec<f32> = tasks.iter().flat_map(|_| row).copied().collect();
     let batch = ops.upload(Arc::default(), tasks.into()).unwrap();
     ops.sample(&mut buffer(ops, &rows), row.len(), &batch, 0..tasks.len()).unwrap();
-    ops.wait(ops.results(batch).unwrap()).unwrap()
+    ops.wait(ops.results(batch).unwrap()).unwrap().sampled
 }
 
 fn one(ops: &CpuOps, row: &[f32], spec: SampleSpec) -> u32 {

@@ -18,10 +18,7 @@ use crate::{
     config::file,
     config::size::ByteSize,
     exit::{EXIT_CODES, Failure},
-    http::answer::{
-        Choice,
-        parsers::{ReasoningFormat, ToolFormat},
-    },
+    http::answer::parsers::{ParserChoice, ReasoningFormat, ToolFormat},
     lives::OtlpEndpoint,
 };
 
@@ -188,11 +185,23 @@ pub struct ServeArgs {
           env = "TIDEMILL_NO_HTTP", help_heading = "HTTP")]
     pub no_http: bool,
     /// How the model writes tool calls: auto (as its chat template looks), none, or a format by name. A wrong name is answered with the list.
-    #[arg(long, value_name = "auto|none|FORMAT", default_value = "auto", env = "TIDEMILL_TOOL_CALL_PARSER", value_parser = http::tool_parser, help_heading = "HTTP")]
-    pub tool_call_parser: Choice<ToolFormat>,
+    #[arg(
+        long,
+        value_name = "auto|none|FORMAT",
+        default_value = "auto",
+        env = "TIDEMILL_TOOL_CALL_PARSER",
+        help_heading = "HTTP"
+    )]
+    pub tool_call_parser: ParserChoice<ToolFormat>,
     /// How the model marks its thoughts: auto (as its chat template looks), none, or a style by name. A wrong name is answered with the list.
-    #[arg(long, value_name = "auto|none|STYLE", default_value = "auto", env = "TIDEMILL_REASONING_PARSER", value_parser = http::reasoning_parser, help_heading = "HTTP")]
-    pub reasoning_parser: Choice<ReasoningFormat>,
+    #[arg(
+        long,
+        value_name = "auto|none|STYLE",
+        default_value = "auto",
+        env = "TIDEMILL_REASONING_PARSER",
+        help_heading = "HTTP"
+    )]
+    pub reasoning_parser: ParserChoice<ReasoningFormat>,
     /// The HTTP port.
     #[command(flatten)]
     pub http: HttpArgs,

@@ -14,7 +14,7 @@ use crate::{
     config::{GrpcConfig, HttpConfig},
     exit::{Exit, Failure},
     grpc::Server,
-    http::{HttpServer, answer::ParserChoice},
+    http::{HttpServer, answer::Parsers},
     lives::{Lives, OtlpEndpoint},
     loading,
 };
@@ -30,7 +30,7 @@ pub struct Ports {
     /// HTTP, if wanted.
     pub http: Option<HttpConfig>,
     /// How answers over HTTP are read.
-    pub parsers: ParserChoice,
+    pub parsers: Parsers,
 }
 
 /// The servers of this process.

@@ -124,6 +124,7 @@ impl Rig {
             prompt_of: None,
             priority: (class % 10) as i32,
             tenant: TenantId::new(format!("tenant-{}", class % 100)),
+            pooling: None,
             root: self.root,
         }
     }
@@ -139,8 +140,9 @@ impl Rig {
     /// The results of the oldest step in flight, if as many as `depth` are.
     pub fn results(&mut self, depth: usize) -> Option<(StepPlan, StepOutput)> {
         let plan = (self.in_flight.len() >= depth).then(|| self.in_flight.pop_front()).flatten()?;
-        let result =
-            |sampled| RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: vec![] });
+        let result = |sampled| {
+            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: vec![], states: vec![] })
+        };
         let token = |position: usize| TokenId((position * 31 % 50_000) as u32);
         let rows = plan.rows.iter().map(|row| result(row.sample.as_ref().map(|s| token(s.position))));
         let output = StepOutput { rows: rows.collect() };

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use tidemill_engine::{
-    Engine, EngineOptions, ModelInfo,
+    EmbeddingInfo, Engine, EngineOptions, ModelInfo, Pooling,
     ids::TokenId,
     model::{
         decoder::Decoder,
@@ -73,6 +73,12 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
         eos_token_ids: Vec::new(),
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
+        embedding: EmbeddingInfo {
+            dimensions: 1,
+            pooling: Pooling::Last,
+            normalize: false,
+            is_only_output: false,
+        },
     };
     let options = EngineOptions { look_ahead: true, ..EngineOptions::default() };
     let engine = Engine::with_runner(runner, info, text, options)?;

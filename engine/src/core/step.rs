@@ -7,7 +7,7 @@ use crate::{
     error::{RequestError, StopReason},
     explain::Life,
     ids::SeqId,
-    ledger::{Delivered, Delivery},
+    ledger::{Delivered, Delivery, Embedded},
     output::FinishReason,
     runner::Finished,
     scheduler::{Effect, Note, RowResult, StepOutput, StepPlan},
@@ -145,6 +145,10 @@ impl Core {
                         self.counters.finished_by_length += u64::from(by_length);
                     }
                 }
+            }
+            Effect::Embedding { seq, values, num_preemptions } => {
+                let over = self.ledger.embedding(Embedded { seq, values, num_preemptions }, now);
+                self.counters.finished += u64::from(over);
             }
             Effect::Failed { seq, position, error } => self.fail_seq(seq, position, error, now),
         }

@@ -78,7 +78,9 @@ impl Core {
             && sampling.eos_token_ids.is_empty()
             && request.stop.is_empty());
         let tokens = if may_end_early { sampling.min_tokens.max(1) } else { sampling.max_tokens };
-        let (prompt, reusable) = (&request.prompt, request.prompt.len() - 1);
+        let prompt = &request.prompt;
+        let computed_from = request.pooling.map_or(usize::MAX, |pooling| pooling.wanted(prompt.len()).start);
+        let reusable = computed_from.min(prompt.len() - 1);
         let cached = self.pool.table(root).probe(prompt, reusable, &[]).cached_tokens;
         let prefill = self.pacer.prefill_time(prompt.len() - cached);
         let step = self.pacer.step_time().unwrap_or(Duration::ZERO);
@@ -106,6 +108,7 @@ fn sequences(
             prompt_of: first.filter(|&first| first != id),
             priority: request.priority,
             tenant: request.tenant.clone(),
+            pooling: request.pooling,
             root,
         }
     })

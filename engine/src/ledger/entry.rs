@@ -46,6 +46,14 @@ pub(crate) struct Delivery {
     pub num_preemptions: usize,
 }
 
+/// An embedding to be delivered.
+pub(crate) struct Embedded {
+    pub seq: SeqId,
+    /// `[H]`.
+    pub values: Vec<f32>,
+    pub num_preemptions: usize,
+}
+
 /// What a delivery led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Delivered {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use entry::Entry;
-pub(crate) use entry::{Delivered, Delivery, Opening, Timer};
+pub(crate) use entry::{Delivered, Delivery, Embedded, Opening, Timer};
 
 use crate::{
     ended::Ended,
@@ -185,6 +185,18 @@ impl Ledger {
         }
     }
 
+    /// Delivers the embedding of a sequence that was to give one. True when that ended the request, which was open.
+    pub(crate) fn embedding(&mut self, embedding: Embedded, now: Instant) -> bool {
+        let Embedded { seq, values, num_preemptions } = embedding;
+        let Some(&(ticket, index)) = self.by_seq.get(&seq) else { return false };
+        let Some(entry) = self.open.get_mut(&ticket) else { return false };
+        let prefill = entry.first_scheduled.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.histograms.request_prefill_time.record_duration(prefill);
+        entry.completions[index].num_preemptions = num_preemptions;
+        entry.send(Event::Embedding { values, usage: entry.usage(index) });
+        self.end_completion(ticket, index, FinishReason::Stop, now)
+    }
+
     /// Ends one completion without a new token. True when that ended the request.
     pub(crate) fn finish(
         &mut self,
@@ -228,6 +240,12 @@ impl Ledger {
             entry.send(Event::Failed(error));
             self.close(ticket);
         }
+    }
+
+    /// The request of a sequence, and which of its completions it is.
+    pub(crate) fn name(&self, seq: SeqId) -> Option<(&RequestId, u32)> {
+        let &(ticket, index) = self.by_seq.get(&seq)?;
+        Some((self.id(ticket)?, index as u32))
     }
 
     /// The request of a sequence.
@@ -317,9 +335,10 @@ impl Ledger {
         if over {
             if reason != FinishReason::Abort {
                 self.histograms.e2e_request_latency.record_duration(entry.since_submission(Some(now)));
-                let decode =
-                    entry.first_token().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-                self.histograms.request_decode_time.record_duration(decode);
+                // An embedding has none.
+                if let Some(at) = entry.first_token() {
+                    self.histograms.request_decode_time.record_duration(now.saturating_duration_since(at));
+                }
             }
             self.close(ticket);
         }

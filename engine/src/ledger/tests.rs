@@ -163,6 +163,31 @@ fn distributions_count_each_stage_of_each_request_once() {
 }
 
 #[test]
+fn an_embedding_is_the_end_of_its_request_and_has_no_token() {
+    let mut rig = Rig::new();
+    let client = rig.open(TICKET, 1, [Some(100), Some(50)]);
+    rig.ledger.admitted(seq(TICKET, 0), 3, rig.at(10));
+    let mut embedding = |ms| {
+        let embedding = Embedded { seq: seq(TICKET, 0), values: vec![0.5, 2.0], num_preemptions: 2 };
+        let now = rig.start + ms * MS;
+        rig.ledger.embedding(embedding, now)
+    };
+    assert_eq!([embedding(40), embedding(50)], [true, false], "the second is told to nobody");
+    let events = client.take();
+    let [Event::Embedding { values, usage }] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(values, &[0.5, 2.0]);
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens), (5, 3, 0));
+    assert_eq!(usage.num_preemptions, 2);
+    assert!(client.events.is_closed() && rig.ledger.is_empty() && rig.ledger.next_timer().is_none());
+    assert_eq!(rig.life().last(), Some(&Life::Finished(FinishReason::Stop)));
+    let histograms = &rig.ledger.histograms;
+    let counts = [&histograms.request_prefill_time, &histograms.e2e_request_latency].map(count_of);
+    assert_eq!(counts, [1, 1]);
+    let none = [&histograms.time_to_first_token, &histograms.request_decode_time].map(count_of);
+    assert_eq!(none, [0, 0]);
+}
+
+#[test]
 fn an_abort_ends_every_completion_that_is_left_and_counts_in_no_latency() {
     let mut rig = Rig::new();
     let client = rig.open(TICKET, 3, [Some(100), Some(50)]);

@@ -7,8 +7,8 @@ use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
     HostTensor, KernelError, Ops,
-    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape},
-    sampling::{RowTask, SampleSpec, Sampled},
+    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape, StepResults},
+    sampling::{RowTask, SampleSpec},
 };
 
 use super::{checkpoint::Tensors, rope::rope_table, spec::ModelSpec};
@@ -39,7 +39,7 @@ struct Scratch<O: Ops> {
     gate_up: O::Buffer,
     /// `[T, I]`.
     mlp: O::Buffer,
-    /// `[T, H]` the rows whose logits are wanted.
+    /// `[T, H]` the rows whose logits or hidden states are wanted.
     gathered: O::Buffer,
     /// `[max_logits_rows, V]` in f32.
     logits: O::Buffer,
@@ -62,7 +62,7 @@ pub struct Decoder<O: Ops> {
     embed_tokens: O::Weight,
     layers: Vec<Layer<O>>,
     norm: O::Vector,
-    /// `None`: tied to `embed_tokens`.
+    /// `None`: tied to `embed_tokens`, or there is none, and nobody wants logits.
     lm_head: Option<O::Weight>,
     rope: O::Vector,
     /// With its shape; absent until [`Decoder::allocate_kv`].
@@ -101,9 +101,9 @@ impl<O: Ops> Decoder<O> {
         let tokens = limits.max_num_batched_tokens;
         let rope = rope_table(&spec.rope, spec.head_dim, limits.max_model_len);
         Ok(Self {
-            embed_tokens: matrix("model.embed_tokens.weight")?,
-            norm: vector("model.norm.weight")?,
-            lm_head: if spec.tie_word_embeddings { None } else { Some(matrix("lm_head.weight")?) },
+            embed_tokens: matrix(&spec.tensor_name("embed_tokens.weight"))?,
+            norm: vector(&spec.tensor_name("norm.weight"))?,
+            lm_head: if spec.has_lm_head() { Some(matrix("lm_head.weight")?) } else { None },
             rope: ops.vector(&rope)?,
             kv: None,
             host_kv: None,
@@ -221,11 +221,11 @@ impl<O: Ops> Decoder<O> {
         self.ops.is_done(pending)
     }
 
-    /// Waits for a step's results: one per task, in order.
+    /// Waits for a step's results: one per task, in order, and the hidden states of `meta.state_indices`.
     ///
     /// # Errors
     /// What an op returned.
-    pub fn wait(&self, pending: O::Pending) -> Result<Vec<Sampled>, KernelError> {
+    pub fn wait(&self, pending: O::Pending) -> Result<StepResults, KernelError> {
         self.ops.wait(pending)
     }
 
@@ -233,7 +233,7 @@ impl<O: Ops> Decoder<O> {
     ///
     /// # Errors
     /// What an op returned.
-    pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<Vec<Sampled>, KernelError> {
+    pub fn step(&mut self, meta: Arc<BatchMeta>, tasks: &[RowTask]) -> Result<StepResults, KernelError> {
         let pending = self.launch(meta, tasks.into())?;
         self.wait(pending)
     }
@@ -255,7 +255,8 @@ impl<O: Ops> Decoder<O> {
         Ok(all)
     }
 
-    /// All layers, then the logits in groups of at most `max_logits_rows` rows, each handed to `each`.
+    /// All layers, then the hidden states that are wanted as such, then the logits in groups of at most `max_logits_rows` rows, each handed
+    /// to `each`.
     fn forward(
         &mut self,
         batch: &O::Batch,
@@ -279,6 +280,12 @@ impl<O: Ops> Decoder<O> {
                 ops.linear_silu_mul(&mut s.mlp, &mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens)?;
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
             }
+            if extent.state_rows > 0 {
+                let rows = extent.logits_rows..extent.logits_rows + extent.state_rows;
+                ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows, spec.hidden_size)?;
+                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, extent.state_rows)?;
+                ops.states(&s.normed, batch, spec.hidden_size)?;
+            }
             let head = lm_head.as_ref().unwrap_or(embed_tokens);
             for first in (0..extent.logits_rows).step_by(ops.max_logits_rows()) {
                 let rows = first..extent.logits_rows.min(first + ops.max_logits_rows());
@@ -296,7 +303,7 @@ impl<O: Ops> Layer<O> {
     fn load(ops: &O, spec: &ModelSpec, checkpoint: &dyn Tensors, index: usize) -> Result<Self, LoadError> {
         let (hidden, inter) = (spec.hidden_size, spec.intermediate_size);
         let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-        let prefix = format!("model.layers.{index}");
+        let prefix = spec.tensor_name(&format!("layers.{index}"));
         let vector = |name: &str| -> Result<O::Vector, LoadError> {
             Ok(ops.vector(&checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[hidden])?.to_f32())?)
         };
@@ -339,6 +346,7 @@ fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
         block_tables: (0..rows).collect(),
         max_blocks: 1,
         logits_indices: (0..rows).collect(),
+        state_indices: Vec::new(),
     }
 }
 
@@ -357,6 +365,7 @@ fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
         block_tables: vec![0; rows * max_blocks],
         max_blocks,
         logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
+        state_indices: Vec::new(),
     }
 }
 

@@ -23,6 +23,14 @@ pub(super) fn parse_object(file: &Path, bytes: &[u8]) -> Result<Map<String, Valu
     }
 }
 
+/// Parses a file whose top level must be a list of objects.
+pub(super) fn parse_array(file: &Path, bytes: &[u8]) -> Result<Vec<Map<String, Value>>, LoadError> {
+    serde_json::from_slice(bytes).map_err(|error| LoadError::Format {
+        path: file.to_path_buf(),
+        detail: format!("not a JSON list of objects: {error}"),
+    })
+}
+
 impl<'a> Fields<'a> {
     /// The top level of a file.
     pub(super) fn new(file: &'a Path, map: &'a Map<String, Value>) -> Self {

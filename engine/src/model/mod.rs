@@ -4,6 +4,7 @@ mod fields;
 
 pub mod checkpoint;
 pub mod decoder;
+pub mod embedding;
 pub mod files;
 pub mod generation_config;
 pub mod rope;
@@ -11,6 +12,7 @@ pub mod spec;
 
 pub use checkpoint::Checkpoint;
 pub use decoder::{Decoder, DecoderLimits};
+pub use embedding::embedding_info;
 pub use files::{ModelFiles, ModelSource};
 pub use generation_config::GenerationDefaults;
 pub use rope::{RopeScaling, RopeSpec, rope_table};

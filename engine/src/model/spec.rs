@@ -17,9 +17,9 @@ use crate::{
 /// A family of models with one wiring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// `LlamaForCausalLM`.
+    /// `LlamaForCausalLM`, or `LlamaModel`.
     Llama,
-    /// `MistralForCausalLM` without a sliding window, which is wired as Llama is.
+    /// `MistralForCausalLM` or `MistralModel` without a sliding window, which is wired as Llama is.
     Mistral,
 }
 
@@ -31,6 +31,14 @@ impl Architecture {
         match self {
             Self::Llama => "LlamaForCausalLM",
             Self::Mistral => "MistralForCausalLM",
+        }
+    }
+
+    /// The class name of the same without an output layer.
+    fn headless_name(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaModel",
+            Self::Mistral => "MistralModel",
         }
     }
 
@@ -47,6 +55,8 @@ impl Architecture {
 pub struct ModelSpec {
     /// The family.
     pub architecture: Architecture,
+    /// There is no output layer, as in models that were made for embeddings: they generate nothing.
+    pub is_headless: bool,
     /// V: tokens of the embedding table. Every token id is below.
     pub vocab_size: usize,
     /// H: width of the residual stream.
@@ -131,13 +141,14 @@ impl ModelSpec {
     pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self, LoadError> {
         let map = parse_object(path, bytes)?;
         let fields = Fields::new(path, &map);
-        let architecture = architecture(&fields)?;
+        let (architecture, is_headless) = architecture(&fields)?;
         refuse_what_we_lack(&fields, architecture)?;
         let vocab_size = fields.required_count("vocab_size", MAX_EXTENT)?;
         let max_position_embeddings = fields.required_count("max_position_embeddings", MAX_POSITIONS)?;
         let heads = Heads::read(&fields)?;
         let spec = Self {
             architecture,
+            is_headless,
             vocab_size,
             hidden_size: heads.hidden_size,
             intermediate_size: fields.required_count("intermediate_size", MAX_EXTENT)?,
@@ -163,15 +174,30 @@ impl ModelSpec {
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let hidden = self.hidden_size;
         let mut list = TensorList::default();
-        list.add("model.embed_tokens.weight".to_owned(), &[self.vocab_size, hidden]);
+        list.add(self.tensor_name("embed_tokens.weight"), &[self.vocab_size, hidden]);
         for layer in 0..self.num_layers {
-            self.layer_tensors(&format!("model.layers.{layer}."), &mut list);
+            self.layer_tensors(&self.tensor_name(&format!("layers.{layer}.")), &mut list);
         }
-        list.add("model.norm.weight".to_owned(), &[hidden]);
-        if !self.tie_word_embeddings {
+        list.add(self.tensor_name("norm.weight"), &[hidden]);
+        if self.has_lm_head() {
             list.add("lm_head.weight".to_owned(), &[self.vocab_size, hidden]);
         }
         list.0
+    }
+
+    /// The class name, as in the `architectures` of `config.json`.
+    pub fn architecture_name(&self) -> &'static str {
+        if self.is_headless { self.architecture.headless_name() } else { self.architecture.name() }
+    }
+
+    /// The name in the checkpoint of a tensor that is not the output layer's.
+    pub fn tensor_name(&self, name: &str) -> String {
+        if self.is_headless { name.to_owned() } else { format!("model.{name}") }
+    }
+
+    /// Whether the output layer is a matrix of its own.
+    pub fn has_lm_head(&self) -> bool {
+        !self.is_headless && !self.tie_word_embeddings
     }
 
     fn layer_tensors(&self, prefix: &str, list: &mut TensorList) {
@@ -215,21 +241,24 @@ impl TensorList {
     }
 }
 
-fn architecture(fields: &Fields<'_>) -> Result<Architecture, LoadError> {
-    let supported = Architecture::ALL.map(Architecture::name).join(", ");
+/// The family, and whether it comes without an output layer.
+fn architecture(fields: &Fields<'_>) -> Result<(Architecture, bool), LoadError> {
+    let supported = [Architecture::name, Architecture::headless_name].map(|name| Architecture::ALL.map(name));
+    let supported = supported.concat().join(", ");
     let name = match fields.strings("architectures")?.as_deref() {
         Some([name]) => *name,
         Some(_) => return Err(fields.bad("architectures", "must name exactly one architecture")),
         None => return Err(fields.bad("architectures", format!("is missing; supported: {supported}"))),
     };
-    let Some(architecture) = Architecture::ALL.into_iter().find(|known| known.name() == name) else {
+    let is_known = |known: &Architecture| [known.name(), known.headless_name()].contains(&name);
+    let Some(architecture) = Architecture::ALL.into_iter().find(is_known) else {
         return Err(fields.unsupported("architectures", format!("names {name:?}; supported: {supported}")));
     };
     match fields.string("model_type")? {
         Some(model_type) if model_type != architecture.model_type() => {
             Err(fields.bad("model_type", format!("is {model_type:?}, which contradicts architecture {name}")))
         }
-        _ => Ok(architecture),
+        _ => Ok((architecture, name == architecture.headless_name())),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use tidemill_kernels::{
     Ops,
-    ops::{self, BatchMeta, FEEDBACK},
+    ops::{self, BatchMeta, FEEDBACK, StepResults},
     sampling::{Logprobs, RowTask, SampleSpec, Sampled},
 };
 
@@ -25,10 +25,11 @@ pub struct DecoderRunner<O: Ops> {
     block_size: usize,
 }
 
-/// What a plan row asked for: so many scored positions, and a token or none.
+/// What a plan row asked for: so many scored positions, a token or none, and so many hidden states.
 struct Asked {
     scores: usize,
     sample: bool,
+    states: usize,
 }
 
 impl<O: Ops> DecoderRunner<O> {
@@ -42,7 +43,11 @@ impl<O: Ops> Runner for DecoderRunner<O> {
     fn launch(&mut self, plan: &StepPlan) -> Result<(), RunnerError> {
         let (meta, tasks) = flatten(plan, self.block_size);
         let pending = self.decoder.launch(Arc::new(meta), tasks.into())?;
-        let asked = |row: &PlanRow| Asked { scores: row.targets.len(), sample: row.sample.is_some() };
+        let asked = |row: &PlanRow| Asked {
+            scores: row.targets.len(),
+            sample: row.sample.is_some(),
+            states: row.pool_at.len(),
+        };
         self.in_flight.push_back((pending, plan.rows.iter().map(asked).collect()));
         Ok(())
     }
@@ -50,8 +55,15 @@ impl<O: Ops> Runner for DecoderRunner<O> {
     fn wait(&mut self) -> Result<StepOutput, RunnerError> {
         let (pending, asked) =
             self.in_flight.pop_front().ok_or_else(|| RunnerError::Step("no step is in flight".into()))?;
-        let mut results = self.decoder.wait(pending)?.into_iter();
-        Ok(StepOutput { rows: asked.iter().map(|asked| collect(asked, &mut results)).collect() })
+        let StepResults { sampled, states } = self.decoder.wait(pending)?;
+        let width = states.len() / asked.iter().map(|asked| asked.states).sum::<usize>().max(1);
+        let (mut sampled, mut states) = (sampled.into_iter(), states.as_slice());
+        let row = |asked: &Asked| {
+            let own;
+            (own, states) = states.split_at(asked.states * width);
+            collect(asked, &mut sampled, own)
+        };
+        Ok(StepOutput { rows: asked.iter().map(row).collect() })
     }
 
     fn is_done(&mut self) -> bool {
@@ -95,6 +107,7 @@ fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
             meta.logits_indices.push((first + position - row.start) as u32);
             tasks.push(RowTask::Score(target.0, row.score_top));
         }
+        meta.state_indices.extend(row.pool_at.clone().map(|position| (first + position - row.start) as u32));
         if let Some(sample) = &row.sample {
             meta.logits_indices.push((meta.token_ids.len() - 1) as u32);
             tasks.push(RowTask::Sample(spec(sample), sample.sampling.logprobs));
@@ -122,11 +135,11 @@ fn spec(plan: &SamplePlan) -> SampleSpec {
     }
 }
 
-/// Takes the results of one plan row off the front of `sampled`.
-fn collect(asked: &Asked, sampled: &mut impl Iterator<Item = Sampled>) -> RowResult {
+/// Takes the results of one plan row off the front of `sampled`; `states` are its hidden states.
+fn collect(asked: &Asked, sampled: &mut impl Iterator<Item = Sampled>, states: &[f32]) -> RowResult {
     let count = asked.scores + usize::from(asked.sample);
     let results: Vec<Sampled> = sampled.take(count).collect();
-    if results.iter().any(|result| !result.finite) {
+    if results.iter().any(|result| !result.finite) || states.iter().any(|x| !x.is_finite()) {
         return RowResult::NotFinite;
     }
     let mut results = results.into_iter();
@@ -140,6 +153,7 @@ fn collect(asked: &Asked, sampled: &mut impl Iterator<Item = Sampled>) -> RowRes
         sampled: sampled.as_ref().map(|result| TokenId(result.token)),
         logprobs: sampled.and_then(|result| result.logprobs.map(|l| token_logprobs(result.token, l))),
         prompt_logprobs,
+        states: states.to_vec(),
     })
 }
 

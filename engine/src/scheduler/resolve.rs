@@ -16,6 +16,8 @@ pub struct RowOutput {
     pub logprobs: Option<TokenLogprobs>,
     /// One per scored prompt position.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// `[P, H]` the hidden states of the P positions of [`PlanRow::pool_at`].
+    pub states: Vec<f32>,
 }
 
 /// A row's result. A row that fails takes no other down.
@@ -56,6 +58,15 @@ pub enum Effect {
         logprobs: Option<TokenLogprobs>,
         /// Present when it is the sequence's last: the sequence is gone from the scheduler.
         finish: Option<(FinishReason, Option<MatchedStop>)>,
+        /// Times the sequence had been preempted.
+        num_preemptions: usize,
+    },
+    /// A sequence that was to give an embedding has given it, and is gone from the scheduler.
+    Embedding {
+        /// Whose.
+        seq: SeqId,
+        /// `[H]` the mean of the hidden states that count.
+        values: Vec<f32>,
         /// Times the sequence had been preempted.
         num_preemptions: usize,
     },
@@ -103,6 +114,10 @@ impl Scheduler {
             seq.num_scored = row.score_at.end;
             effects.push(Effect::PromptLogprobs { seq: id, logprobs: output.prompt_logprobs });
         }
+        if seq.pooler.is_some() {
+            effects.extend(self.pool(row, &output.states));
+            return self.settle_unread(id);
+        }
         if !seq.held.is_empty() && seq.has_prompt() {
             let held = std::mem::take(&mut seq.held);
             self.pass_prompt_on(held, true);
@@ -115,6 +130,22 @@ impl Scheduler {
             None => {}
         }
         self.settle_unread(id);
+    }
+
+    /// Takes hidden states in. With the end of its prompt a sequence has given what it was for.
+    fn pool(&mut self, row: &PlanRow, states: &[f32]) -> Option<Effect> {
+        let seq = self.seqs.get_mut(&row.seq).expect("resolve looked it up");
+        let pooler = seq.pooler.as_mut().expect("asked by the caller");
+        let is_over = row.end() == seq.prompt_len;
+        if !pooler.add(row.pool_at.clone(), states) || (is_over && !pooler.is_complete()) {
+            return Some(self.fail(row, Some("the hidden states are not those that were asked for".into())));
+        }
+        if !is_over {
+            return None;
+        }
+        let (values, num_preemptions) = (pooler.mean(), seq.num_preemptions);
+        self.remove(row.seq);
+        Some(Effect::Embedding { seq: row.seq, values, num_preemptions })
     }
 
     fn advance(&mut self, id: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>) -> Effect {

@@ -7,6 +7,7 @@ use crate::{
     ids::{SeqId, TenantId, TokenId},
     kv::{BlockHash, BlockTable},
     planted::{Bug, planted},
+    pooling::{Pooler, Pooling},
     sampling::Sampling,
 };
 
@@ -27,6 +28,8 @@ pub struct NewSequence {
     pub priority: i32,
     /// Under [`Policy::Fair`](super::Policy): who shares with whom.
     pub tenant: TenantId,
+    /// What it is to give instead of tokens; then `sampling` is [`Sampling::of_embedding`].
+    pub pooling: Option<Pooling>,
     /// The beginning of its chain of blocks: only sequences of the same beginning share
     /// ([`BlockPool::prefix_root`](crate::kv::BlockPool::prefix_root)).
     pub root: BlockHash,
@@ -68,6 +71,8 @@ pub struct Sequence {
     pub(super) token_counts: BTreeMap<TokenId, u32>,
     /// Prompt positions whose log-probabilities were handed out: a recomputation does not repeat them.
     pub(super) num_scored: usize,
+    /// The hidden states so far of a sequence that gives an embedding.
+    pub(super) pooler: Option<Pooler>,
     pub(super) num_preemptions: usize,
 }
 
@@ -95,6 +100,7 @@ impl Sequence {
             held: Vec::new(),
             token_counts,
             num_scored: 0,
+            pooler: new.pooling.map(|pooling| Pooler::new(pooling, new.prompt.len())),
             num_preemptions: 0,
         }
     }
@@ -147,14 +153,16 @@ impl Sequence {
     }
 
     /// Tokens of its beginning that may be taken from the prefix cache: the last one is computed, because its logits choose the next, and so
-    /// is every position whose logits are still to be reported.
+    /// is every position whose logits or hidden state are still to be reported.
     pub(super) fn reusable(&self) -> usize {
         let unscored = self.sampling.prompt_logprobs.is_some() && self.num_scored + 1 < self.prompt_len;
-        (self.tokens.len() - 1).min(if unscored && !planted(Bug::ScoresSkipped) {
-            self.num_scored
-        } else {
-            usize::MAX
-        })
+        let scored = match unscored && !planted(Bug::ScoresSkipped) {
+            true => self.num_scored,
+            false => usize::MAX,
+        };
+        let pooled = self.pooler.as_ref().filter(|_| !planted(Bug::StatesSkipped));
+        let pooled = pooled.map_or(usize::MAX, Pooler::reusable);
+        (self.tokens.len() - 1).min(scored).min(pooled)
     }
 
     pub(super) fn stage(&self) -> Stage {

@@ -69,6 +69,8 @@ pub struct PlanRow {
     pub targets: Vec<TokenId>,
     /// How many of the most likely tokens to report for each target.
     pub score_top: u32,
+    /// Positions of this row whose hidden states are wanted.
+    pub pool_at: Range<usize>,
 }
 
 impl PlanRow {
@@ -141,6 +143,7 @@ impl Spare {
             score_at: 0..0,
             targets: Vec::new(),
             score_top: 0,
+            pool_at: 0..0,
         });
         if let TokenInput::Known(mut tokens) =
             std::mem::replace(&mut row.input, TokenInput::Sampled(seq.sampled_at))
@@ -157,7 +160,7 @@ impl Spare {
         row.blocks.clear();
         row.blocks.reserve(seq.table.room());
         row.blocks.extend_from_slice(seq.table.ids());
-        row.sample = (end == seq.num_tokens()).then(|| SamplePlan {
+        row.sample = (end == seq.num_tokens() && seq.pooler.is_none()).then(|| SamplePlan {
             sampling: seq.sampling.clone(),
             seed: seq.seed,
             position: end,
@@ -172,6 +175,7 @@ impl Spare {
         row.targets.clear();
         row.targets.extend(row.score_at.clone().map(|at| seq.tokens[at + 1]));
         row.score_top = seq.sampling.prompt_logprobs.unwrap_or(0);
+        row.pool_at = seq.pooler.as_ref().map_or(0..0, |pooler| pooler.needed(start..end));
         row
     }
 }

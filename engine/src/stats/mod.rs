@@ -132,6 +132,11 @@ impl SharedStats {
         self.draining.load(Relaxed)
     }
 
+    /// How long after the start a moment is.
+    pub(crate) fn since_start(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.started)
+    }
+
     pub(crate) fn read(&self) -> EngineStats {
         let published = self.published.lock();
         let uptime = self.started.elapsed();

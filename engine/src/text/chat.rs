@@ -15,7 +15,7 @@ use serde_json::Map;
 
 use crate::{
     error::{LoadError, RequestError},
-    model::files::{self, CHAT_TEMPLATE, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
+    model::files::{self, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
     text::{
         guard::on_large_stack,
         pyjson::{Style, dumps},
@@ -299,11 +299,7 @@ fn sources(
     config: &Map<String, serde_json::Value>,
 ) -> Result<(PathBuf, Sources), LoadError> {
     let one = |source: String| vec![(DEFAULT.to_owned(), source)];
-    if let Some(path) = model.chat_template_override() {
-        return Ok((path.to_path_buf(), one(files::read_text(path, MAX_TEMPLATE_BYTES)?)));
-    }
-    if let Some(bytes) = model.read(CHAT_TEMPLATE)? {
-        let path = model.path(CHAT_TEMPLATE);
+    if let Some((path, bytes)) = model.chat_template()? {
         let source = files::utf8(&path, &bytes)?.to_owned();
         return Ok((path, one(source)));
     }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use tidemill_engine::{
-    DType, Engine, EngineConfig, ErrorCode, Generation, LoadError,
+    DType, Engine, EngineConfig, ErrorCode, Generation, LoadError, PendingEmbedding,
     ids::TokenId,
     model::files::ModelSource,
     output::AbortStage,
-    request::{GenerateRequest, Prompt},
+    request::{EmbedRequest, GenerateRequest, Prompt},
     sampling::SamplingParams,
 };
 use tidemill_kernels::{KernelError, cuda::driver::DeviceInfo};
@@ -112,6 +112,34 @@ fn alone_or_together_from_graphs_or_not_in_chunks_or_whole_the_bits_are_the_same
     assert_eq!(run(EngineConfig { enforce_eager: true, ..config() }, true), alone, "without graphs");
     let chunks = EngineConfig { max_num_batched_tokens: Some(5), look_ahead: Some(false), ..config() };
     assert_eq!(run(chunks, true), alone, "in chunks of 5 tokens, one step at a time");
+}
+
+#[test]
+fn embeddings_alone_or_beside_generations_have_the_same_bits_and_are_near_the_cpu_s() {
+    let submit_embed = |engine: &Engine, index: usize| {
+        let handle = engine.handle();
+        let request = EmbedRequest::new(request(index, 1).prompt);
+        handle.submit_embed(handle.validate_embed(request).unwrap()).unwrap()
+    };
+    let values = |pending: PendingEmbedding| pending.wait_blocking().unwrap().values;
+    let alone =
+        |engine: Engine| (0..4).map(|index| values(submit_embed(&engine, index))).collect::<Vec<Vec<f32>>>();
+    let driver = Arc::new(EmuDriver::new(Schedule::default()));
+    let expected = alone(start(&driver, config()).unwrap());
+    let chunks = EngineConfig { max_num_batched_tokens: Some(5), ..config() };
+    for config in [config(), EngineConfig { enforce_eager: true, ..config() }, chunks] {
+        let engine = start(&driver, config).unwrap();
+        let generations: Vec<_> = (0..2).map(|index| submit(&engine, request(index, 8))).collect();
+        let pending: Vec<_> = (0..4).map(|index| submit_embed(&engine, index)).collect();
+        assert!(pending.into_iter().map(values).collect::<Vec<_>>() == expected);
+        generations.into_iter().for_each(|generation| drop(outcome(generation)));
+        assert_eq!(engine.handle().stats().kv_blocks.owned, 0);
+    }
+    assert_eq!(driver.live(), Live::default());
+    for (cuda, cpu) in expected.iter().zip(alone(Engine::start_on(None, config(), |_| ()).unwrap())) {
+        let cosine: f32 = cuda.iter().zip(&cpu).map(|(a, b)| a * b).sum();
+        assert!(cosine > 0.999, "{cosine}");
+    }
 }
 
 #[test]

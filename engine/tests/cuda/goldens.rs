@@ -14,6 +14,7 @@ use tidemill_kernels::{
     cpu::{Compute, CpuConfig, CpuOps},
     cuda::{CudaConfig, CudaOps, Device},
     ops::{BatchMeta, HeadShape, KvShape},
+    sampling::RowTask,
 };
 use tidemill_kernels_emu::Schedule;
 
@@ -32,7 +33,11 @@ fn source(name: &str) -> ModelSource {
 
 /// The reference's tensors as bits.
 fn golden(name: &str) -> HashMap<String, Vec<u32>> {
-    let bytes = std::fs::read(fixture(name).join("golden.safetensors")).unwrap();
+    tensors(name, "golden.safetensors")
+}
+
+fn tensors(name: &str, file: &str) -> HashMap<String, Vec<u32>> {
+    let bytes = std::fs::read(fixture(name).join(file)).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let words =
         |data: &[u8]| data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
@@ -66,10 +71,28 @@ impl<O: Ops> Model<O> {
 
     /// Computes `tokens` at positions from `start` on and gives the logits of the last `wanted`.
     fn run(&mut self, start: usize, tokens: &[u32], wanted: usize) -> Vec<Vec<f32>> {
+        let logits_indices = (tokens.len() - wanted..tokens.len()).map(|t| t as u32).collect();
+        let meta = BatchMeta { logits_indices, ..Self::meta(start, tokens) };
+        let logits = self.decoder.logits(Arc::new(meta)).unwrap();
+        logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()
+    }
+
+    /// The same, and gives the hidden states of all of them, beside the log-probability of a token at the last.
+    fn states(&mut self, start: usize, tokens: &[u32]) -> Vec<f32> {
+        let (logits_indices, state_indices) =
+            (vec![tokens.len() as u32 - 1], (0..tokens.len() as u32).collect());
+        let meta = BatchMeta { logits_indices, state_indices, ..Self::meta(start, tokens) };
+        let pending = self.decoder.launch(Arc::new(meta), [RowTask::Score(7, 0)].into()).unwrap();
+        let results = self.decoder.wait(pending).unwrap();
+        assert!(results.sampled.len() == 1 && results.sampled[0].finite);
+        results.states
+    }
+
+    fn meta(start: usize, tokens: &[u32]) -> BatchMeta {
         let blocks: Vec<u32> = (0..NUM_BLOCKS as u32).map(|i| (i * 7 + 3) % NUM_BLOCKS as u32).collect();
         let end = start + tokens.len();
         let slot = |p: usize| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32;
-        let meta = BatchMeta {
+        BatchMeta {
             token_ids: tokens.to_vec(),
             positions: (start..end).map(|p| p as u32).collect(),
             slot_mapping: (start..end).map(slot).collect(),
@@ -77,10 +100,8 @@ impl<O: Ops> Model<O> {
             context_lens: vec![end as u32],
             block_tables: blocks.clone(),
             max_blocks: blocks.len(),
-            logits_indices: (tokens.len() - wanted..tokens.len()).map(|t| t as u32).collect(),
-        };
-        let logits = self.decoder.logits(Arc::new(meta)).unwrap();
-        logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()
+            ..BatchMeta::default()
+        }
     }
 }
 
@@ -141,6 +162,31 @@ fn check(name: &str, schedule: Schedule, near_tie: f32) {
             let at = prompt.len() + step;
             (logits, reference) =
                 (cuda.run(at, &[expected], 1).remove(0), cpu.run(at, &[expected], 1).remove(0));
+        }
+    }
+}
+
+#[test]
+fn hidden_states_are_those_of_transformers_and_chunks_do_not_change_their_bits() {
+    for name in ["llama", "llama_bias"] {
+        let (golden, embeddings) = (golden(name), tensors(name, "embeddings.safetensors"));
+        for (i, chunk) in [3, 16, 33].into_iter().enumerate() {
+            let prompt = &golden[&format!("input_ids.{i}")];
+            let whole = cuda(name, Schedule::all()[0]).states(0, prompt);
+            let mut model = cuda(name, Schedule::all()[1]);
+            let pieces = prompt.chunks(chunk).enumerate();
+            let pieces: Vec<f32> = pieces.flat_map(|(at, piece)| model.states(at * chunk, piece)).collect();
+            assert!(whole == pieces, "{name}: chunks of {chunk} tokens change the bits");
+            let width = whole.len() / prompt.len();
+            let mean = |h: usize| whole.iter().skip(h).step_by(width).sum::<f32>() / prompt.len() as f32;
+            let last = &whole[whole.len() - width..];
+            let got = [last, &(0..width).map(mean).collect::<Vec<_>>(), &whole[..width]].concat();
+            let expected: Vec<f32> =
+                embeddings[&format!("embeddings.{i}")].iter().map(|&bits| f32::from_bits(bits)).collect();
+            assert_eq!(got.len(), expected.len());
+            let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let range = 2.0 * expected.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+            assert!(off <= TOLERANCE * range, "{name}, prompt {i}: off by {off} of {range}");
         }
     }
 }

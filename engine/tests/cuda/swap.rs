@@ -132,6 +132,7 @@ impl Sequence {
             score_at: 0..0,
             targets: Vec::new(),
             score_top: 0,
+            pool_at: 0..0,
         }
     }
 

@@ -9,7 +9,8 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use tidemill_engine::{
-    Engine, EngineHandle, EngineOptions, Generation, LoadError, ModelInfo, RequestError, SchedulingConfig,
+    EmbeddingInfo, Engine, EngineHandle, EngineOptions, Generation, LoadError, ModelInfo, Pooling,
+    RequestError, SchedulingConfig,
     ids::{RequestId, TokenId},
     model::{
         files::{ModelFiles, ModelSource},
@@ -33,6 +34,14 @@ pub const NAN: TokenId = TokenId(67);
 
 /// A prompt with this token takes the device down.
 pub const LOSS: TokenId = TokenId(68);
+
+/// H.
+pub const WIDTH: usize = 3;
+
+/// The hidden state at a position.
+pub fn state(position: usize) -> [f32; WIDTH] {
+    [1.0, position as f32, 0.25 * (position * position) as f32]
+}
 
 /// A device that finishes a step only when the test lets it; the next token is the position, plus 300.
 struct GatedRunner {
@@ -63,7 +72,8 @@ impl Runner for GatedRunner {
                 return RowResult::NotFinite;
             }
             let sampled = row.sample.as_ref().map(|sample| TokenId(300 + sample.position as u32));
-            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
+            let states = row.pool_at.clone().flat_map(state).collect();
+            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new(), states })
         };
         Ok(StepOutput { rows: plan.rows.iter().map(result).collect() })
     }
@@ -92,6 +102,7 @@ pub struct Options {
     pub engine: EngineOptions,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
+    pub pooling: Pooling,
 }
 
 impl Bench {
@@ -117,6 +128,7 @@ impl Bench {
             },
             max_num_seqs: 2,
             max_num_batched_tokens: 8,
+            pooling: Pooling::Mean,
         };
         change(&mut options);
         let (gate, gate_rx) = unbounded();
@@ -144,6 +156,12 @@ impl Bench {
             eos_token_ids: Vec::new(),
             has_chat_template: true,
             defaults: GenerationDefaults::default(),
+            embedding: EmbeddingInfo {
+                dimensions: WIDTH,
+                pooling: options.pooling,
+                normalize: false,
+                is_only_output: false,
+            },
         };
         Ok(Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options.engine)?) })
     }

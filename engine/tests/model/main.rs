@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod checkpoint;
+mod embedding;
 mod files;
 mod generation;
 mod rope;

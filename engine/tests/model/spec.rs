@@ -135,6 +135,27 @@ fn mistral_without_a_window_is_llama() {
     assert_eq!(with(mistral).unwrap().architecture, Architecture::Mistral);
 }
 
+#[test]
+fn a_model_without_an_output_layer_has_its_tensors_without_a_prefix() {
+    for (name, model_type, architecture) in
+        [("LlamaModel", "llama", Architecture::Llama), ("MistralModel", "mistral", Architecture::Mistral)]
+    {
+        let headless =
+            with(json!({"architectures": [name], "model_type": model_type, "sliding_window": null})).unwrap();
+        assert_eq!((headless.architecture, headless.architecture_name()), (architecture, name));
+        for tied in [true, false] {
+            let names = |spec: &ModelSpec| {
+                let spec = ModelSpec { tie_word_embeddings: tied, ..spec.clone() };
+                spec.tensors().into_iter().map(|tensor| tensor.name).collect::<Vec<_>>()
+            };
+            let mut expected = names(&with(json!({})).unwrap());
+            expected.retain(|name| name != "lm_head.weight");
+            let stripped: Vec<_> = expected.iter().map(|name| name.strip_prefix("model.").unwrap()).collect();
+            assert_eq!(names(&headless), stripped);
+        }
+    }
+}
+
 /// What is wrong, and what the message must say.
 #[test]
 fn what_we_cannot_compute_is_refused_by_name() {

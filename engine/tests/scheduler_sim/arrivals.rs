@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tidemill_engine::{
     ids::{SeqId, TenantId, TokenId},
     kv::BlockHash,
+    sampling::Sampling,
     scheduler::{NewSequence, Policy},
 };
 
@@ -48,7 +49,8 @@ impl Sim {
 
     pub fn arrive(&mut self, arrival: &Arrival) {
         let prompt = self.prompt(arrival);
-        let max_tokens = usize::from(arrival.max_tokens);
+        let max_tokens = if arrival.pooling.is_some() { 1 } else { usize::from(arrival.max_tokens) };
+        let n = if arrival.pooling.is_some() { 1 } else { u64::from(arrival.n) };
         let mine = self.live.values().filter(|live| live.tenant == usize::from(arrival.tenant)).count();
         let flood = self.config.policy == Policy::Fair && mine >= self.config.max_live.div_ceil(2);
         if flood || self.live.len() >= self.config.max_live || prompt.is_empty() {
@@ -65,8 +67,8 @@ impl Sim {
         let first = SeqId(self.next_seq);
         let prompt: Arc<[TokenId]> = prompt.into();
         let (root, domain) = self.root(arrival);
-        let seqs: Vec<SeqId> = (0..u64::from(arrival.n)).map(|index| SeqId(first.0 + index)).collect();
-        self.next_seq += u64::from(arrival.n);
+        let seqs: Vec<SeqId> = (0..n).map(|index| SeqId(first.0 + index)).collect();
+        self.next_seq += n;
         for &id in &seqs {
             let live = self.sequence(arrival, &prompt, id, Origin { first, domain });
             self.scheduler.add(NewSequence {
@@ -77,6 +79,7 @@ impl Sim {
                 prompt_of: live.prompt_of,
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
+                pooling: live.pooling,
                 root,
             });
             if live.prompt_of.is_none() {
@@ -108,12 +111,16 @@ impl Sim {
             max_tokens: usize::from(arrival.max_tokens),
             ignore_eos: arrival.ignore_eos,
             penalties: arrival.penalties,
+            pooling: arrival.pooling,
         };
         let mut sampling = sampling(part.max_tokens, part.min_tokens);
         sampling.presence_penalty = if part.penalties { 0.5 } else { 0.0 };
         // The first completion reports the prompt.
         sampling.prompt_logprobs = (arrival.prompt_logprobs && prompt_of.is_none()).then_some(0);
         sampling.eos_token_ids = if part.ignore_eos { Vec::new() } else { vec![EOS] };
+        if part.pooling.is_some() {
+            sampling = Sampling::of_embedding();
+        }
         if part.fate != Fate::Healthy {
             self.wires.borrow_mut().fates.insert(id, part.fate);
         }
@@ -123,6 +130,8 @@ impl Sim {
             sampling: Arc::new(sampling),
             known: prompt.len(),
             scored: 0,
+            pooling: part.pooling,
+            pooled: 0,
             priority: i32::from(arrival.priority),
             tenant: usize::from(arrival.tenant),
             domain: origin.domain,

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use tidemill_engine::{
+    Pooling,
     ids::{BlockId, SeqId},
     kv::{BlockHash, KvEvent},
     scheduler::{PlanRow, Policy, StepPlan, WaitReason},
@@ -185,10 +186,15 @@ impl Sim {
         let (live, size) = (&self.live[&admitted], self.config.block_size);
         assert_eq!(cached_tokens % size, 0, "I2: only full blocks are shared");
         let scores = live.sampling.prompt_logprobs.is_some() && live.scored + 1 < live.script.prompt_len;
-        let reusable = if scores { live.scored } else { live.known - 1 };
+        let reusable = match live.pooling {
+            Some(Pooling::Mean) => live.pooled.min(live.known - 1),
+            Some(Pooling::Cls) if live.pooled == 0 => 0,
+            None if scores => live.scored,
+            Some(Pooling::Last | Pooling::Cls) | None => live.known - 1,
+        };
         assert!(
             cached_tokens <= reusable,
-            "{admitted:?} has nothing left to compute, or skips what is to be scored"
+            "{admitted:?} has nothing left to compute, or skips what is to be given"
         );
         if cached_tokens > 0 || reusable < size {
             return;

@@ -127,11 +127,14 @@ impl Device {
 
     fn result(&mut self, row: &PlanRow, fails: bool) -> RowResult {
         let mut attention = Attention::default();
-        let mut scored = Vec::new();
-        if row.sample.is_some() || !row.targets.is_empty() {
+        let (mut scored, mut states) = (Vec::new(), Vec::new());
+        if row.sample.is_some() || !row.targets.is_empty() || !row.pool_at.is_empty() {
             let slots = &self.wires.borrow().slots;
             for position in 0..row.end() {
                 attention.read(slots[self.slot(&row.blocks, position)]);
+                if row.pool_at.contains(&position) {
+                    states.extend(attention.state());
+                }
                 if row.score_at.contains(&position) {
                     let token = row.targets[position - row.score_at.start];
                     scored.push(TokenLogprobs {
@@ -144,9 +147,12 @@ impl Device {
             }
         }
         self.sampled.extend(row.targets.iter().map(|_| Kv::RUBBISH.token));
-        let broken =
-            matches!(self.fate(row.seq), Fate::NotFinite(tokens) if row.end() >= usize::from(tokens));
-        let mut output = RowOutput { sampled: None, logprobs: None, prompt_logprobs: scored };
+        let reaches = if row.pool_at.is_empty() { row.end() } else { row.pool_at.end };
+        let broken = matches!(self.fate(row.seq), Fate::NotFinite(tokens) if reaches >= usize::from(tokens));
+        if !row.pool_at.is_empty() && (fails || broken) {
+            return RowResult::NotFinite;
+        }
+        let mut output = RowOutput { sampled: None, logprobs: None, prompt_logprobs: scored, states };
         let Some(sample) = &row.sample else { return RowResult::Done(output) };
         if fails || broken {
             self.sampled.push(Kv::RUBBISH.token);

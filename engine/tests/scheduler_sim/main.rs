@@ -70,10 +70,11 @@ fn sampling(max_tokens: usize, min_tokens: usize) -> Sampling {
 fn invariants_hold_over_ten_million_events() {
     let seen = campaign::must_pass(0..1000, 10_000);
     // The simulation is worth nothing when it does not reach the interesting states.
-    let Seen { finished, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
+    let Seen { finished, embedded, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
     let Seen { fed_back, aborts_over_two_steps, failed_steps, shortages, late_rows, .. } = seen;
     let Seen { cached_tokens, saves, loads, compared, .. } = seen;
-    let ends = finished > 500_000 && broken > 20_000 && refused > 20_000 && expired > 10_000;
+    let ends =
+        finished > 500_000 && embedded > 50_000 && broken > 20_000 && refused > 20_000 && expired > 10_000;
     let moves = preemptions > 50_000 && resumed > 50_000 && parked > 50_000 && shortages > 100_000;
     let overlap = fed_back > 1_000_000 && aborts_over_two_steps > 10_000 && late_rows > 50_000;
     let faults = failed_steps > 50_000;

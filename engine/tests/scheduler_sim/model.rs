@@ -3,9 +3,9 @@
 //! Keys and values of a position depend on its token and on everything before it, as a model's do. So a block with the right tokens
 //! behind the wrong beginning is as wrong as one with other tokens.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
-use tidemill_engine::{ids::TokenId, output::FinishReason};
+use tidemill_engine::{Pooling, ids::TokenId, output::FinishReason};
 
 /// Token ids below this are the model's.
 pub const VOCAB: u32 = 97;
@@ -59,6 +59,11 @@ impl Attention {
         TokenId((mix(self.0 ^ seed ^ counts.rotate_left(7)) % u64::from(VOCAB)) as u32)
     }
 
+    /// The hidden state of the position that was read last: integers, so that sums of them are exact.
+    pub fn state(self) -> [f32; 2] {
+        [0, 32].map(|shift| (mix(self.0) >> shift & 0xFF_FFFF) as f32)
+    }
+
     /// The log-probability of a token after everything that was read.
     pub fn score(self, token: TokenId) -> f32 {
         -((mix(self.0 ^ u64::from(token.0)) >> 48) as f32)
@@ -72,7 +77,7 @@ pub enum Fate {
     Healthy,
     /// Every step with such a row fails as a whole.
     Poison(u16),
-    /// The row's logits are not finite.
+    /// The row's logits are not finite, or one of the hidden states that it gives.
     NotFinite(u16),
 }
 
@@ -80,6 +85,7 @@ pub enum Fate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     Finished(FinishReason),
+    Embedded,
     Broken(Fate),
 }
 
@@ -93,6 +99,8 @@ pub struct Script {
     pub kv: Vec<Kv>,
     /// Log-probabilities of `prompt[1..]`.
     pub scores: Vec<f32>,
+    /// Hidden states of the prompt.
+    pub states: Vec<[f32; 2]>,
     pub end: End,
 }
 
@@ -105,11 +113,12 @@ pub struct Part {
     pub max_tokens: usize,
     pub ignore_eos: bool,
     pub penalties: bool,
+    pub pooling: Option<Pooling>,
 }
 
 impl Script {
     pub fn alone(prompt: &[TokenId], part: &Part) -> Self {
-        let (mut kv, mut scores) = (Vec::new(), Vec::new());
+        let (mut kv, mut scores, mut states) = (Vec::new(), Vec::new(), Vec::new());
         let mut attention = Attention::default();
         for &token in prompt {
             if !kv.is_empty() {
@@ -117,6 +126,11 @@ impl Script {
             }
             kv.push(Kv::after(kv.last().copied(), token));
             attention.read(*kv.last().expect("pushed just now"));
+            states.push(attention.state());
+        }
+        if let Some(pooling) = part.pooling {
+            let end = Self::end_of_embedding(prompt.len(), pooling, part.fate);
+            return Self { prompt_len: prompt.len(), tokens: prompt.to_vec(), kv, scores, states, end };
         }
         let mut counts: BTreeMap<TokenId, u32> = BTreeMap::new();
         if part.penalties {
@@ -144,7 +158,32 @@ impl Script {
                 break End::Finished(FinishReason::Length);
             }
         };
-        Self { prompt_len: prompt.len(), tokens, kv, scores, end }
+        Self { prompt_len: prompt.len(), tokens, kv, scores, states, end }
+    }
+
+    fn end_of_embedding(prompt_len: usize, pooling: Pooling, fate: Fate) -> End {
+        let breaks = match fate {
+            Fate::Healthy => false,
+            Fate::Poison(limit) => prompt_len >= usize::from(limit),
+            Fate::NotFinite(limit) => Self::counts(pooling, prompt_len).end >= usize::from(limit),
+        };
+        if breaks { End::Broken(fate) } else { End::Embedded }
+    }
+
+    /// The positions whose states count.
+    fn counts(pooling: Pooling, prompt_len: usize) -> Range<usize> {
+        match pooling {
+            Pooling::Last => prompt_len - 1..prompt_len,
+            Pooling::Mean => 0..prompt_len,
+            Pooling::Cls => 0..1,
+        }
+    }
+
+    /// The embedding of the prompt.
+    pub fn embedding(&self, pooling: Pooling) -> Vec<f32> {
+        let states = &self.states[Self::counts(pooling, self.prompt_len)];
+        let mean = |at| states.iter().map(|state| f64::from(state[at])).sum::<f64>() / states.len() as f64;
+        [0, 1].map(|at| mean(at) as f32).to_vec()
     }
 
     /// The output.

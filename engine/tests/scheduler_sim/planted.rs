@@ -159,3 +159,13 @@ fn stale_penalties() {
 fn scores_skipped() {
     is_found(Bug::ScoresSkipped, &["I8", "skips"]);
 }
+
+#[test]
+fn states_skipped() {
+    is_found(Bug::StatesSkipped, &["I8", "skips"]);
+}
+
+#[test]
+fn states_twice() {
+    is_found(Bug::StatesTwice, &["I8"]);
+}

@@ -1,6 +1,9 @@
 //! Results come back: I4 (one end, and nothing after it) and I8 (each stream is the one of the same request alone).
 
-use tidemill_engine::{ids::SeqId, scheduler::Effect};
+use tidemill_engine::{
+    ids::SeqId,
+    scheduler::{Effect, RowResult},
+};
 
 use crate::{
     model::{End, Fate},
@@ -10,10 +13,14 @@ use crate::{
 impl Sim {
     pub fn resolve(&mut self) {
         let (plan, output) = self.steps.finish().expect("the simulated device is never lost");
-        for row in &plan.rows {
-            match self.live.get_mut(&row.seq) {
-                Some(live) => live.in_flight -= 1,
-                None => self.seen.late_rows += 1,
+        for (row, result) in plan.rows.iter().zip(&output.rows) {
+            let Some(live) = self.live.get_mut(&row.seq) else {
+                self.seen.late_rows += 1;
+                continue;
+            };
+            live.in_flight -= 1;
+            if !row.pool_at.is_empty() && matches!(result, RowResult::Done(_)) {
+                live.pooled = row.pool_at.end;
             }
         }
         self.flights.pop_front();
@@ -50,6 +57,13 @@ impl Sim {
                     assert_eq!(given, expected, "I8: {seq:?}: a prompt token is scored as alone, once");
                     live.scored += 1;
                 }
+            }
+            Effect::Embedding { seq, values, .. } => {
+                let live = self.live(seq);
+                let expected = live.pooling.map(|pooling| live.script.embedding(pooling));
+                assert_eq!(Some(values), expected, "I8: {seq:?} has another embedding than alone");
+                self.end(seq, End::Embedded);
+                self.seen.embedded += 1;
             }
             Effect::Failed { seq, error, .. } => {
                 let fate = self.wires.borrow().fates.get(&seq).copied().unwrap_or_default();

@@ -84,6 +84,7 @@ impl Rig {
             prompt_of: None,
             priority: 0,
             tenant: TenantId::default(),
+            pooling: None,
             root: self.pool.prefix_root(&["model"], id),
         }
     }

@@ -3,9 +3,14 @@
 use std::fmt::{self, Debug};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use tidemill_engine::scheduler::{MAX_IN_FLIGHT, Policy};
+use tidemill_engine::{
+    Pooling,
+    scheduler::{MAX_IN_FLIGHT, Policy},
+};
 
 use crate::model::{Fate, mix};
+
+const POOLINGS: [Pooling; 3] = [Pooling::Last, Pooling::Mean, Pooling::Cls];
 
 /// Tenants of a simulation.
 pub const TENANTS: usize = 4;
@@ -51,6 +56,8 @@ pub struct Arrival {
     pub ignore_eos: bool,
     pub penalties: bool,
     pub prompt_logprobs: bool,
+    /// It gives an embedding: `max_tokens` and what else is said of tokens mean nothing.
+    pub pooling: Option<Pooling>,
     pub priority: i8,
     pub tenant: u8,
     /// Requests of different salts share nothing.
@@ -74,6 +81,7 @@ impl Default for Arrival {
             ignore_eos: true,
             penalties: false,
             prompt_logprobs: false,
+            pooling: None,
             priority: 0,
             tenant: 0,
             salt: 0,
@@ -302,6 +310,7 @@ impl Mood {
             ignore_eos: rng.random_bool(0.3),
             penalties: rng.random_bool(0.15),
             prompt_logprobs: rng.random_bool(0.15),
+            pooling: rng.random_bool(0.15).then(|| POOLINGS[rng.random_range(0..3)]),
             priority: if config.policy == Policy::Priority { rng.random_range(-1..=2) } else { 0 },
             // The first tenant floods.
             tenant: if rng.random_bool(0.4) { 0 } else { rng.random_range(0..TENANTS as u8) },
@@ -355,6 +364,9 @@ impl Arrival {
         }
         fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs);
         fields!(priority tenant salt patience);
+        if let Some(pooling) = self.pooling {
+            fields.push(format!("pooling: Some(Pooling::{pooling:?})"));
+        }
         if self.fate != plain.fate {
             fields.push(format!("fate: Fate::{:?}", self.fate));
         }

@@ -4,6 +4,7 @@
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Seen {
     pub finished: u64,
+    pub embedded: u64,
     pub broken: u64,
     pub refused: u64,
     pub expired: u64,
@@ -27,10 +28,13 @@ pub struct Seen {
 
 impl Seen {
     pub fn add(&mut self, other: &Self) {
-        let Self { finished, broken, refused, expired, preemptions, resumed, parked, fed_back, .. } = other;
+        let Self {
+            finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
+        } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
         let Self { saves, loads, compared, .. } = other;
         self.finished += finished;
+        self.embedded += embedded;
         self.broken += broken;
         self.refused += refused;
         self.expired += expired;

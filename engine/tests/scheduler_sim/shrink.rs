@@ -124,7 +124,8 @@ fn simpler_events(event: &Event) -> Vec<Event> {
 }
 
 fn simpler_arrivals(arrival: &Arrival) -> Vec<Arrival> {
-    let changes: [fn(&mut Arrival); 16] = [
+    let changes: [fn(&mut Arrival); 17] = [
+        |a| a.pooling = None,
         |a| a.fate = Fate::Healthy,
         |a| a.n = 1,
         |a| a.penalties = false,

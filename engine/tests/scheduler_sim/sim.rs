@@ -9,6 +9,7 @@ use std::{
 };
 
 use tidemill_engine::{
+    Pooling,
     ids::{SeqId, TokenId},
     kv::{BlockPool, CacheConfig},
     runner::StepQueue,
@@ -43,6 +44,10 @@ pub struct Live {
     pub known: usize,
     /// Prompt tokens that were scored.
     pub scored: usize,
+    /// It gives an embedding.
+    pub pooling: Option<Pooling>,
+    /// Positions before which every hidden state that counts was given.
+    pub pooled: usize,
     pub priority: i32,
     pub tenant: usize,
     /// Sequences of different domains share no block.

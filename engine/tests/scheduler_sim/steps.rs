@@ -213,7 +213,12 @@ fn what_can_never_fit_is_known_at_admission() {
 fn step_with(rig: &mut Rig, sampled: Option<u32>) -> Effect {
     let plan = rig.scheduler.plan(|_| usize::MAX);
     let sampled = sampled.map(TokenId);
-    let rows = vec![RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })];
+    let rows = vec![RowResult::Done(RowOutput {
+        sampled,
+        logprobs: None,
+        prompt_logprobs: Vec::new(),
+        states: Vec::new(),
+    })];
     let mut effects = Vec::new();
     rig.scheduler.resolve(plan, StepOutput { rows }, &mut effects);
     assert_eq!(effects.len(), 1, "{effects:?}");

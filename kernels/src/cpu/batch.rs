@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::{
-    ops::{BatchMeta, FEEDBACK},
+    ops::{BatchMeta, FEEDBACK, StepResults},
     sampling::{RowTask, Sampled},
 };
 
@@ -13,7 +13,7 @@ use crate::{
 pub struct CpuBatch {
     pub(super) meta: Arc<BatchMeta>,
     pub(super) tasks: Arc<[RowTask]>,
-    pub(super) sampled: Mutex<Vec<Sampled>>,
+    pub(super) results: Mutex<StepResults>,
 }
 
 impl CpuBatch {
@@ -23,7 +23,7 @@ impl CpuBatch {
     }
 
     pub(super) fn new(meta: Arc<BatchMeta>, tasks: Arc<[RowTask]>) -> Self {
-        Self { meta, tasks, sampled: Mutex::default() }
+        Self { meta, tasks, results: Mutex::default() }
     }
 }
 

@@ -40,8 +40,8 @@ pub use self::{
 use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, Result},
-    sampling::{RowTask, Sampled},
+    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, Result, StepResults},
+    sampling::RowTask,
     tensor::HostTensor,
 };
 
@@ -110,7 +110,7 @@ impl Ops for CpuOps {
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
     type Batch = CpuBatch;
-    type Pending = Vec<Sampled>;
+    type Pending = StepResults;
 
     fn buffer(&self, elems: usize) -> Result<CpuBuffer> {
         CpuBuffer::new(elems)
@@ -163,7 +163,12 @@ impl Ops for CpuOps {
     }
 
     fn extent(&self, batch: &CpuBatch) -> Extent {
-        Extent { tokens: batch.meta.num_tokens(), logits_rows: batch.meta.logits_indices.len() }
+        let meta = &batch.meta;
+        Extent {
+            tokens: meta.num_tokens(),
+            logits_rows: meta.logits_indices.len(),
+            state_rows: meta.state_indices.len(),
+        }
     }
 
     fn run(&self, _batch: &CpuBatch, ops: impl FnMut() -> Result<()> + Send) -> Result<()> {
@@ -250,7 +255,9 @@ impl Ops for CpuOps {
         rows: Range<usize>,
         width: usize,
     ) -> Result<()> {
-        gather::run(out, x, &batch.meta.logits_indices[rows], width);
+        let BatchMeta { logits_indices, state_indices, .. } = &*batch.meta;
+        let indices = logits_indices.iter().chain(state_indices).skip(rows.start).take(rows.len());
+        gather::run(out, x, indices.copied(), width);
         Ok(())
     }
 
@@ -263,21 +270,27 @@ impl Ops for CpuOps {
     ) -> Result<()> {
         let tasks = &batch.tasks[rows];
         let logits = &mut logits.as_mut_slice()[..tasks.len() * vocab];
-        batch.sampled.lock().extend(sample::run(self.host, &self.pool, logits, vocab, tasks));
+        batch.results.lock().sampled.extend(sample::run(self.host, &self.pool, logits, vocab, tasks));
         Ok(())
     }
 
-    fn results(&self, batch: CpuBatch) -> Result<Vec<Sampled>> {
-        let sampled = batch.sampled.into_inner();
-        self.feedback.keep(&sampled);
-        Ok(sampled)
+    fn states(&self, x: &CpuBuffer, batch: &CpuBatch, width: usize) -> Result<()> {
+        let elems = batch.meta.state_indices.len() * width;
+        batch.results.lock().states = x.as_slice()[..elems].to_vec();
+        Ok(())
     }
 
-    fn is_done(&self, _pending: &Vec<Sampled>) -> bool {
+    fn results(&self, batch: CpuBatch) -> Result<StepResults> {
+        let results = batch.results.into_inner();
+        self.feedback.keep(&results.sampled);
+        Ok(results)
+    }
+
+    fn is_done(&self, _pending: &StepResults) -> bool {
         true
     }
 
-    fn wait(&self, pending: Vec<Sampled>) -> Result<Vec<Sampled>> {
+    fn wait(&self, pending: StepResults) -> Result<StepResults> {
         Ok(pending)
     }
 

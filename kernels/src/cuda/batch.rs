@@ -2,12 +2,14 @@
 
 use std::{ops::Range, sync::Arc};
 
+use parking_lot::Mutex;
+
 use super::{
     driver::Result,
     graphs::GraphKey,
     layout::Layout,
     ops::{AttentionKernels, BlockShape, Needs, PlanLimits, attention_plan},
-    steps::Slot,
+    steps::{Slot, StateMemory},
 };
 use crate::{
     error::KernelError,
@@ -28,6 +30,15 @@ pub struct CudaBatch {
     pub(super) tasks: Arc<[RowTask]>,
     pub(super) graph: Option<GraphKey>,
     pub(super) slot: Arc<Slot>,
+    /// Set by the one op that takes hidden states.
+    pub(super) states: Mutex<Option<States>>,
+}
+
+/// Hidden states on their way to the host.
+pub(super) struct States {
+    pub memory: Arc<StateMemory>,
+    /// E times H.
+    pub elems: usize,
 }
 
 /// Rows of logits that are computed together.

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 
 use super::{
     Device,
-    batch::{CudaBatch, GRAPH_LIST_WORDS, Group, Plan},
+    batch::{CudaBatch, GRAPH_LIST_WORDS, Group, Plan, States},
     driver::{Pinned, Result},
     graphs::GraphKey,
     layout::Layout,
@@ -23,8 +23,8 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops},
-    sampling::{RowTask, Sampled},
+    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, StepResults},
+    sampling::RowTask,
     tensor::{DType, HostTensor},
 };
 
@@ -89,6 +89,7 @@ impl Drop for CudaHostKv {
 /// A step's results on their way.
 pub struct CudaPending {
     slot: Arc<Slot>,
+    states: Option<States>,
     tasks: Arc<[RowTask]>,
 }
 
@@ -136,6 +137,7 @@ impl CudaOps {
     fn graph_rows(&self, steps: &Steps, meta: &BatchMeta, tasks: &[RowTask]) -> Option<usize> {
         let rows = meta.num_rows();
         let decodes = meta.num_tokens() == rows && meta.logits_indices.len() == rows;
+        let decodes = decodes && meta.state_indices.is_empty();
         let small_lists = list_words(tasks, &[]) <= GRAPH_LIST_WORDS * rows;
         if decodes && small_lists { steps.graphs.padded(rows) } else { None }
     }
@@ -222,8 +224,12 @@ impl Ops for CudaOps {
         let mut steps = self.steps.lock();
         let padded = self.graph_rows(&steps, &meta, &tasks);
         let extent = match padded {
-            Some(rows) => Extent { tokens: rows, logits_rows: rows },
-            None => Extent { tokens: meta.num_tokens(), logits_rows: meta.logits_indices.len() },
+            Some(rows) => Extent { tokens: rows, logits_rows: rows, state_rows: 0 },
+            None => Extent {
+                tokens: meta.num_tokens(),
+                logits_rows: meta.logits_indices.len(),
+                state_rows: meta.state_indices.len(),
+            },
         };
         let mut groups = self.groups(extent, padded.is_some(), &tasks)?;
         let room = groups.iter().map(|group| group.shape.words()).sum();
@@ -246,7 +252,8 @@ impl Ops for CudaOps {
         // A graph holds every kernel that any decode step needs.
         let kernels = if graph.is_some() { AttentionKernels::DECODE } else { plan.kernels };
         let slot = steps.slot()?;
-        Ok(CudaBatch { extent, layout, kernels, plan_words: plan.words.len(), groups, tasks, graph, slot })
+        let (plan_words, states) = (plan.words.len(), Mutex::default());
+        Ok(CudaBatch { extent, layout, kernels, plan_words, groups, tasks, graph, slot, states })
     }
 
     fn extent(&self, batch: &CudaBatch) -> Extent {
@@ -425,12 +432,19 @@ impl Ops for CudaOps {
         if batch.graph.is_none() { steps.fetch(&batch.slot, rows.start, rows.len()) } else { Ok(()) }
     }
 
+    fn states(&self, x: &DeviceBuffer, batch: &CudaBatch, width: usize) -> Result<()> {
+        let elems = batch.extent.state_rows * width;
+        let memory = self.steps.lock().fetch_states(x, elems)?;
+        *batch.states.lock() = Some(States { memory, elems });
+        Ok(())
+    }
+
     fn results(&self, batch: CudaBatch) -> Result<CudaPending> {
         if batch.graph.is_some() {
             self.steps.lock().fetch(&batch.slot, 0, batch.tasks.len())?;
         }
         batch.slot.arrived.record()?;
-        Ok(CudaPending { slot: batch.slot, tasks: batch.tasks })
+        Ok(CudaPending { slot: batch.slot, states: batch.states.into_inner(), tasks: batch.tasks })
     }
 
     fn is_done(&self, pending: &CudaPending) -> bool {
@@ -438,12 +452,16 @@ impl Ops for CudaOps {
         pending.slot.arrived.is_reached().unwrap_or(true)
     }
 
-    fn wait(&self, pending: CudaPending) -> Result<Vec<Sampled>> {
+    fn wait(&self, pending: CudaPending) -> Result<StepResults> {
         pending.slot.arrived.wait()?;
         let words = pending.tasks.len() * RESULT_WORDS;
         // SAFETY: the slot holds the rows of the largest step; its copy was waited for; nobody else has the slot.
         let words = unsafe { std::slice::from_raw_parts(pending.slot.memory.ptr().cast::<u32>(), words) };
-        Ok(decode_results(words, &pending.tasks))
+        let states = pending.states.map_or(Vec::new(), |States { memory, elems }| {
+            // SAFETY: the copy of so many was queued before the event that was waited for above.
+            unsafe { memory.read(elems) }
+        });
+        Ok(StepResults { sampled: decode_results(words, &pending.tasks), states })
     }
 
     fn download(&self, buffer: &DeviceBuffer, elems: usize) -> Result<Vec<f32>> {

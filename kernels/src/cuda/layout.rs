@@ -17,7 +17,7 @@ pub(super) struct Layout {
     pub positions: usize,
     /// `[T]`.
     pub slot_mapping: usize,
-    /// `[R]`.
+    /// `[R]`, and behind them the `[E]` of the hidden states.
     pub logits_indices: usize,
     /// The encoded tasks of the first group of rows of logits.
     pub tasks: usize,
@@ -38,7 +38,7 @@ impl Layout {
             token_ids: section(extent.tokens),
             positions: section(extent.tokens),
             slot_mapping: section(extent.tokens),
-            logits_indices: section(extent.logits_rows),
+            logits_indices: section(extent.logits_rows + extent.state_rows),
             tasks: section(task_words),
             plan: section(0),
         }
@@ -61,6 +61,8 @@ impl Layout {
         put(self.positions, &meta.positions);
         put(self.slot_mapping, &meta.slot_mapping);
         put(self.logits_indices, &meta.logits_indices);
+        // Where there are any the step is not padded.
+        put(self.logits_indices + meta.logits_indices.len(), &meta.state_indices);
         tasks.iter().for_each(|(at, tasks)| put(*at, tasks));
         words.extend_from_slice(plan);
         words
@@ -80,7 +82,7 @@ mod tests {
             logits_indices: vec![0, 2],
             ..BatchMeta::default()
         };
-        let layout = Layout::new(Extent { tokens: 6, logits_rows: 4 }, 7);
+        let layout = Layout::new(Extent { tokens: 6, logits_rows: 4, state_rows: 0 }, 7);
         let words = layout.write(&meta, &[(layout.tasks, vec![1, 2, 3])], &[4, 5], [88, 99]);
         assert_eq!(words[layout.token_ids..][..6], [7, 8, 9, 0, 0, 0]);
         assert_eq!(words[layout.positions..][..6], [5, 0, 3, 0, 0, 0]);
@@ -90,5 +92,15 @@ mod tests {
         assert_eq!(words[layout.plan..], [4, 5]);
         let sections = [layout.token_ids, layout.positions, layout.slot_mapping, layout.tasks, layout.plan];
         assert!(sections.iter().all(|at| at % ALIGN == 0));
+    }
+
+    #[test]
+    fn hidden_states_are_gathered_by_what_stands_behind_the_rows_of_logits() {
+        let meta =
+            BatchMeta { logits_indices: vec![5, 2], state_indices: vec![1, 4, 6], ..BatchMeta::default() };
+        let layout = Layout::new(Extent { tokens: 7, logits_rows: 2, state_rows: 3 }, 0);
+        let words = layout.write(&meta, &[], &[], [88, 99]);
+        assert_eq!(words[layout.logits_indices..][..5], [5, 2, 1, 4, 6]);
+        assert!(layout.tasks >= layout.logits_indices + 5);
     }
 }

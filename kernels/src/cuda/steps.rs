@@ -6,10 +6,11 @@ use super::{
     CudaConfig, Device,
     driver::{DevPtr, Pinned, Result},
     graphs::Graphs,
-    memory::{DeviceMemory, Event, PinnedMemory},
+    memory::{DeviceBuffer, DeviceMemory, Event, PinnedMemory},
     ops::{AttentionWorkspace, BlockShape, PlanLimits, RESULT_WORDS, Sampler},
     words::DeviceWords,
 };
+use crate::tensor::DType;
 
 /// Words for the lists of a step's tasks at first; grows when a step needs more.
 const LIST_WORDS: usize = 16 << 10;
@@ -24,6 +25,8 @@ pub(super) struct Steps {
     staging: Vec<Staging>,
     slots: Vec<Arc<Slot>>,
     slot_words: usize,
+    /// Empty until a step wants hidden states: most servers never see one.
+    state_memories: Vec<Arc<StateMemory>>,
     pub sampler: Sampler,
     pub workspace: AttentionWorkspace,
     /// `[R]` the tokens sampled last.
@@ -47,6 +50,24 @@ pub(super) struct Slot {
 // SAFETY: a slot's memory is read by the one holder of its step's results, after the event; the device writes it before.
 unsafe impl Sync for Slot {}
 
+/// Pinned memory that a step's hidden states come to.
+pub(super) struct StateMemory(PinnedMemory);
+
+impl StateMemory {
+    /// The first `elems` states, bf16 as they come from the device.
+    ///
+    /// # Safety
+    /// The copy of the step that holds this memory, of at least so many states, was waited for.
+    pub unsafe fn read(&self, elems: usize) -> Vec<f32> {
+        // SAFETY: the memory holds them (`Steps::fetch_states`), they were written, and nobody writes now.
+        let words = unsafe { std::slice::from_raw_parts(self.0.ptr().cast::<u16>(), elems) };
+        words.iter().map(|&bits| half::bf16::from_bits(bits).to_f32()).collect()
+    }
+}
+
+// SAFETY: as for `Slot`.
+unsafe impl Sync for StateMemory {}
+
 impl Steps {
     pub fn new(device: &Device, config: &CudaConfig, max_logits_rows: usize) -> Result<Self> {
         let driver = &device.driver;
@@ -61,6 +82,7 @@ impl Steps {
             arena: DeviceMemory::new(driver.clone(), 4 * usual_words(config), "step metadata")?,
             staging: Vec::new(),
             slots: Vec::new(),
+            state_memories: Vec::new(),
             slot_words: config.max_tokens.max(max_logits_rows) * RESULT_WORDS,
             sampler: Sampler::new(device, shape)?,
             workspace: AttentionWorkspace::new(device, SPLIT_TILES, config.heads.head_dim)?,
@@ -153,6 +175,28 @@ impl Steps {
             let dst = slot.memory.ptr().add(4 * first * RESULT_WORDS);
             self.device.driver().copy_to_host(dst, src, bytes)
         }
+    }
+
+    /// Queues the copy of `elems` hidden states, bf16, to memory that no other step holds.
+    pub fn fetch_states(&mut self, x: &DeviceBuffer, elems: usize) -> Result<Arc<StateMemory>> {
+        let src = x.at_least("states", "x", DType::Bf16, elems)?;
+        let memory = self.state_memory(elems * DType::Bf16.size())?;
+        // SAFETY: both ranges were checked above; nobody else holds the memory, and its step reads it after the event.
+        unsafe { self.device.driver().copy_to_host(memory.0.ptr(), src, elems * DType::Bf16.size()) }?;
+        Ok(memory)
+    }
+
+    /// Sizes double, so all that is kept is less than twice what the steps in flight have needed at most.
+    fn state_memory(&mut self, bytes: usize) -> Result<Arc<StateMemory>> {
+        let free = |memory: &&Arc<StateMemory>| Arc::strong_count(memory) == 1;
+        if let Some(memory) = self.state_memories.iter().filter(free).find(|m| m.0.bytes() >= bytes) {
+            return Ok(memory.clone());
+        }
+        let bytes = bytes.next_power_of_two().max(64 << 10);
+        let memory = PinnedMemory::new(self.device.driver.clone(), bytes, Pinned::Readback)?;
+        let memory = Arc::new(StateMemory(memory));
+        self.state_memories.push(memory.clone());
+        Ok(memory)
     }
 
     /// `[R]` the tokens sampled last.

@@ -99,6 +99,7 @@ impl<'a, O: Ops> Bed<'a, O> {
             block_tables: vec![block],
             max_blocks: 1,
             logits_indices: Vec::new(),
+            state_indices: Vec::new(),
             positions: positions.collect(),
         };
         self.ops.upload(Arc::new(meta), Arc::new([])).unwrap()

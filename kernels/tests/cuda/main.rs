@@ -7,6 +7,8 @@ mod activation;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/states.rs"]
+mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
@@ -22,4 +24,5 @@ mod rope_kv_write;
 mod rows;
 mod sampling;
 mod signatures;
+mod states;
 mod words;

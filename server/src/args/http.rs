@@ -5,13 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{LogArgs, NetworkArgs};
-use crate::{
-    config::size::ByteSize,
-    http::answer::{
-        Choice,
-        parsers::{ReasoningFormat, ToolFormat},
-    },
-};
+use crate::config::size::ByteSize;
 
 /// The HTTP port.
 #[derive(Debug, Args)]
@@ -64,22 +58,4 @@ pub struct GatewayArgs {
     /// Log lines, traces.
     #[command(flatten)]
     pub log: LogArgs,
-}
-
-/// `--tool-call-parser`.
-pub fn tool_parser(value: &str) -> Result<Choice<ToolFormat>, String> {
-    choice(value)
-}
-
-/// `--reasoning-parser`.
-pub fn reasoning_parser(value: &str) -> Result<Choice<ReasoningFormat>, String> {
-    choice(value)
-}
-
-fn choice<T: std::str::FromStr<Err = String>>(value: &str) -> Result<Choice<T>, String> {
-    match value {
-        "auto" => Ok(Choice::Auto),
-        "none" => Ok(Choice::Off),
-        name => name.parse().map(Choice::Is),
-    }
 }

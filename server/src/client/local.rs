@@ -9,6 +9,7 @@ use std::{
 use futures_util::{FutureExt, stream};
 use tidemill_engine::{
     EngineHandle, EngineStats, Generation, RequestError,
+    activity::Activity,
     ids::{RequestId, TokenId},
     output::AbortReceipt,
     request::GenerateRequest,
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::{
     grpc::{Lifecycle, Phase, TextWorkers},
-    http::answer::ParserChoice,
+    http::answer::Parsers,
 };
 
 /// Longest text in bytes that is encoded for its own sake: some seconds of work.
@@ -32,13 +33,13 @@ const MAX_DETOKENIZE_IDS: usize = 1 << 20;
 pub struct LocalEngine {
     lifecycle: Arc<Lifecycle>,
     texts: TextWorkers,
-    parsers: ParserChoice,
+    parsers: Parsers,
     card: OnceLock<Arc<ModelCard>>,
 }
 
 impl LocalEngine {
     /// The engine that `lifecycle` will have or has.
-    pub fn new(lifecycle: Arc<Lifecycle>, parsers: ParserChoice) -> Self {
+    pub fn new(lifecycle: Arc<Lifecycle>, parsers: Parsers) -> Self {
         Self { lifecycle, texts: TextWorkers::new(), parsers, card: OnceLock::new() }
     }
 
@@ -112,6 +113,10 @@ impl EngineClient for LocalEngine {
     async fn stats(&self) -> Result<EngineStats, CallError> {
         Ok(self.engine()?.stats())
     }
+
+    async fn activity(&self) -> Result<Activity, CallError> {
+        Ok(self.engine()?.activity().await?)
+    }
 }
 
 fn outputs(generation: Generation) -> OutputStream {
@@ -127,7 +132,7 @@ fn outputs(generation: Generation) -> OutputStream {
     }))
 }
 
-fn card(engine: &EngineHandle, parsers: &ParserChoice) -> ModelCard {
+fn card(engine: &EngineHandle, parsers: &Parsers) -> ModelCard {
     let (info, text) = (engine.info(), engine.text());
     let (tool_format, reasoning) = parsers.resolve(text.chat_template_source());
     ModelCard {

@@ -9,6 +9,7 @@ use std::{fmt, pin::Pin, sync::Arc};
 use futures_util::Stream;
 use tidemill_engine::{
     EngineStats,
+    activity::Activity,
     ids::{RequestId, TokenId},
     output::{AbortReceipt, Output},
     request::GenerateRequest,
@@ -43,14 +44,26 @@ pub struct ModelCard {
     pub num_kv_blocks: usize,
     /// What each token stands for.
     pub tokens: TokenBytes,
-    /// Texts of the tokenizer's special tokens.
-    pub special_tokens: Vec<String>,
+    /// The tokenizer's special tokens, by id.
+    pub special_tokens: Vec<(TokenId, String)>,
     /// How the model writes tool calls, if it does.
     pub tool_format: Option<ToolFormat>,
     /// How the model marks its thoughts, if it does.
     pub reasoning: Option<ReasoningFormat>,
     /// When it was loaded, in seconds since 1970.
     pub created: u64,
+}
+
+impl ModelCard {
+    /// The id of the special token with this text.
+    pub fn special_token(&self, text: &str) -> Option<u32> {
+        self.special_tokens.iter().find(|(_, token)| token == text).map(|(id, _)| id.0)
+    }
+
+    /// The texts of all special tokens.
+    pub fn special_texts(&self) -> Vec<String> {
+        self.special_tokens.iter().map(|(_, text)| text.clone()).collect()
+    }
 }
 
 /// The bytes that tokens stand for.
@@ -146,4 +159,10 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// When the engine is gone.
     async fn stats(&self) -> Result<EngineStats, CallError>;
+
+    /// The engine at work: batch, queue, blocks and the last aborts.
+    ///
+    /// # Errors
+    /// When the engine is gone.
+    async fn activity(&self) -> Result<Activity, CallError>;
 }

@@ -15,7 +15,7 @@ use crate::{
     args::{NetworkArgs, PolicyArg, SchedulingArgs, ServeArgs, TenantWeight},
     auth::ApiKeys,
     exit::Failure,
-    http::answer::ParserChoice,
+    http::answer::Parsers,
     lives::OtlpEndpoint,
     logging::LogConfig,
 };
@@ -34,7 +34,7 @@ pub struct ServeConfig {
     /// The HTTP server, if wanted.
     pub http: Option<HttpConfig>,
     /// How answers are read.
-    pub parsers: ParserChoice,
+    pub parsers: Parsers,
 }
 
 /// Where and for whom to listen.
@@ -118,7 +118,7 @@ impl ServeConfig {
             shutdown_timeout: args.limits.shutdown_timeout,
             keepalive: listen.keepalive,
         };
-        let parsers = ParserChoice { tools: args.tool_call_parser, reasoning: args.reasoning_parser };
+        let parsers = Parsers { tools: args.tool_call_parser, reasoning: args.reasoning_parser };
         Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint, http, parsers })
     }
 }

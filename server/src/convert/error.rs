@@ -21,6 +21,7 @@ pub fn code(error: ErrorCode) -> Code {
         ErrorCode::ResourceExhausted => Code::ResourceExhausted,
         ErrorCode::Unavailable | ErrorCode::DeviceLost => Code::Unavailable,
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorCode::Cancelled => Code::Cancelled,
         ErrorCode::Internal => Code::Internal,
     }
 }

@@ -32,5 +32,11 @@ pub fn model_response(info: &ModelInfo) -> v1::GetModelResponse {
         }),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         weight_bytes_per_step: info.weight_bytes_per_step,
+        embedding: Some(v1::EmbeddingInfo {
+            dimensions: info.embedding.dimensions as u32,
+            pooling: info.embedding.pooling.name().to_owned(),
+            normalize: info.embedding.normalize,
+            is_only_output: info.embedding.is_only_output,
+        }),
     }
 }

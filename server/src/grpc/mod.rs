@@ -1,17 +1,20 @@
-//! The gRPC front end: `tidemill.v1`, health checks and reflection on one port.
+//! The gRPC front end: `tidemill.v1`, the protocol of gateways that know vLLM, health checks and reflection on one port.
 
 pub mod auth;
 mod call;
 mod control;
 mod deadline;
+mod door;
 mod incoming;
 mod inference;
 mod kv_events;
 mod lifecycle;
 pub mod panics;
+mod readings;
 mod server;
 mod stream;
 mod texts;
+mod vllm;
 
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;

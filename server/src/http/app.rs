@@ -20,6 +20,8 @@ pub struct AppState {
     pub keys: ApiKeys,
     /// Largest body in bytes.
     pub max_body_bytes: usize,
+    /// Whether there is a page at `/`.
+    pub live_page: bool,
     /// Requests of HTTP that are several of the engine.
     pub groups: Groups,
 }
@@ -66,6 +68,7 @@ impl AppState {
             engine,
             keys: config.keys.clone(),
             max_body_bytes: config.max_body_bytes,
+            live_page: config.live_page,
             groups: Groups::default(),
         }
     }

@@ -134,6 +134,8 @@ impl From<CallError> for ApiError {
             ErrorCode::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             ErrorCode::DeviceLost => (StatusCode::SERVICE_UNAVAILABLE, "device_lost"),
             ErrorCode::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            // The status that proxies log for a client that went away.
+            ErrorCode::Cancelled => (client_closed_request(), "aborted"),
             ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
         };
         Self {
@@ -154,4 +156,9 @@ fn public_field(field: &str) -> String {
         "structured" => "response_format".to_owned(),
         other => other.strip_prefix("sampling.").unwrap_or(other).to_owned(),
     }
+}
+
+/// 499: the request was aborted. Not in the registry of statuses, but known to proxies and their logs.
+fn client_closed_request() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::CONFLICT)
 }

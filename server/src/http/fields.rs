@@ -12,7 +12,7 @@ use tidemill_engine::{
     structured::Structured,
 };
 
-use super::{ApiError, answer::parsers::ebnf};
+use super::ApiError;
 
 /// Reads one part of a body: what it does not know is left to the other parts.
 ///
@@ -248,8 +248,7 @@ impl StructuredFields {
         forms.extend(self.regex.as_deref().map(|regex| Structured::Regex(regex.into())));
         forms.extend(self.choice.as_ref().map(|texts| Structured::Choice(texts.clone().into())));
         if let Some(grammar) = &self.grammar {
-            let lark = ebnf::to_lark(grammar).map_err(|message| ApiError::invalid("grammar", message))?;
-            forms.push(Structured::Lark(lark.into()));
+            forms.push(Structured::Lark(grammar.as_str().into()));
         }
         Ok(())
     }

@@ -9,7 +9,8 @@ use futures_util::future::BoxFuture;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use super::{
-    ApiError, App, Call, Family, door, engine_routes, fields::SamplingFields, openai, openapi, ops, predict,
+    ApiError, App, Call, Family, door, engine_routes, fields::SamplingFields, live, openai, openapi, ops,
+    page, predict,
 };
 
 /// Serves one request.
@@ -114,7 +115,13 @@ pub fn table() -> Vec<Route> {
         get("/ready", Plain, "Whether requests are served.", handler!(ops::ready)).open(),
         get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics)).answers(&["text/plain"]),
         get("/openapi.json", Plain, "This document.", handler!(openapi::document)),
+        get("/live", Plain, "The engine at work, as events without end.", handler!(live::watch))
+            .answers(&["text/event-stream"]),
     ]);
+    routes.extend(page::ASSETS.iter().map(|asset| {
+        let what = "The live page, or a part of it.";
+        get(asset.path, Plain, what, asset.handler).open().answers(asset.content_types)
+    }));
     routes
 }
 

@@ -70,7 +70,12 @@ impl Runner for Frail {
         }
         let row = |row: &PlanRow| {
             let sampled = row.sample.as_ref().map(|_| TokenId(300));
-            RowResult::Done(RowOutput { sampled, logprobs: None, prompt_logprobs: Vec::new() })
+            RowResult::Done(RowOutput {
+                sampled,
+                logprobs: None,
+                prompt_logprobs: Vec::new(),
+                states: Vec::new(),
+            })
         };
         Ok(StepOutput { rows: self.steps.pop_front().unwrap().rows.iter().map(row).collect() })
     }

@@ -150,7 +150,7 @@ fn expected(ops: &CpuOps, case: &Case) -> Sampled {
     let mut logits = buffer(ops, &case.logits);
     let batch = ops.upload(Arc::default(), [task].into()).unwrap();
     ops.sample(&mut logits, case.logits.len(), &batch, 0..1).unwrap();
-    ops.wait(ops.results(batch).unwrap()).unwrap().remove(0)
+    ops.wait(ops.results(batch).unwrap()).unwrap().sampled.remove(0)
 }
 
 #[track_caller]

@@ -8,7 +8,7 @@ use tidemill_engine::{
 
 use super::{
     Ask,
-    parsers::{ParserConfig, ToolChoice, ToolDef, ToolFormat, tool_grammar},
+    parsers::{ParserConfig, ToolChoice, ToolDef, ToolFormat, ToolGrammar, tool_grammar},
 };
 use crate::{client::ModelCard, http::ApiError};
 
@@ -82,8 +82,8 @@ pub fn ask(
     // An answer of a form that the client chose is no tool call, whatever it looks like.
     let format = format.filter(|_| tools.mode != ToolMode::Auto || request.structured.is_none());
     request.thinking = card.reasoning.as_ref().map(|marks| Thinking {
-        start: marks.start.clone(),
-        end: marks.end.clone(),
+        start: marks.start.to_owned(),
+        end: marks.end.to_owned(),
         budget,
     });
     if budget.is_some() && request.thinking.is_none() {
@@ -92,16 +92,21 @@ pub fn ask(
             "this model does not mark its thoughts, so they can have no budget; start the server with --reasoning-parser if it does",
         ));
     }
-    let parser = (format.is_some() || card.reasoning.is_some()).then(|| ParserConfig {
-        reasoning: card.reasoning.clone(),
-        tools: format,
-        starts_in_reasoning: false,
-        tool_names: names,
+    let parser = (format.is_some() || card.reasoning.is_some()).then(|| {
+        let marks = format.iter().flat_map(|format| format.marks());
+        let marks = marks.chain(card.reasoning.iter().flat_map(|marks| [&marks.start, &marks.end]));
+        // Marks that are special tokens must come as text to be seen; the others are taken out again.
+        let asked = request.include_special_tokens;
+        request.include_special_tokens |= marks.into_iter().any(|mark| card.special_token(mark).is_some());
+        let hidden = if asked { Vec::new() } else { card.special_texts() };
+        ParserConfig {
+            reasoning: card.reasoning,
+            starts_in_reasoning: false,
+            tools: format,
+            tool_names: names.into(),
+            special_tokens: hidden.into(),
+        }
     });
-    if let Some(parser) = &parser {
-        let special = |marker: &str| card.special_tokens.iter().any(|token| token == marker);
-        request.include_special_tokens |= parser.markers().iter().any(|marker| special(marker));
-    }
     Ok(Ask { request, parser, single_tool_call: !tools.parallel })
 }
 
@@ -146,15 +151,19 @@ fn grammar(card: &ModelCard, format: ToolFormat, tools: &Tools) -> Result<Option
     let choice = match &tools.mode {
         ToolMode::Off | ToolMode::Auto => return Ok(None),
         ToolMode::Required => ToolChoice::Required,
-        ToolMode::Named(name) => ToolChoice::Named(name.clone()),
+        ToolMode::Named(name) => ToolChoice::Named(name),
     };
     let definition = |tool: &Value| ToolDef {
         name: tool["function"]["name"].as_str().unwrap_or_default().to_owned(),
         parameters: tool["function"]["parameters"].clone(),
     };
     let definitions: Vec<ToolDef> = tools.definitions.iter().map(definition).collect();
-    let special = |marker: &str| card.special_tokens.iter().any(|token| token == marker);
-    tool_grammar(format, &definitions, &choice, tools.parallel, &special)
-        .map(Some)
-        .map_err(|message| ApiError::invalid("tools", message))
+    let grammar = ToolGrammar {
+        format,
+        tools: &definitions,
+        choice,
+        parallel: tools.parallel,
+        special_token: &|mark| card.special_token(mark),
+    };
+    tool_grammar(&grammar).map(Some).map_err(|message| ApiError::invalid("tools", message))
 }

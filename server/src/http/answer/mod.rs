@@ -12,48 +12,23 @@ use tidemill_engine::{
     request::GenerateRequest,
 };
 
-use self::parsers::{AnswerParser, ParserConfig, Piece, ReasoningFormat, ToolFormat};
+use self::parsers::{AnswerParser, ParserChoice, ParserConfig, Piece, ReasoningFormat, ToolFormat};
 use crate::client::{Accepted, CallError, EngineClient, OutputStream};
 
-/// Which parser to use, where the command line says so.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Choice<T> {
-    /// The one that the chat template looks like.
-    #[default]
-    Auto,
-    /// None.
-    Off,
-    /// This one.
-    Is(T),
-}
-
-impl<T> Choice<T> {
-    fn or(&self, detected: Option<T>) -> Option<T>
-    where
-        T: Clone,
-    {
-        match self {
-            Self::Auto => detected,
-            Self::Off => None,
-            Self::Is(format) => Some(format.clone()),
-        }
-    }
-}
-
 /// How answers are read: `--tool-call-parser` and `--reasoning-parser`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ParserChoice {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Parsers {
     /// Tool calls.
-    pub tools: Choice<ToolFormat>,
+    pub tools: ParserChoice<ToolFormat>,
     /// Thoughts.
-    pub reasoning: Choice<ReasoningFormat>,
+    pub reasoning: ParserChoice<ReasoningFormat>,
 }
 
-impl ParserChoice {
+impl Parsers {
     /// The formats of a model with this chat template.
     pub fn resolve(&self, template: Option<&str>) -> (Option<ToolFormat>, Option<ReasoningFormat>) {
         let (tools, reasoning) = template.map(parsers::detect).unwrap_or_default();
-        (self.tools.or(tools), self.reasoning.or(reasoning))
+        (self.tools.resolve(tools), self.reasoning.resolve(reasoning))
     }
 }
 
