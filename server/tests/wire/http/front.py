@@ -216,6 +216,12 @@ class Wire:
         self.socket.close()
 
 
+def free_port():
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def request_bytes(method, path, body=b"", *headers):
     """An HTTP/1.1 request with a body of known length."""
     lines = [f"{method} {path} HTTP/1.1", "Host: wire-test", *headers]

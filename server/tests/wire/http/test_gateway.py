@@ -1,7 +1,6 @@
 """`tidemill gateway` in front of `tidemill serve`: nobody can tell it from the server itself, until the engine goes away."""
 
 import json
-import socket
 import threading
 import time
 
@@ -17,6 +16,7 @@ from front import (
     Front,
     chunks,
     events,
+    free_port,
     user,
 )
 from prompts import request as numbered
@@ -216,7 +216,7 @@ def test_a_wrong_key_for_the_engine(keyed, start_gateway):
     assert front.get("/ready").status_code == 503
 
 
-def test_no_engine_yet(start_gateway, start_server):
+def test_no_engine_yet(start_gateway):
     """The gateway may be started first."""
     gateway = start_gateway(f"127.0.0.1:{free_port()}")
     front = Front(gateway.url)
@@ -227,12 +227,6 @@ def test_no_engine_yet(start_gateway, start_server):
         assert answer.status_code in (503, 529), (path, answer.text)
         assert answer.json()["error"]
     assert front.get("/v1/models").status_code == 503
-
-
-def free_port():
-    """A port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_the_engine_is_started_again(start_gateway, start_server):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from front import ANSWER, MODEL, Front, request_bytes, user
+from front import ANSWER, MODEL, Front, free_port, request_bytes, user
 from server_process import HTTP_BOUND, Process
 from stages import occupied
 
@@ -187,11 +187,22 @@ def test_not_ready_while_loading(tmp_path):
     body = json.dumps({"model": MODEL, "messages": user(), "max_tokens": 1}).encode()
     breath = [request_bytes("GET", path) for path in ("/health", "/ready", "/metrics", "/v1/models")]
     breath.append(request_bytes("POST", "/v1/chat/completions", body))
-    process = Process(["serve", "--model", tmp_path], "--port", "0", "--grpc-port", "0", bound={"url": HTTP_BOUND})
+    port, replies = free_port(), []
+
+    def ask():
+        """It says where it listens when it is ready; this thread does not wait for that."""
+        while not replies:
+            with contextlib.suppress(ConnectionRefusedError), Front(f"http://127.0.0.1:{port}").wire() as wire:
+                wire.send(b"".join(breath))
+                replies.extend(wire.reply() for _ in breath)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    ports = ("--port", str(port), "--grpc-port", "0")
+    process = Process(["serve", "--model", tmp_path], *ports, bound={"url": HTTP_BOUND})
+    asker.join(20)
     try:
-        with Front(process.url).wire() as wire:
-            wire.send(b"".join(breath))
-            health, ready, metrics, models, chat = (wire.reply() for _ in breath)
+        health, ready, metrics, models, chat = replies
         assert health.status == 200, "alive from the first moment"
         assert (ready.status, models.status, chat.status) == (503, 503, 503)
         assert metrics.status in (200, 503)

@@ -1,6 +1,7 @@
 """Clients that go away: noticed while queued, in prefill and in decode, streaming or not, and all is free at once."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from front import MODEL, Wire, request_bytes, user
 from prompts import request as numbered
+from raw_client import RawClient
 from stages import LONG_DECODE, SERVER_OF, in_stage, is_gone, options_in
 
 FREE_SECONDS = 1
@@ -172,3 +174,25 @@ def test_long_decode_is_what_these_tests_assume(narrow):
     assert narrow.client.stats().num_requests_running == 1
     narrow.client.abort(stream.request_id)
     stream.result()
+
+
+def test_over_http_2_one_stream_goes_and_the_connection_stays(wide, front):
+    """Gateways speak HTTP/2 to their backends: RST_STREAM is all they see of a client that left."""
+    body = {**ROUTES["/v1/completions"], "stream": True}
+    with RawClient("{}:{}".format(*front.address)) as raw:
+
+        def post(**changes):
+            sent = json.dumps({**body, **changes}).encode()
+            return raw.call("/v1/completions", sent, content_type="application/json")
+
+        survivor = post(max_tokens=200)
+        aborted = wide.client.stats().requests_aborted_total
+        for _ in range(5):
+            raw.wait_for_data(post())
+            raw.reset_streams(spare=survivor)
+        stream = raw.wait(survivor)
+        assert stream.headers[":status"] == "200" and stream.data.endswith(b"data: [DONE]\n\n")
+        wide.wait_for_stats(lambda stats: stats.requests_aborted_total >= aborted + 4, "those that were reset are aborted")
+        wide.wait_until_idle()
+        last = raw.wait(post(max_tokens=3, stream=False))
+        assert last.headers[":status"] == "200" and json.loads(last.data)["choices"]
