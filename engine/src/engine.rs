@@ -31,7 +31,7 @@ use crate::{
     stats::SharedStats,
     stopped::Stopped,
     swap::SwapFacts,
-    text::TextModel,
+    text::{TextModel, grammar::Forms},
 };
 
 /// What loading has reached.
@@ -186,6 +186,7 @@ impl Engine {
                 kv_capacity_tokens: info.num_kv_blocks * info.block_size,
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
+                forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
             },
             info,
             text,

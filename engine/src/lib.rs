@@ -2,6 +2,7 @@
 
 mod admission;
 mod config;
+pub mod constraint;
 mod core;
 mod device;
 mod ended;

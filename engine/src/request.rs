@@ -6,13 +6,18 @@
 use std::{sync::Arc, time::Instant};
 
 use crate::{
+    constraint::Constraint,
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
     model::generation_config::GenerationDefaults,
     sampling::{Sampling, SamplingParams},
     scheduler::Policy,
     structured::{Structured, Thinking},
-    text::{TextModel, chat::ChatPrompt},
+    text::{
+        TextModel,
+        chat::ChatPrompt,
+        grammar::{Form, FormRequest, Forms},
+    },
 };
 
 /// What is to be completed.
@@ -99,6 +104,9 @@ pub struct ValidatedRequest {
     pub(crate) credential: Arc<str>,
     pub(crate) cache_salt: String,
     pub(crate) trace_parent: Option<Arc<str>>,
+    /// One for each completion, or none.
+    pub(crate) constraints: Vec<Box<dyn Constraint>>,
+    pub(crate) opens_thinking: bool,
 }
 
 impl ValidatedRequest {
@@ -116,10 +124,17 @@ impl ValidatedRequest {
     pub fn sampling(&self) -> &Sampling {
         &self.sampling
     }
+
+    /// Whether the completions begin within thoughts, because the prompt ends with their mark: the text that comes does not have it.
+    pub fn opens_thinking(&self) -> bool {
+        self.opens_thinking
+    }
 }
 
 /// Documented bounds of a request.
 pub mod limits {
+    use std::time::Duration;
+
     /// Completions of one prompt.
     pub const MAX_N: u32 = 8;
     /// Stop strings.
@@ -136,6 +151,12 @@ pub mod limits {
     pub const DEFAULT_MAX_TOKENS: usize = 1024;
     /// Bytes of `cache_salt`.
     pub const MAX_CACHE_SALT_BYTES: usize = 256;
+    /// Bytes of what says the form of an answer: a schema, an expression, a grammar, all texts of a choice.
+    pub const MAX_STRUCTURED_BYTES: usize = 256 << 10;
+    /// What compiling that may take.
+    pub const STRUCTURED_COMPILE_TIME: Duration = Duration::from_secs(5);
+    /// Bytes of a mark that begins or ends thoughts.
+    pub const MAX_THINKING_MARK_BYTES: usize = 64;
 }
 
 /// The one door: checks a request against the model and the engine's limits.
@@ -150,6 +171,7 @@ pub struct Validator {
     pub(crate) kv_capacity_tokens: usize,
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) policy: Policy,
+    pub(crate) forms: Forms,
 }
 
 /// Collects everything that is wrong, so that a client learns it in one answer.
@@ -196,6 +218,9 @@ impl Validator {
         found.check(request.priority == 0 || self.policy == Policy::Priority, "priority", || {
             "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
         });
+        found.check(request.structured.is_none() || !request.sampling.ignore_eos, "sampling.ignore_eos", || {
+            "an answer of a given form ends where the form does; leave ignore_eos or structured out".into()
+        });
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -207,6 +232,13 @@ impl Validator {
         }
         let prompt = self.encode(request.prompt)?;
         let sampling = self.with_lengths(sampling, &request.sampling, prompt.len())?;
+        let form = self.forms.compile(FormRequest {
+            structured: request.structured.as_ref(),
+            thinking: request.thinking.as_ref(),
+            prompt: &prompt,
+            // Log-probabilities are of tokens that the model was asked for.
+            jump_ahead: sampling.logprobs.is_none(),
+        })?;
         let id = request.id.filter(|id| !id.as_str().is_empty());
         Ok(ValidatedRequest {
             id: id.unwrap_or_else(RequestId::random),
@@ -222,6 +254,8 @@ impl Validator {
             credential: request.credential,
             cache_salt: request.cache_salt,
             trace_parent: request.trace_parent,
+            opens_thinking: form.opens_thinking,
+            constraints: each(form, n),
         })
     }
 
@@ -401,4 +435,13 @@ impl Validator {
             Err(RequestError::Invalid(found.0))
         }
     }
+}
+
+/// A form's constraint for each of `n` completions.
+fn each(form: Form, n: u32) -> Vec<Box<dyn Constraint>> {
+    let forks = |constraint: Box<dyn Constraint>| {
+        let more: Vec<_> = (1..n).map(|_| constraint.fork()).collect();
+        std::iter::once(constraint).chain(more)
+    };
+    form.constraint.into_iter().flat_map(forks).collect()
 }

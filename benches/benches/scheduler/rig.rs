@@ -125,6 +125,7 @@ impl Rig {
             priority: (class % 10) as i32,
             tenant: TenantId::new(format!("tenant-{}", class % 100)),
             root: self.root,
+            constraint: None,
         }
     }
 

@@ -8,6 +8,7 @@ use crate::{
     explain::Life,
     ids::SeqId,
     ledger::{Delivered, Delivery},
+    output::FinishReason,
     runner::Finished,
     scheduler::{Effect, Note, RowResult, StepOutput, StepPlan},
 };
@@ -139,6 +140,15 @@ impl Core {
                     Delivered::Open => {}
                     Delivered::Unread(ticket) => self.park(ticket, now),
                     Delivered::Over => self.counters.finished += 1,
+                }
+            }
+            Effect::Complete { seq } => {
+                self.counters.finished += u64::from(self.ledger.finish_seq(seq, FinishReason::Stop, now));
+            }
+            Effect::Unformed { seq, position, error } => {
+                if let Some(ticket) = self.ledger.ticket_of(seq) {
+                    self.counters.failed += 1;
+                    self.fail(ticket, RequestError::Unformed { position, detail: error }, now);
                 }
             }
             Effect::Failed { seq, position, error } => self.fail_seq(seq, position, error, now),

@@ -78,6 +78,7 @@ impl Sim {
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
                 root,
+                constraint: None,
             });
             if live.prompt_of.is_none() {
                 self.service.queue(id, live.tenant);

@@ -51,6 +51,7 @@ impl Sim {
                     live.scored += 1;
                 }
             }
+            Effect::Complete { .. } | Effect::Unformed { .. } => panic!("nobody is constrained: {effect:?}"),
             Effect::Failed { seq, error, .. } => {
                 let fate = self.wires.borrow().fates.get(&seq).copied().unwrap_or_default();
                 assert_eq!(matches!(fate, Fate::NotFinite(_)), error.is_none(), "{seq:?}: {error:?}");

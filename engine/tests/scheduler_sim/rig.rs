@@ -85,6 +85,7 @@ impl Rig {
             priority: 0,
             tenant: TenantId::default(),
             root: self.pool.prefix_root(&["model"], id),
+            constraint: None,
         }
     }
 
