@@ -218,9 +218,14 @@ impl Validator {
         found.check(request.priority == 0 || self.policy == Policy::Priority, "priority", || {
             "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
         });
-        found.check(request.structured.is_none() || !request.sampling.ignore_eos, "sampling.ignore_eos", || {
-            "an answer of a given form ends where the form does; leave ignore_eos or structured out".into()
-        });
+        found.check(
+            request.structured.is_none() || !request.sampling.ignore_eos,
+            "sampling.ignore_eos",
+            || {
+                "an answer of a given form ends where the form does; leave ignore_eos or structured out"
+                    .into()
+            },
+        );
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {

@@ -244,9 +244,12 @@ fn bias_and_penalties_come_in_their_order() {
 fn a_mask_is_the_same_as_all_other_tokens_forbidden() {
     for ops in devices(Compute::Bf16, 1) {
         for vocab in [3_u32, 31, 32, 33, 700] {
-            let row: Vec<f32> = Rng::new(u64::from(vocab)).units(vocab as usize).iter().map(|v| v * 5.0).collect();
-            let mask: Arc<[u32]> = (0..vocab.div_ceil(32)).map(|word| 0x1248_8421_u32.rotate_left(word)).collect();
-            let refused = (0..vocab).filter(|t| mask[*t as usize / 32] >> (t % 32) & 1 == 0).collect::<Vec<_>>();
+            let row: Vec<f32> =
+                Rng::new(u64::from(vocab)).units(vocab as usize).iter().map(|v| v * 5.0).collect();
+            let mask: Arc<[u32]> =
+                (0..vocab.div_ceil(32)).map(|word| 0x1248_8421_u32.rotate_left(word)).collect();
+            let refused =
+                (0..vocab).filter(|t| mask[*t as usize / 32] >> (t % 32) & 1 == 0).collect::<Vec<_>>();
             let specs = [
                 greedy(),
                 spec(),
@@ -258,7 +261,8 @@ fn a_mask_is_the_same_as_all_other_tokens_forbidden() {
                     let spec = SampleSpec { position, ..spec.clone() };
                     let masked = SampleSpec { allowed: Some(mask.clone()), ..spec.clone() };
                     let forbidding = SampleSpec { forbidden: refused.clone(), ..spec };
-                    let [got, want] = [masked, forbidding].map(|s| sample(&ops, &row, &[RowTask::Sample(s, Some(3))]));
+                    let [got, want] =
+                        [masked, forbidding].map(|s| sample(&ops, &row, &[RowTask::Sample(s, Some(3))]));
                     assert_eq!(got, want, "{vocab}");
                     assert!(got[0].finite && !refused.contains(&got[0].token));
                 }

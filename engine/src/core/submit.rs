@@ -7,8 +7,8 @@ use std::{
 
 use super::{Core, Submission};
 use crate::{
-    admission::Arrival, constraint::Constraint, error::RequestError, event::Event, ids::SeqId,
-    kv::BlockHash, ledger::Opening, request::ValidatedRequest, sampling::Sampling, scheduler::NewSequence,
+    admission::Arrival, constraint::Constraint, error::RequestError, event::Event, ids::SeqId, kv::BlockHash,
+    ledger::Opening, request::ValidatedRequest, sampling::Sampling, scheduler::NewSequence,
 };
 
 impl Core {

@@ -181,7 +181,9 @@ impl Sequence {
     pub(super) fn stage(&self) -> Stage {
         match self.place {
             Place::Held | Place::Queue | Place::Parked => Stage::Queued,
-            Place::Batch if self.num_computed < self.newest || self.completion_tokens() == 0 => Stage::Prefill,
+            Place::Batch if self.num_computed < self.newest || self.completion_tokens() == 0 => {
+                Stage::Prefill
+            }
             Place::Batch => Stage::Decode,
         }
     }
@@ -194,7 +196,11 @@ impl Sequence {
     }
 
     /// Why a token ends the sequence as its `number`th, if it does by what it is.
-    pub(super) fn stop_at(&self, token: TokenId, number: usize) -> Option<(FinishReason, Option<MatchedStop>)> {
+    pub(super) fn stop_at(
+        &self,
+        token: TokenId,
+        number: usize,
+    ) -> Option<(FinishReason, Option<MatchedStop>)> {
         let sampling = &self.sampling;
         if number < sampling.min_tokens {
             None

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use tidemill_engine::{
+    constraint::Constraint,
     ids::{SeqId, TenantId, TokenId},
     kv::BlockHash,
     scheduler::{NewSequence, Policy},
 };
 
 use crate::{
+    forms::Fake,
     model::{EOS, Fate, Part, Script, VOCAB, mix},
     sampling,
     scenario::{Arrival, Whom},
@@ -78,7 +80,7 @@ impl Sim {
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
                 root,
-                constraint: None,
+                constraint: arrival.form.then(|| Fake::new(seed_of(arrival, id, first)).fork()),
             });
             if live.prompt_of.is_none() {
                 self.service.queue(id, live.tenant);
@@ -109,6 +111,7 @@ impl Sim {
             max_tokens: usize::from(arrival.max_tokens),
             ignore_eos: arrival.ignore_eos,
             penalties: arrival.penalties,
+            form: arrival.form,
         };
         let mut sampling = sampling(part.max_tokens, part.min_tokens);
         sampling.presence_penalty = if part.penalties { 0.5 } else { 0.0 };
@@ -123,6 +126,7 @@ impl Sim {
             script: Script::alone(prompt, &part),
             sampling: Arc::new(sampling),
             known: prompt.len(),
+            formed: arrival.form,
             scored: 0,
             priority: i32::from(arrival.priority),
             tenant: usize::from(arrival.tenant),

@@ -51,6 +51,8 @@ pub struct Arrival {
     pub ignore_eos: bool,
     pub penalties: bool,
     pub prompt_logprobs: bool,
+    /// Its tokens are constrained.
+    pub form: bool,
     pub priority: i8,
     pub tenant: u8,
     /// Requests of different salts share nothing.
@@ -74,6 +76,7 @@ impl Default for Arrival {
             ignore_eos: true,
             penalties: false,
             prompt_logprobs: false,
+            form: false,
             priority: 0,
             tenant: 0,
             salt: 0,
@@ -302,6 +305,7 @@ impl Mood {
             ignore_eos: rng.random_bool(0.3),
             penalties: rng.random_bool(0.15),
             prompt_logprobs: rng.random_bool(0.15),
+            form: rng.random_bool(0.25),
             priority: if config.policy == Policy::Priority { rng.random_range(-1..=2) } else { 0 },
             // The first tenant floods.
             tenant: if rng.random_bool(0.4) { 0 } else { rng.random_range(0..TENANTS as u8) },
@@ -353,7 +357,7 @@ impl Arrival {
         macro_rules! fields {
             ($($name:ident)*) => { $(field(stringify!($name), &self.$name, &plain.$name);)* };
         }
-        fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs);
+        fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs form);
         fields!(priority tenant salt patience);
         if self.fate != plain.fate {
             fields.push(format!("fate: Fate::{:?}", self.fate));

@@ -104,6 +104,8 @@ impl Forms {
         let key = [thinking.start.clone(), thinking.end.clone()];
         let make = || Ok(Marks::new(thinking, &self.text, &self.eos_token_ids)?);
         let bytes = thinking.start.len() + thinking.end.len();
-        self.marks.get_or_make(&key, bytes, make).map_err(|message| RequestError::invalid("thinking", message))
+        self.marks
+            .get_or_make(&key, bytes, make)
+            .map_err(|message| RequestError::invalid("thinking", message))
     }
 }

@@ -109,7 +109,10 @@ impl Marks {
         for (at, byte) in token.iter().enumerate() {
             // The longest beginning of the mark with which the text ends now.
             while self.end[came] != *byte && came > 0 {
-                came = (0..came).rev().find(|&less| self.end[came - less..came] == self.end[..less]).unwrap_or(0);
+                came = (0..came)
+                    .rev()
+                    .find(|&less| self.end[came - less..came] == self.end[..less])
+                    .unwrap_or(0);
             }
             came += usize::from(self.end[came] == *byte);
             if came == self.end.len() {
@@ -152,13 +155,22 @@ pub(super) struct Thoughts {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Stage {
     /// These bytes came, and may be the beginning of the start mark.
-    Opening { came: Vec<u8> },
+    Opening {
+        came: Vec<u8>,
+    },
     /// The start mark is being written; this token of it is next.
-    Start { at: usize },
+    Start {
+        at: usize,
+    },
     /// So many bytes of the end mark have come, and so many tokens of thought.
-    Thinking { came: usize, tokens: usize },
+    Thinking {
+        came: usize,
+        tokens: usize,
+    },
     /// The end mark is being written; this token of it is next.
-    End { at: usize },
+    End {
+        at: usize,
+    },
     Answer,
 }
 
@@ -216,7 +228,9 @@ impl Thoughts {
             (Stage::Opening { .. }, None) => free(self.budget.unwrap_or(0).saturating_add(1)),
             (Stage::Start { at }, _) => self.marks.only(self.marks.start_ids[*at]),
             (Stage::Thinking { came, .. }, Some(_)) => Allowed::Among(self.marks.within[*came].clone()),
-            (Stage::Thinking { tokens, .. }, None) => free(self.budget.map_or(usize::MAX, |most| most - tokens)),
+            (Stage::Thinking { tokens, .. }, None) => {
+                free(self.budget.map_or(usize::MAX, |most| most - tokens))
+            }
             (Stage::End { at }, _) => self.marks.only(self.marks.end_ids[*at]),
             (Stage::Answer, Some(form)) => form.first(),
             (Stage::Answer, None) => free(usize::MAX),
@@ -232,7 +246,9 @@ impl Thoughts {
                 Some(form) => match self.marks.start_ids.as_slice() {
                     [only] if *only == token => thinking,
                     // Where the form allows what the mark begins with, it is the form's.
-                    [first, _, ..] if *first == token && !allows(&form.first(), token) => Stage::Start { at: 1 },
+                    [first, _, ..] if *first == token && !allows(&form.first(), token) => {
+                        Stage::Start { at: 1 }
+                    }
                     _ => {
                         self.stage = Stage::Answer;
                         return false;
@@ -328,7 +344,9 @@ mod tests {
 
     #[test]
     fn a_mark_is_found_however_it_is_cut() {
-        for (end, text) in [("</think>", "a <</think>rest"), ("aab", "aaab"), ("abab", "aabaabab"), ("xx", "xx")] {
+        for (end, text) in
+            [("</think>", "a <</think>rest"), ("aab", "aaab"), ("abab", "aabaabab"), ("xx", "xx")]
+        {
             let marks = marks("<think>", end);
             let at = text.find(end).unwrap() + end.len();
             for cut in 0..=text.len() {
