@@ -156,6 +156,16 @@ fn stale_penalties() {
 }
 
 #[test]
+fn stale_form() {
+    is_found(Bug::StaleForm, &["I8", "was free when it was planned"]);
+}
+
+#[test]
+fn forced_without_room() {
+    is_found(Bug::ForcedWithoutRoom, &["I7", "no slot"]);
+}
+
+#[test]
 fn scores_skipped() {
     is_found(Bug::ScoresSkipped, &["I8", "skips"]);
 }
