@@ -143,6 +143,8 @@ fn dropping_what_is_pending_or_its_future_is_an_abort_and_dropping_what_is_there
     bench.step_started();
     drop(pending);
     eventually("its blocks are free", || bench.all_free());
+    // The two chunks that were in flight.
+    bench.finish_steps(2);
     let pending = embed(&handle, embedding("future", &ids(9)));
     eventually("it runs", || !bench.all_free());
     drop(pending.wait());
