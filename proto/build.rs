@@ -3,8 +3,10 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    const FILES: [&str; 1] = ["tidemill/v1/tidemill.proto"];
-    println!("cargo::rerun-if-changed=tidemill");
+    const FILES: [&str; 2] = ["tidemill/v1/tidemill.proto", "vllm/grpc/engine/vllm_engine.proto"];
+    for folder in ["tidemill", "vllm", "smg"] {
+        println!("cargo::rerun-if-changed={folder}");
+    }
     let descriptors = protox::compile(FILES, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     // Source comments stay out of the embedded set: reflection clients do not need them.

@@ -1,5 +1,7 @@
 //! The caller's side of a request for an embedding: one answer, cut and normalised here, off the engine thread.
 
+use std::time::Instant;
+
 use crate::{
     core::Command, error::RequestError, event::Event, generation::Stream, handle::EngineHandle,
     ids::RequestId, output::Embedding, pooling::normalize, request::EmbeddingShape,
@@ -69,7 +71,8 @@ impl Drop for PendingEmbedding {
     fn drop(&mut self) {
         if !self.over {
             // Fails only when the engine is gone, and everything with it.
-            drop(self.handle.commands.send(Command::Drop { ticket: self.stream.ticket }));
+            let (ticket, received) = (self.stream.ticket, Instant::now());
+            drop(self.handle.commands.send(Command::Drop { ticket, received }));
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Detokenising and stop strings live here, off the engine thread. A stop string ends its completion by a command to the
 //! engine, whose answer carries the usage.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use async_channel::Receiver;
 
@@ -207,7 +207,8 @@ impl Drop for Generation {
     fn drop(&mut self) {
         if !self.over {
             // Fails only when the engine is gone, and everything with it.
-            drop(self.handle.commands.send(Command::Drop { ticket: self.stream.ticket }));
+            let (ticket, received) = (self.stream.ticket, Instant::now());
+            drop(self.handle.commands.send(Command::Drop { ticket, received }));
         }
     }
 }

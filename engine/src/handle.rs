@@ -11,6 +11,7 @@ use std::{
 use crossbeam_channel::Sender;
 
 use crate::{
+    activity::Activity,
     core::{Command, Submission},
     embedding::PendingEmbedding,
     error::{RequestError, StopReason},
@@ -183,6 +184,17 @@ impl EngineHandle {
         let stopped = || self.stop_reason().error();
         self.commands.send(Command::Explain { id, reply }).map_err(|_| stopped())?;
         explanation.recv().await.map_err(|_| stopped())
+    }
+
+    /// The engine at work: batch, queue, blocks and the last aborts. Computed when asked for; the ids of all requests are in it.
+    ///
+    /// # Errors
+    /// [`RequestError::EngineStopped`], [`RequestError::DeviceLost`].
+    pub async fn activity(&self) -> Result<Activity, RequestError> {
+        let (reply, activity) = async_channel::bounded(1);
+        let stopped = || self.stop_reason().error();
+        self.commands.send(Command::Activity { reply }).map_err(|_| stopped())?;
+        activity.recv().await.map_err(|_| stopped())
     }
 
     /// Everything that the prefix cache holds, and then its changes.

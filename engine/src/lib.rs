@@ -1,5 +1,6 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
+pub mod activity;
 mod admission;
 mod config;
 mod core;

@@ -4,6 +4,7 @@
 //! over the environment, the environment over the file, the file over the default. What is read here is checked once, in
 //! [`crate::config`], and nothing else of the program sees it.
 
+mod http;
 mod scheduling;
 
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
@@ -13,11 +14,18 @@ use clap::{
 };
 use tidemill_engine::{DeviceChoice, EngineConfig, model::files::ModelSource};
 
-use crate::{config::file, config::size::ByteSize, exit::EXIT_CODES, exit::Failure, lives::OtlpEndpoint};
+use crate::{
+    config::file,
+    config::size::ByteSize,
+    exit::{EXIT_CODES, Failure},
+    http::answer::parsers::{ParserChoice, ReasoningFormat, ToolFormat},
+    lives::OtlpEndpoint,
+};
 
+pub use http::{GatewayArgs, HttpArgs};
 pub use scheduling::{PolicyArg, SchedulingArgs, TenantWeight};
 
-/// An LLM inference engine: continuous batching, streaming over gRPC, immediate aborts.
+/// An LLM inference engine: continuous batching, streaming over gRPC and HTTP, immediate aborts.
 ///
 /// Without a command it gives a demonstration: it starts the server with the built-in model, streams several prompts at once over
 /// gRPC, aborts one of them, and reports latencies and throughput.
@@ -32,9 +40,12 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve a model over gRPC until SIGTERM or SIGINT.
+    /// Serve a model over gRPC and HTTP until SIGTERM or SIGINT.
     #[command(after_help = EXIT_CODES, after_long_help = examples(SERVE_EXAMPLES))]
     Serve(Box<ServeArgs>),
+    /// Serve HTTP in front of an engine that runs elsewhere: a `tidemill serve`, reached over gRPC.
+    #[command(after_help = EXIT_CODES, after_long_help = examples(GATEWAY_EXAMPLES))]
+    Gateway(Box<GatewayArgs>),
     /// Complete one prompt and stream the answer to stdout.
     #[command(after_help = EXIT_CODES, after_long_help = examples(RUN_EXAMPLES))]
     Run(Box<RunArgs>),
@@ -43,7 +54,7 @@ pub enum Command {
 const MAIN_EXAMPLES: &str = "
   tidemill                                   the demonstration
   tidemill run \"Tell me a short story.\"      one prompt, streamed to stdout
-  tidemill serve --model ./Llama-3.2-1B      a server on 127.0.0.1:50051";
+  tidemill serve --model ./Llama-3.2-1B      gRPC on 127.0.0.1:50051, HTTP on 127.0.0.1:8000";
 
 const SERVE_EXAMPLES: &str = "
   tidemill serve                                       the built-in model on 127.0.0.1:50051
@@ -53,11 +64,18 @@ const SERVE_EXAMPLES: &str = "
                                                            max-num-seqs = 32
                                                            kv-cache-memory = \"4GiB\"
   TIDEMILL_API_KEY=secret tidemill serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+      -d '{\"messages\": [{\"role\": \"user\", \"content\": \"What is a KV cache?\"}]}'
   grpcurl -plaintext -d '{\"text\": \"Once\"}' 127.0.0.1:50051 tidemill.v1.Inference/Generate
 
 Every option can be given on the command line, as an environment variable (shown
 beside it) or in the TOML file, where its key is the option's name without dashes
 in front. The command line wins over the environment, the environment over the file.";
+
+const GATEWAY_EXAMPLES: &str = "
+  tidemill gateway --engine 127.0.0.1:50051                   HTTP on 127.0.0.1:8000 in front of a server on this machine
+  TIDEMILL_ENGINE_API_KEY=secret TIDEMILL_API_KEY=mine \\
+      tidemill gateway --engine https://gpu1:50051 --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem";
 
 const RUN_EXAMPLES: &str = "
   tidemill run \"What is a KV cache?\"
@@ -152,6 +170,41 @@ pub struct ServeArgs {
     /// Whose turn it is, what is refused.
     #[command(flatten)]
     pub scheduling: SchedulingArgs,
+    /// Port of the gRPC server; 0 takes a free one, which is printed.
+    #[arg(
+        long,
+        value_name = "PORT",
+        default_value_t = 50051,
+        env = "TIDEMILL_GRPC_PORT",
+        help_heading = "Network"
+    )]
+    pub grpc_port: u16,
+    /// Serve gRPC alone.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
+          env = "TIDEMILL_NO_HTTP", help_heading = "HTTP")]
+    pub no_http: bool,
+    /// How the model writes tool calls: auto (as its chat template looks), none, or a format by name. A wrong name is answered with the list.
+    #[arg(
+        long,
+        value_name = "auto|none|FORMAT",
+        default_value = "auto",
+        env = "TIDEMILL_TOOL_CALL_PARSER",
+        help_heading = "HTTP"
+    )]
+    pub tool_call_parser: ParserChoice<ToolFormat>,
+    /// How the model marks its thoughts: auto (as its chat template looks), none, or a style by name. A wrong name is answered with the list.
+    #[arg(
+        long,
+        value_name = "auto|none|STYLE",
+        default_value = "auto",
+        env = "TIDEMILL_REASONING_PARSER",
+        help_heading = "HTTP"
+    )]
+    pub reasoning_parser: ParserChoice<ReasoningFormat>,
+    /// The HTTP port.
+    #[command(flatten)]
+    pub http: HttpArgs,
     /// Address, credentials.
     #[command(flatten)]
     pub network: NetworkArgs,
@@ -182,10 +235,7 @@ pub struct NetworkArgs {
     /// Name or address to listen on. Others than loopback need --api-key, --tls-client-ca or --insecure-bind.
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", env = "TIDEMILL_HOST", value_parser = NonEmptyStringValueParser::new())]
     pub host: String,
-    /// Port of the gRPC server; 0 takes a free one, which is printed.
-    #[arg(long, value_name = "PORT", default_value_t = 50051, env = "TIDEMILL_GRPC_PORT")]
-    pub grpc_port: u16,
-    /// A key that clients must present (`authorization: Bearer KEY`). May be given several times; the variable takes a
+    /// A key that clients must present (`authorization: Bearer KEY`, or `x-api-key: KEY`). May be given several times; the variable takes a
     /// comma-separated list. Prefer the variable or the file: a command line is visible to other users of the machine.
     #[arg(long, value_name = "KEY", env = "TIDEMILL_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub api_key: Vec<String>,
@@ -281,12 +331,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, Parse
     let mut command = Cli::command();
     let matches = command.try_get_matches_from_mut(&arguments)?;
     let cli = Cli::from_arg_matches(&matches)?;
-    let path = match &cli.command {
-        Some(Command::Serve(args)) => args.config.as_deref(),
+    let file = match &cli.command {
+        Some(Command::Serve(args)) => args.config.as_deref().map(|path| ("serve", path)),
+        Some(Command::Gateway(args)) => args.config.as_deref().map(|path| ("gateway", path)),
         _ => None,
     };
-    let Some(path) = path else { return Ok(cli) };
-    let command = file::with_defaults(Cli::command(), "serve", path).map_err(ParseError::File)?;
+    let Some((name, path)) = file else { return Ok(cli) };
+    let command = file::with_defaults(Cli::command(), name, path).map_err(ParseError::File)?;
     let matches = command.try_get_matches_from(&arguments)?;
     Ok(Cli::from_arg_matches(&matches)?)
 }

@@ -1,17 +1,22 @@
-//! Tidemill's server: gRPC, command line, demonstration. The binary is a call of [`main`]; tests start servers in their own process.
+//! Tidemill's server: gRPC, HTTP, command line, demonstration. The binary is a call of [`main`]; tests start servers in their own process.
 
 pub mod args;
+pub mod auth;
+pub mod client;
 pub mod config;
 mod convert;
 mod demo;
 pub mod exit;
+mod gateway;
 pub mod grpc;
+pub mod http;
 pub mod lives;
 mod loading;
 pub mod logging;
 mod run;
 mod serve;
 mod terminal;
+mod tls;
 
 use std::process::ExitCode;
 
@@ -19,9 +24,10 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     args::ParseError,
-    config::{Invocation, ServeConfig},
+    config::{GatewayConfig, Invocation, ServeConfig},
     exit::Failure,
     logging::LogConfig,
+    serve::Ports,
 };
 
 /// Does what the command line says and returns the exit code.
@@ -50,9 +56,14 @@ fn execute(invocation: Invocation) -> Result<(), Failure> {
             runtime.block_on(demo::demo(color))
         }
         Invocation::Serve(config) => {
-            let ServeConfig { engine, grpc, log, otlp } = *config;
+            let ServeConfig { engine, grpc, log, otlp, http, parsers } = *config;
             log.install(color);
-            runtime.block_on(serve::serve(engine, grpc, otlp))
+            runtime.block_on(serve::serve(engine, Ports { grpc, http, parsers }, otlp))
+        }
+        Invocation::Gateway(config) => {
+            let GatewayConfig { engine, http, log } = *config;
+            log.install(color);
+            runtime.block_on(gateway::gateway(engine, http))
         }
         Invocation::Run(config) => {
             LogConfig::quiet().install(color);

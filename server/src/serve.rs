@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    sync::Arc,
     time::Duration,
 };
 
@@ -9,9 +10,11 @@ use tidemill_engine::{EngineConfig, EngineHandle, StopReason};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    config::GrpcConfig,
+    client::LocalEngine,
+    config::{GrpcConfig, HttpConfig},
     exit::{Exit, Failure},
     grpc::Server,
+    http::{HttpServer, answer::Parsers},
     lives::{Lives, OtlpEndpoint},
     loading,
 };
@@ -19,25 +22,64 @@ use crate::{
 /// What clients get to take the last messages when the server ends.
 const FLUSH: Duration = Duration::from_secs(5);
 
+/// Where to listen and how.
+#[derive(Debug)]
+pub struct Ports {
+    /// gRPC.
+    pub grpc: GrpcConfig,
+    /// HTTP, if wanted.
+    pub http: Option<HttpConfig>,
+    /// How answers over HTTP are read.
+    pub parsers: Parsers,
+}
+
+/// The servers of this process.
+#[derive(Debug)]
+struct Fronts {
+    grpc: Server,
+    http: Option<HttpServer>,
+}
+
+impl Fronts {
+    /// Ends all streams and closes the ports; connections get `flush` to take what has been written.
+    async fn stop(self, flush: Duration) {
+        let http = async {
+            if let Some(http) = self.http {
+                http.stop(flush).await;
+            }
+        };
+        tokio::join!(self.grpc.stop(flush), http);
+    }
+}
+
 /// Serves until a signal or the engine's death.
 ///
 /// # Errors
 /// Each with its exit code.
 pub async fn serve(
     mut engine: EngineConfig,
-    grpc: GrpcConfig,
+    ports: Ports,
     otlp: Option<OtlpEndpoint>,
 ) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let (lives, sender) = Lives::start(otlp.as_ref())?;
     engine.lives = Some(sender);
+    let Ports { grpc, http, parsers } = ports;
     let server = Server::bind(&grpc).await?;
-    if grpc.tls.is_none() && !grpc.keys.is_empty() && !server.address().ip().is_loopback() {
+    let http = match &http {
+        Some(http) => {
+            let engine = LocalEngine::new(server.lifecycle(), parsers);
+            Some(HttpServer::bind(http, Arc::new(engine)).await?)
+        }
+        None => None,
+    };
+    let server = Fronts { grpc: server, http };
+    if grpc.tls.is_none() && !grpc.keys.is_empty() && !server.grpc.address().ip().is_loopback() {
         tracing::warn!(
             "API keys travel unencrypted; set --tls-cert and --tls-key, or let a proxy in front do TLS"
         );
     }
-    tracing::info!(address = %server.address(), "bound; loading the model");
+    tracing::info!(address = %server.grpc.address(), "bound; loading the model");
     let engine = tokio::select! {
         engine = loading::load(engine) => engine?,
         name = signals.next() => {
@@ -46,9 +88,9 @@ pub async fn serve(
             return Ok(());
         }
     };
-    server.ready(engine.handle()).await;
+    server.grpc.ready(engine.handle()).await;
     announce(&server, &engine.handle());
-    let end = until_the_end(&server, &engine.handle(), &mut signals, grpc.shutdown_timeout).await;
+    let end = until_the_end(&server.grpc, &engine.handle(), &mut signals, grpc.shutdown_timeout).await;
     match &end {
         Err(failure) if failure.exit == Exit::Interrupted => std::mem::forget(engine),
         Err(failure) if failure.exit == Exit::DeviceLost => {
@@ -113,7 +155,7 @@ fn died(reason: &StopReason) -> Failure {
 }
 
 /// Says on stdout where the server listens, for scripts, and in the log what it serves.
-fn announce(server: &Server, engine: &EngineHandle) {
+fn announce(server: &Fronts, engine: &EngineHandle) {
     let info = engine.info();
     tracing::info!(
         model = info.served_model_name,
@@ -127,7 +169,10 @@ fn announce(server: &Server, engine: &EngineHandle) {
     );
     let mut stdout = io::stdout();
     // A closed stdout is no reason not to serve.
-    drop(writeln!(stdout, "listening on {}", server.address()));
+    drop(writeln!(stdout, "listening on {}", server.grpc.address()));
+    if let Some(http) = &server.http {
+        drop(writeln!(stdout, "listening on {}", http.url()));
+    }
     drop(stdout.flush());
 }
 

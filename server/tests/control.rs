@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use common::{Harness, alone, endless, greedy, narrow, text};
 use tidemill_proto::v1::{
-    AbortAllRequest, AbortRequest, AbortStage, DrainRequest, FinishReason, GenerateRequest, Stats,
-    WatchStatsRequest, inference_client::InferenceClient,
+    AbortAllRequest, AbortCause, AbortRequest, AbortStage, Activity, DrainRequest, FinishReason,
+    GenerateRequest, RequestState, Stats, WatchActivityRequest, WatchActivityResponse, WatchStatsRequest,
+    inference_client::InferenceClient,
 };
-use tonic::Code;
+use tonic::{Code, Streaming};
 
 #[tokio::test]
 async fn an_abort_in_decode_frees_everything_ends_the_stream_and_gives_a_receipt() {
@@ -192,6 +193,64 @@ fn distributions_count(stats: &Stats) {
     }
     let tokens = stats.iteration_tokens_total.as_ref().unwrap().sum;
     assert_eq!(tokens as u64, stats.prompt_tokens_total + 8, "nothing is computed from the last token");
+}
+
+/// Reads on until the engine is seen to be so.
+async fn seen(
+    readings: &mut Streaming<WatchActivityResponse>,
+    what: &str,
+    done: impl Fn(&Activity) -> bool,
+) -> Activity {
+    let started = Instant::now();
+    loop {
+        let activity = readings.message().await.unwrap().unwrap().activity.unwrap();
+        if done(&activity) {
+            return activity;
+        }
+        assert!(started.elapsed() < Duration::from_secs(5), "never {what}: {activity:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_engine_is_watched_at_work() {
+    let mut harness = Harness::tuned(narrow).await;
+    let request = WatchActivityRequest { interval_ms: Some(50) };
+    let mut readings = harness.control.watch_activity(request).await.unwrap().into_inner();
+    let idle = readings.message().await.unwrap().unwrap().activity.unwrap();
+    let map = idle.blocks.unwrap();
+    assert_eq!((idle.max_num_seqs, map.cells.len()), (1, map.total.div_ceil(map.blocks_per_cell) as usize));
+    assert!(idle.rows.is_empty() && map.cells.iter().all(|&cell| cell == 0), "{map:?}");
+
+    let running = harness.started(alone("running")).await;
+    let request = GenerateRequest { request_id: "waiting".into(), ..text("Once", greedy(5)) };
+    let waiting = harness.inference.generate(request).await.unwrap().into_inner();
+    let busy = seen(&mut readings, "one runs and one waits", |activity| activity.num_waiting == 1).await;
+    let row = &busy.rows[0];
+    assert_eq!((row.request_id.as_str(), row.stage()), ("running", RequestState::Decode));
+    assert!(row.completion_tokens > 0 && row.computed_tokens >= row.prompt_tokens, "{row:?}");
+    assert_eq!((busy.waiting.len(), busy.waiting[0].request_id.as_str()), (1, "waiting"));
+    let drawn = busy.blocks.unwrap().cells.iter().filter(|&&cell| cell == 3).count();
+    assert_eq!(drawn, row.kv_blocks as usize);
+
+    drop(running);
+    let after =
+        seen(&mut readings, "the dropped stream's receipt", |activity| !activity.aborts.is_empty()).await;
+    let past = &after.aborts[0];
+    let receipt = past.receipt.as_ref().unwrap();
+    assert_eq!((past.cause(), receipt.stage()), (AbortCause::Dropped, AbortStage::Decode));
+    assert_eq!((receipt.request_id.as_str(), receipt.rows_freed), ("running", 1));
+    assert!(receipt.blocks_freed > 0 && receipt.seconds_to_free < 0.1, "{receipt:?}");
+    assert!(past.at_uptime_seconds > 0.0 && past.at_uptime_seconds <= after.uptime_seconds);
+    assert_eq!(common::collect(waiting).await.unwrap()[0].finish, FinishReason::Length);
+    let empty = seen(&mut readings, "empty", |activity| activity.rows.is_empty()).await;
+    assert!(empty.blocks.unwrap().cells.iter().all(|&cell| cell < 2), "free or cached");
+
+    let status = harness.control.watch_activity(WatchActivityRequest { interval_ms: Some(49) }).await;
+    assert_eq!(status.unwrap_err().code(), Code::InvalidArgument);
+    harness.server.take().unwrap().stop(Duration::from_secs(1)).await;
+    while let Some(reading) = readings.message().await.unwrap() {
+        assert!(reading.activity.is_some());
+    }
 }
 
 #[tokio::test]

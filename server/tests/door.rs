@@ -22,9 +22,13 @@ use tidemill::{
     grpc::auth::ApiKeys,
 };
 use tidemill_engine::Engine;
-use tidemill_proto::v1::{
-    ExplainRequest, GenerateRequest, GetModelRequest, GetStatsRequest, control_client::ControlClient,
-    inference_client::InferenceClient,
+use tidemill_proto::{
+    smg::grpc::common::GetTokenizerRequest,
+    v1::{
+        ExplainRequest, GenerateRequest, GetModelRequest, GetStatsRequest, control_client::ControlClient,
+        inference_client::InferenceClient,
+    },
+    vllm::grpc::engine::{self as vllm, vllm_engine_client::VllmEngineClient},
 };
 use tokio_stream::StreamExt;
 use tonic::{
@@ -39,7 +43,8 @@ use tonic_health::pb::{
 use tonic_prost::ProstCodec;
 use tonic_reflection::pb::{v1, v1alpha};
 
-const SERVICES: [&str; 3] = ["", "tidemill.v1.Inference", "tidemill.v1.Control"];
+const SERVICES: [&str; 4] =
+    ["", "tidemill.v1.Inference", "tidemill.v1.Control", "vllm.grpc.engine.VllmEngine"];
 
 async fn health(channel: &Channel, service: &str) -> ServingStatus {
     let request = HealthCheckRequest { service: service.into() };
@@ -87,7 +92,7 @@ fn all_paths() -> Vec<String> {
             paths.extend(service.method.iter().map(|method| format!("/{name}/{}", method.name())));
         }
     }
-    assert!(paths.len() >= 12, "{paths:?}");
+    assert!(paths.len() >= 24, "{paths:?}");
     paths
 }
 
@@ -115,18 +120,25 @@ async fn with_keys_every_rpc_but_health_is_closed_to_strangers() {
     {
         call(&harness.channel, model, Some(header)).await.unwrap();
     }
-    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::Serving; 3]);
+    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::Serving; 4]);
 }
 
 #[tokio::test]
 async fn before_the_model_is_there_the_port_answers_unavailable() {
     let mut harness = Harness::loading(GrpcConfig::loopback()).await;
-    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::NotServing; 3]);
+    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::NotServing; 4]);
     let status = harness.generate(text("Once", greedy(1))).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("loading"), "{status:?}");
     assert_eq!(harness.inference.get_model(GetModelRequest {}).await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(harness.control.get_stats(GetStatsRequest {}).await.unwrap_err().code(), Code::Unavailable);
+    let mut vllm = VllmEngineClient::new(harness.channel.clone());
+    assert_eq!(vllm.health_check(vllm::HealthCheckRequest {}).await.unwrap_err().code(), Code::Unavailable);
+    let ids = vllm::TokenizedInput { original_text: String::new(), input_ids: vec![5] };
+    let input = Some(vllm::generate_request::Input::Tokenized(ids));
+    let request = vllm::GenerateRequest { input, ..vllm::GenerateRequest::default() };
+    assert_eq!(vllm.generate(request).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(vllm.get_tokenizer(GetTokenizerRequest {}).await.unwrap_err().code(), Code::Unavailable);
     let mut watch = HealthClient::new(harness.channel.clone())
         .watch(HealthCheckRequest { service: "tidemill.v1.Inference".into() })
         .await
@@ -136,7 +148,8 @@ async fn before_the_model_is_there_the_port_answers_unavailable() {
     let engine = Engine::start(engine_config(), |_| ()).unwrap();
     harness.server().ready(engine.handle()).await;
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
-    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::Serving; 3]);
+    assert_eq!(all_healths(&harness.channel).await, [ServingStatus::Serving; 4]);
+    assert!(vllm.health_check(vllm::HealthCheckRequest {}).await.unwrap().into_inner().healthy);
     assert_eq!(harness.complete(text("Once", greedy(2))).await.ids.len(), 2);
     harness.server().refuse_new_requests().await;
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
@@ -191,7 +204,12 @@ async fn a_lost_device_ends_the_running_the_queued_and_the_new_unavailable_and_h
 #[tokio::test]
 async fn clients_without_files_find_everything_by_reflection() {
     let harness = Harness::start().await;
-    let wanted = ["grpc.health.v1.Health", "tidemill.v1.Control", "tidemill.v1.Inference"];
+    let wanted = [
+        "grpc.health.v1.Health",
+        "tidemill.v1.Control",
+        "tidemill.v1.Inference",
+        "vllm.grpc.engine.VllmEngine",
+    ];
     let request = v1::ServerReflectionRequest {
         host: String::new(),
         message_request: Some(v1::server_reflection_request::MessageRequest::ListServices(String::new())),
@@ -226,9 +244,16 @@ async fn clients_without_files_find_everything_by_reflection() {
 #[tokio::test]
 async fn unknown_methods_and_services_are_unimplemented() {
     let harness = Harness::start().await;
-    for path in
-        ["/tidemill.v1.Inference/Invented", "/vllm.Nothing/Generate", "/grpc.health.v1.Health/Nope", "/"]
-    {
+    for path in [
+        "/tidemill.v1.Inference/Invented",
+        "/vllm.Nothing/Generate",
+        "/vllm.grpc.engine.VllmEngine/Invented",
+        // Gateways ask each engine's health check in turn, to find out which one it is.
+        "/sglang.grpc.scheduler.SglangScheduler/HealthCheck",
+        "/trtllm.TrtllmService/HealthCheck",
+        "/grpc.health.v1.Health/Nope",
+        "/",
+    ] {
         let status = call(&harness.channel, path, None).await.unwrap_err();
         assert_eq!(status.code(), Code::Unimplemented, "{path}: {status:?}");
     }

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{Core, Flow};
 use crate::{
+    activity::Activity,
     error::RequestError,
     event::Event,
     explain::Explanation,
@@ -43,6 +44,7 @@ pub(crate) enum Command {
     /// The stream of this submission was dropped.
     Drop {
         ticket: Ticket,
+        received: Instant,
     },
     /// A stop string ended this completion.
     Stop {
@@ -61,6 +63,10 @@ pub(crate) enum Command {
     Explain {
         id: RequestId,
         reply: async_channel::Sender<Option<Explanation>>,
+    },
+    /// How things stand.
+    Activity {
+        reply: async_channel::Sender<Activity>,
     },
     WatchKv {
         reply: async_channel::Sender<Result<KvWatch, RequestError>>,
@@ -128,7 +134,7 @@ impl Core {
                 let receipts = self.abort_all(received);
                 self.answers.push(Answer::AbortAll(reply, receipts));
             }
-            Command::Drop { ticket } => self.discard(ticket, now),
+            Command::Drop { ticket, received } => self.discard(ticket, received),
             Command::Stop { ticket, index } => self.stop(ticket, index, now),
             Command::Resume { ticket } => self.resume(ticket, now),
             Command::Drain { deadline, reply } => {
@@ -136,6 +142,7 @@ impl Core {
                 self.draining.push(Draining { deadline, open_at_start: self.ledger.num_open(), reply });
             }
             Command::Explain { id, reply } => drop(reply.try_send(self.explain(&id, now))),
+            Command::Activity { reply } => drop(reply.try_send(self.activity(now))),
             Command::WatchKv { reply } => drop(reply.try_send(self.watch_kv())),
             Command::ResetPrefixCache { reply } => {
                 let _ = reply.try_send(self.pool.clear_cache());

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Core;
 use crate::{
+    activity::AbortCause,
     error::RequestError,
     handle::Drained,
     ids::{RequestId, Ticket},
@@ -41,6 +42,25 @@ impl Core {
     }
 
     fn abort_open(&mut self, ticket: Ticket, id: RequestId, received: Instant) -> AbortReceipt {
+        let receipt = self.free(ticket, id, received);
+        let now = Instant::now();
+        self.ledger.abort(ticket, now);
+        self.counters.aborted += 1;
+        self.past_aborts.push(AbortCause::Called, receipt.clone(), now);
+        receipt
+    }
+
+    /// Ends a request whose stream was dropped. One that ended before has nothing left to free.
+    pub(super) fn discard(&mut self, ticket: Ticket, received: Instant) {
+        let Some(id) = self.ledger.id(ticket).cloned() else { return };
+        let receipt = self.free(ticket, id, received);
+        let now = Instant::now();
+        self.counters.aborted += u64::from(self.ledger.discard(ticket, now));
+        self.past_aborts.push(AbortCause::Dropped, receipt, now);
+    }
+
+    /// Gives everything back that an open request holds.
+    fn free(&mut self, ticket: Ticket, id: RequestId, received: Instant) -> AbortReceipt {
         let completion_tokens = self.ledger.completion_tokens(ticket);
         let removed = self.remove_seqs(ticket);
         // The furthest of its completions says where the request was.
@@ -49,11 +69,8 @@ impl Core {
             Some(Stage::Prefill) => AbortStage::Prefill,
             Some(Stage::Queued) | None => AbortStage::Queued,
         };
-        let now = Instant::now();
-        let time_to_free = now.saturating_duration_since(received);
+        let time_to_free = received.elapsed();
         self.ledger.histograms.abort_to_free.record_duration(time_to_free);
-        self.ledger.abort(ticket, now);
-        self.counters.aborted += 1;
         AbortReceipt {
             id,
             stage,
@@ -62,12 +79,6 @@ impl Core {
             rows_freed: removed.iter().map(|r| r.rows_freed).sum(),
             time_to_free,
         }
-    }
-
-    /// Ends a request whose stream was dropped.
-    pub(super) fn discard(&mut self, ticket: Ticket, now: Instant) {
-        self.remove_seqs(ticket);
-        self.counters.aborted += u64::from(self.ledger.discard(ticket, now));
     }
 
     /// Ends a completion at a stop string.

@@ -4,6 +4,7 @@
 //! is planned and queued behind it, so the device does not wait for the plan; and commands are handled as they come, so an abort
 //! frees its blocks at once and not at the end of the step. Without work the thread sleeps.
 
+mod activity;
 mod command;
 mod end;
 mod explain;
@@ -18,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use activity::PastAborts;
 use command::{Answer, Draining};
 pub(crate) use command::{Command, Submission};
 use crossbeam_channel::{Receiver, never, select_biased};
@@ -83,6 +85,7 @@ pub(crate) struct Core {
     /// The runner knows that nothing is to run behind the step in flight.
     said_no_more: bool,
     draining: Vec<Draining>,
+    past_aborts: PastAborts,
     /// Answers that wait until the statistics say what they say.
     answers: Vec<Answer>,
     /// Empty between uses; their memory is kept.
@@ -125,6 +128,7 @@ impl Core {
             in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
             last_done: None,
             draining: Vec::new(),
+            past_aborts: PastAborts::default(),
             answers: Vec::new(),
             notes: Vec::new(),
             effects: Vec::new(),

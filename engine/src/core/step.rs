@@ -8,6 +8,7 @@ use crate::{
     explain::Life,
     ids::SeqId,
     ledger::{Delivered, Delivery, Embedded},
+    output::FinishReason,
     runner::Finished,
     scheduler::{Effect, Note, RowResult, StepOutput, StepPlan},
 };
@@ -134,11 +135,15 @@ impl Core {
             Effect::PromptLogprobs { seq, logprobs } => self.ledger.prompt_logprobs(seq, logprobs),
             Effect::Token { seq, token, logprobs, finish, num_preemptions } => {
                 self.counters.generation_tokens += 1;
+                let by_length = matches!(finish, Some((FinishReason::Length, _)));
                 let delivery = Delivery { seq, token, logprobs, finish, num_preemptions };
                 match self.ledger.token(delivery, now) {
                     Delivered::Open => {}
                     Delivered::Unread(ticket) => self.park(ticket, now),
-                    Delivered::Over => self.counters.finished += 1,
+                    Delivered::Over => {
+                        self.counters.finished += 1;
+                        self.counters.finished_by_length += u64::from(by_length);
+                    }
                 }
             }
             Effect::Embedding { seq, values, num_preemptions } => {

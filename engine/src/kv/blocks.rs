@@ -6,6 +6,7 @@ use super::{
     prefix::{Link, NodeId, Place, PrefixIndex},
 };
 use crate::{
+    activity::BlockMap,
     ids::{BlockId, HostBlockId, TokenId},
     planted::{Bug, planted},
 };
@@ -55,6 +56,19 @@ impl Blocks {
     pub fn counts(&self) -> BlockCounts {
         let (free, cached, total) = (self.free.len(), self.cached.len(), self.refs.len());
         BlockCounts { free, owned: total - free - cached, cached, total }
+    }
+
+    /// Writes to each cell what the busiest of its `blocks_per_cell` blocks is.
+    pub fn paint(&self, cells: &mut [u16], blocks_per_cell: usize) {
+        for (cell, refs) in cells.iter_mut().zip(self.refs.chunks(blocks_per_cell)) {
+            if refs.iter().any(|&refs| refs > 0) {
+                *cell = BlockMap::UNLISTED;
+            }
+        }
+        for block in self.cached.iter() {
+            let cell = &mut cells[block as usize / blocks_per_cell];
+            *cell = (*cell).max(BlockMap::CACHED);
+        }
     }
 
     pub fn num_host_used(&self) -> usize {

@@ -29,6 +29,12 @@ impl Lru {
         self.links[number as usize] != (number, number)
     }
 
+    /// All of them, by number.
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
+        let listed = |(number, link): (u32, &(u32, u32))| (*link != (number, number)).then_some(number);
+        (0..).zip(&self.links).filter_map(listed)
+    }
+
     /// Makes a number that is not in the list its youngest.
     pub fn push(&mut self, number: u32) {
         debug_assert!(!self.contains(number), "in the list once");

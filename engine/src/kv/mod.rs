@@ -24,7 +24,10 @@ pub use events::{BlockHash, KvEvent, KvEventBatch};
 use parking_lot::Mutex;
 pub use table::{BlockTable, Fit};
 
-use crate::ids::{BlockId, HostBlockId, TokenId};
+use crate::{
+    activity::BlockMap,
+    ids::{BlockId, HostBlockId, TokenId},
+};
 
 /// Blocks by state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +100,14 @@ impl BlockPool {
     /// Blocks by state.
     pub fn counts(&self) -> BlockCounts {
         self.blocks.lock().counts()
+    }
+
+    /// What is in each block; all that are referenced are [`BlockMap::UNLISTED`].
+    pub fn map(&self) -> BlockMap {
+        let blocks_per_cell = BlockMap::blocks_per_cell(self.total);
+        let mut cells = vec![BlockMap::FREE; self.total.div_ceil(blocks_per_cell)];
+        self.blocks.lock().paint(&mut cells, blocks_per_cell);
+        BlockMap { total: self.total, blocks_per_cell, cells }
     }
 
     /// Blocks of host memory that hold something.

@@ -2,7 +2,7 @@ use super::{
     prefix::{Link, NodeId, Place, PrefixIndex},
     *,
 };
-use crate::ids::TokenId;
+use crate::{activity::BlockMap, ids::TokenId};
 
 const CACHE: CacheConfig = CacheConfig { key: [7; 32], events: true, host_blocks: 0 };
 
@@ -251,6 +251,25 @@ fn a_block_that_is_forgotten_before_it_was_loaded_is_not_loaded() {
     let mut other = pool.table(pool.prefix_root(&["model", "b"], 0));
     assert!(other.reserve(12));
     assert_eq!(pool.num_host_blocks_used(), 2, "both places are free for others");
+}
+
+#[test]
+fn a_map_of_a_large_pool_shows_the_busiest_block_of_each_cell() {
+    let total = 3 * BlockMap::MAX_CELLS - 1;
+    let pool = BlockPool::with_cache(total, 1, CACHE);
+    // Free blocks are handed out by number: 0 and 1, then 2 to 4, then 5.
+    let (held, _) = hold(&pool, "a", &tokens(0..2));
+    let (cached, _) = hold(&pool, "b", &tokens(0..3));
+    let (newest, _) = hold(&pool, "c", &tokens(0..1));
+    drop(cached);
+    let map = pool.map();
+    assert_eq!((map.total, map.blocks_per_cell, map.cells.len()), (total, 3, BlockMap::MAX_CELLS));
+    assert_eq!(map.cells[..3], [BlockMap::UNLISTED, BlockMap::UNLISTED, BlockMap::FREE]);
+    drop(newest);
+    assert_eq!(pool.map().cells[..3], [BlockMap::UNLISTED, BlockMap::CACHED, BlockMap::FREE]);
+    drop(held);
+    pool.clear_cache();
+    assert!(pool.map().cells.iter().all(|&cell| cell == BlockMap::FREE));
 }
 
 #[test]

@@ -242,6 +242,12 @@ impl Ledger {
         }
     }
 
+    /// The request of a sequence, and which of its completions it is.
+    pub(crate) fn name(&self, seq: SeqId) -> Option<(&RequestId, u32)> {
+        let &(ticket, index) = self.by_seq.get(&seq)?;
+        Some((self.id(ticket)?, index as u32))
+    }
+
     /// The request of a sequence.
     pub(crate) fn ticket_of(&self, seq: SeqId) -> Option<Ticket> {
         self.by_seq.get(&seq).map(|&(ticket, _)| ticket)

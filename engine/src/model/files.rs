@@ -76,9 +76,16 @@ impl ModelFiles {
         self
     }
 
-    /// The template file that replaces the folder's own, if one was given.
-    pub fn chat_template_override(&self) -> Option<&Path> {
-        self.chat_template.as_deref()
+    /// The file of the chat template and what is in it, if there is one: the one that replaces the folder's own, or else that. Without
+    /// such a file the template is in [`TOKENIZER_CONFIG`], or nowhere.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::read`].
+    pub fn chat_template(&self) -> Result<Option<(PathBuf, Bytes)>, LoadError> {
+        match &self.chat_template {
+            Some(path) => Ok(Some((path.clone(), read_capped(path, MAX_TEMPLATE_BYTES)?))),
+            None => Ok(self.read(CHAT_TEMPLATE)?.map(|bytes| (self.path(CHAT_TEMPLATE), bytes))),
+        }
     }
 
     /// Where the model comes from.
@@ -136,12 +143,6 @@ impl ModelFiles {
         let path = self.path(name);
         map_file(&path).map_err(|source| LoadError::Io { path, source })
     }
-}
-
-/// Reads a UTF-8 text file of at most `limit` bytes.
-pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, LoadError> {
-    let bytes = read_capped(path, limit)?;
-    utf8(path, &bytes).map(str::to_owned)
 }
 
 /// The text of a file's bytes.

@@ -14,6 +14,7 @@
 //! in which they were planned, and that order is the fence for the blocks: a block that is freed while a step in flight
 //! still writes to it is given to a later step only, which writes after it.
 
+mod activity;
 mod admit;
 mod check;
 mod explain;
@@ -28,6 +29,7 @@ mod waiting;
 
 use std::collections::BTreeMap;
 
+pub use activity::{BatchRow, WaitingRow};
 pub use explain::Standing;
 pub use pacer::Pacer;
 pub use policy::{Policy, WaitReason};

@@ -110,6 +110,18 @@ impl Waiting {
         }
     }
 
+    /// The first `count` in the order in which they are served; under fair shares, whoever had a row before and then the others by arrival.
+    pub fn first(&self, count: usize) -> Vec<SeqId> {
+        match &self.order {
+            Order::Static { queue, .. } => queue.iter().take(count).map(|&(_, _, id)| id).collect(),
+            Order::Fair { resumed, queues, .. } => {
+                let mut fresh: Vec<_> = queues.values().flat_map(|queue| queue.iter().take(count)).collect();
+                fresh.sort_unstable();
+                resumed.iter().chain(fresh).take(count).copied().collect()
+            }
+        }
+    }
+
     /// Charges a tenant for what it is given. Without effect under policies that do not count it.
     pub fn charge(&mut self, tenant: &TenantId, prompt_tokens: usize, generated_tokens: usize) {
         if let Order::Fair { shares, .. } = &mut self.order {

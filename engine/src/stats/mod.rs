@@ -50,6 +50,8 @@ pub struct Counters {
     pub preemptions: u64,
     /// Requests that ended by stop or length.
     pub finished: u64,
+    /// Of these, the ones whose last completion ended by length.
+    pub finished_by_length: u64,
     /// Requests that were aborted.
     pub aborted: u64,
     /// Requests that were refused after validation (queue full, duplicate id, draining).
@@ -128,6 +130,11 @@ impl SharedStats {
 
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Relaxed)
+    }
+
+    /// How long after the start a moment is.
+    pub(crate) fn since_start(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.started)
     }
 
     pub(crate) fn read(&self) -> EngineStats {

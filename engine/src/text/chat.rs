@@ -15,7 +15,7 @@ use serde_json::Map;
 
 use crate::{
     error::{LoadError, RequestError},
-    model::files::{self, CHAT_TEMPLATE, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
+    model::files::{self, MAX_TEMPLATE_BYTES, ModelFiles, TOKENIZER_CONFIG},
     text::{
         guard::on_large_stack,
         pyjson::{Style, dumps},
@@ -66,6 +66,9 @@ pub struct ChatPrompt {
     pub tools: Option<serde_json::Value>,
     /// Ends the text with the start of an assistant's turn.
     pub add_generation_prompt: bool,
+    /// Ends the text within the last turn, right after its content, so that the completion goes on from there. Wins over
+    /// `add_generation_prompt`.
+    pub continue_final_message: bool,
     /// More variables for the template, such as `enable_thinking`. They cannot replace those above.
     pub template_kwargs: Map<String, serde_json::Value>,
 }
@@ -73,7 +76,13 @@ pub struct ChatPrompt {
 impl ChatPrompt {
     /// A conversation that the assistant is to go on with.
     pub fn new(messages: Vec<ChatMessage>) -> Self {
-        Self { messages, tools: None, add_generation_prompt: true, template_kwargs: Map::new() }
+        Self {
+            messages,
+            tools: None,
+            add_generation_prompt: true,
+            continue_final_message: false,
+            template_kwargs: Map::new(),
+        }
     }
 }
 
@@ -93,7 +102,12 @@ pub(super) struct ChatTemplates {
     /// `bos_token` and the like.
     special_tokens: Value,
     has_tool_template: bool,
+    /// The template for conversations with tools where there are two.
+    source: String,
 }
+
+/// Stands behind the content of a turn that is to be gone on from. The space at its end is part of it.
+const END_OF_CONTENT: &str = "END_OF_FINAL_MESSAGE_TO_GO_ON_FROM ";
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
@@ -117,11 +131,51 @@ impl ChatTemplates {
                 })?;
         }
         let has_tool_template = sources.iter().any(|(name, _)| name == TOOL_USE);
-        Ok(Some(Self { environment, special_tokens: special_tokens(&config), has_tool_template }))
+        let name = if has_tool_template { TOOL_USE } else { DEFAULT };
+        let source = sources.into_iter().find(|source| source.0 == name).map(|source| source.1);
+        Ok(Some(Self {
+            environment,
+            special_tokens: special_tokens(&config),
+            has_tool_template,
+            source: source.unwrap_or_default(),
+        }))
+    }
+
+    /// As it was written.
+    pub(super) fn source(&self) -> &str {
+        &self.source
     }
 
     /// The conversation as text.
     pub(super) fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        if prompt.continue_final_message { self.render_open(prompt) } else { self.render_whole(prompt) }
+    }
+
+    /// The conversation without what the template puts after the last turn's content. As in transformers, a mark behind that content
+    /// says where it ends; the mark's own space says whether the template trims it.
+    fn render_open(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        let invalid = |message: &str| RequestError::invalid("prompt.chat", message);
+        let mut marked =
+            ChatPrompt { continue_final_message: false, add_generation_prompt: false, ..prompt.clone() };
+        let Some(last) = marked.messages.last_mut() else {
+            return Err(invalid("is empty, so there is no last message to go on from"));
+        };
+        last.content.push_str(END_OF_CONTENT);
+        let mut text = self.render_whole(&marked)?;
+        let Some(end) = text.rfind(END_OF_CONTENT.trim_end()) else {
+            return Err(invalid(
+                "the chat template leaves the last message out, so it cannot be gone on from",
+            ));
+        };
+        let is_trimmed = !text[end..].starts_with(END_OF_CONTENT);
+        text.truncate(end);
+        if is_trimmed {
+            text.truncate(text.trim_end().len());
+        }
+        Ok(text)
+    }
+
+    fn render_whole(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
         let invalid = |message: String| RequestError::invalid("prompt.chat", message);
         if prompt.messages.len() > MAX_MESSAGES {
             let count = prompt.messages.len();
@@ -285,11 +339,7 @@ fn sources(
     config: &Map<String, serde_json::Value>,
 ) -> Result<(PathBuf, Sources), LoadError> {
     let one = |source: String| vec![(DEFAULT.to_owned(), source)];
-    if let Some(path) = model.chat_template_override() {
-        return Ok((path.to_path_buf(), one(files::read_text(path, MAX_TEMPLATE_BYTES)?)));
-    }
-    if let Some(bytes) = model.read(CHAT_TEMPLATE)? {
-        let path = model.path(CHAT_TEMPLATE);
+    if let Some((path, bytes)) = model.chat_template()? {
         let source = files::utf8(&path, &bytes)?.to_owned();
         return Ok((path, one(source)));
     }

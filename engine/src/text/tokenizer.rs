@@ -30,6 +30,7 @@ pub struct TextModel {
 
 #[derive(Debug)]
 struct Inner {
+    files: ModelFiles,
     tokenizer: Tokenizer,
     table: Arc<TokenTable>,
     chat: Option<ChatTemplates>,
@@ -86,11 +87,16 @@ impl TextModel {
         let table = TokenTable::new(&tokenizer, &pipeline, spec.vocab_size).map_err(&format)?;
         let max_bytes_per_token = max_bytes_per_token(&file, &tokenizer);
         let chat = ChatTemplates::load(files)?;
-        let model =
-            Self { inner: Arc::new(Inner { tokenizer, table: Arc::new(table), chat, max_bytes_per_token }) };
+        let (files, table) = (files.clone(), Arc::new(table));
+        let model = Self { inner: Arc::new(Inner { files, tokenizer, table, chat, max_bytes_per_token }) };
         // The post-processor has ids of its own; nothing else shows whether they are the model's.
         model.encode("", true).map_err(|error| format(error.to_string()))?;
         Ok(model)
+    }
+
+    /// The files that it was loaded from.
+    pub fn files(&self) -> &ModelFiles {
+        &self.inner.files
     }
 
     /// Text to ids. Special tokens that stand in the text are recognised, as Hugging Face tokenizers do; `add_special` lets
@@ -160,6 +166,20 @@ impl TextModel {
     /// Whether conversations can be rendered.
     pub fn has_chat_template(&self) -> bool {
         self.inner.chat.is_some()
+    }
+
+    /// The chat template as the model folder has it.
+    pub fn chat_template_source(&self) -> Option<&str> {
+        self.inner.chat.as_ref().map(ChatTemplates::source)
+    }
+
+    /// The tokens that stand for no text of their own, such as `<|im_end|>`, by id.
+    pub fn special_tokens(&self) -> Vec<(TokenId, String)> {
+        let added = self.inner.tokenizer.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special);
+        let mut special: Vec<_> = special.map(|(id, token)| (TokenId(id), token.content)).collect();
+        special.sort_unstable_by_key(|&(id, _)| id);
+        special
     }
 
     /// A conversation as the text that the model was trained on. Encode it with `add_special: false`: the template writes

@@ -1,10 +1,12 @@
 //! What the program was asked to do, checked: the rest of it trusts these structs.
 
 pub mod file;
+mod http;
 mod run;
 mod serve;
 pub mod size;
 
+pub use http::{EngineAddress, GatewayConfig, HttpConfig};
 pub use run::{PromptSource, RunConfig};
 pub use serve::{GrpcConfig, ServeConfig, TlsConfig};
 
@@ -22,6 +24,8 @@ pub enum Invocation {
     Demo,
     /// The server.
     Serve(Box<ServeConfig>),
+    /// The HTTP front of an engine elsewhere.
+    Gateway(Box<GatewayConfig>),
     /// One prompt.
     Run(Box<RunConfig>),
 }
@@ -35,6 +39,7 @@ impl Invocation {
         Ok(match cli.command {
             None => Self::Demo,
             Some(Command::Serve(args)) => Self::Serve(Box::new(ServeConfig::from_args(*args)?)),
+            Some(Command::Gateway(args)) => Self::Gateway(Box::new(GatewayConfig::from_args(*args)?)),
             Some(Command::Run(args)) => Self::Run(Box::new(RunConfig::from_args(*args)?)),
         })
     }

@@ -10,11 +10,12 @@ use std::{
 
 use tidemill_engine::{EngineConfig, SchedulingConfig, ids::TenantId, scheduler::Policy};
 
-use super::engine_config;
+use super::{HttpConfig, engine_config};
 use crate::{
     args::{NetworkArgs, PolicyArg, SchedulingArgs, ServeArgs, TenantWeight},
+    auth::ApiKeys,
     exit::Failure,
-    grpc::auth::ApiKeys,
+    http::answer::Parsers,
     lives::OtlpEndpoint,
     logging::LogConfig,
 };
@@ -30,6 +31,10 @@ pub struct ServeConfig {
     pub log: LogConfig,
     /// Where traces go, if anywhere.
     pub otlp: Option<OtlpEndpoint>,
+    /// The HTTP server, if wanted.
+    pub http: Option<HttpConfig>,
+    /// How answers are read.
+    pub parsers: Parsers,
 }
 
 /// Where and for whom to listen.
@@ -104,8 +109,17 @@ impl ServeConfig {
         engine.swap_space = args.scheduling.swap_space.0;
         engine.scheduling = scheduling_config(args.scheduling)?;
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
-        let grpc = grpc_config(args.network, args.limits.shutdown_timeout)?;
-        Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint })
+        let listen = listen_config(&args.network)?;
+        let http = (!args.no_http).then(|| HttpConfig::new(args.http, &args.network, &listen)).transpose()?;
+        let grpc = GrpcConfig {
+            addresses: addresses(&args.network, args.grpc_port)?,
+            keys: listen.keys,
+            tls: listen.tls,
+            shutdown_timeout: args.limits.shutdown_timeout,
+            keepalive: listen.keepalive,
+        };
+        let parsers = Parsers { tools: args.tool_call_parser, reasoning: args.reasoning_parser };
+        Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint, http, parsers })
     }
 }
 
@@ -153,16 +167,25 @@ fn tenant_weights(args: Vec<TenantWeight>, policy: PolicyArg) -> Result<BTreeMap
     Ok(weights)
 }
 
-fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConfig, Failure> {
-    let keys = ApiKeys::new(args.api_key)?;
+/// What all ports of a process share.
+#[derive(Debug, Clone)]
+pub struct ListenConfig {
+    /// Keys that clients must present.
+    pub keys: ApiKeys,
+    /// TLS, if wanted.
+    pub tls: Option<TlsConfig>,
+    /// When a silent connection counts as dead.
+    pub keepalive: Keepalive,
+}
+
+/// The credentials of the process's ports.
+///
+/// # Errors
+/// Wrong usage: among it an address that strangers can reach.
+pub fn listen_config(args: &NetworkArgs) -> Result<ListenConfig, Failure> {
+    let keys = ApiKeys::new(args.api_key.clone())?;
     let tls = tls_config(args.tls_cert.as_deref(), args.tls_key.as_deref(), args.tls_client_ca.as_deref())?;
-    let mut addresses: Vec<SocketAddr> = (args.host.as_str(), args.grpc_port)
-        .to_socket_addrs()
-        .map_err(|error| Failure::usage(format_args!("--host {:?} cannot be resolved: {error}", args.host)))?
-        .collect();
-    // `localhost` has two; clients that write 127.0.0.1 are more than those that write ::1.
-    addresses.sort_by_key(SocketAddr::is_ipv6);
-    let loopback = addresses.iter().all(|address| address.ip().is_loopback());
+    let loopback = addresses(args, 0)?.iter().all(|address| address.ip().is_loopback());
     let closed = !keys.is_empty() || tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
     if !loopback && !closed && !args.insecure_bind {
         return Err(Failure::usage(format_args!(
@@ -172,7 +195,21 @@ fn grpc_config(args: NetworkArgs, shutdown_timeout: Duration) -> Result<GrpcConf
         )));
     }
     let keepalive = Keepalive { interval: args.keepalive_interval, timeout: args.keepalive_timeout };
-    Ok(GrpcConfig { addresses, keys, tls, shutdown_timeout, keepalive })
+    Ok(ListenConfig { keys, tls, keepalive })
+}
+
+/// Candidates to listen on.
+///
+/// # Errors
+/// Wrong usage for a host that is none.
+pub fn addresses(args: &NetworkArgs, port: u16) -> Result<Vec<SocketAddr>, Failure> {
+    let mut addresses: Vec<SocketAddr> = (args.host.as_str(), port)
+        .to_socket_addrs()
+        .map_err(|error| Failure::usage(format_args!("--host {:?} cannot be resolved: {error}", args.host)))?
+        .collect();
+    // `localhost` has two; clients that write 127.0.0.1 are more than those that write ::1.
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    Ok(addresses)
 }
 
 fn tls_config(

@@ -50,6 +50,7 @@ pub fn stats(stats: &EngineStats) -> v1::Stats {
         steps_total: stats.counters.steps,
         preemptions_total: stats.counters.preemptions,
         requests_finished_total: stats.counters.finished,
+        requests_finished_by_length_total: stats.counters.finished_by_length,
         requests_aborted_total: stats.counters.aborted,
         requests_refused_total: stats.counters.refused,
         requests_failed_total: stats.counters.failed,

@@ -1,5 +1,7 @@
 //! Output of the engine as messages of a response stream.
 
+use std::collections::VecDeque;
+
 use tidemill_engine::{
     ids::{RequestId, TokenId},
     output::{Finish, MatchedStop, Output, TokenLogprobs, Usage},
@@ -7,6 +9,15 @@ use tidemill_engine::{
 use tidemill_proto::v1;
 
 use super::finish_reason;
+
+/// How one request's outputs become the messages of a protocol.
+pub trait WriteOutput {
+    /// What the stream is made of.
+    type Message;
+
+    /// Appends the messages of the next output: one, several, or none yet.
+    fn write(&mut self, output: Output, messages: &mut VecDeque<Self::Message>);
+}
 
 /// Writes one request's messages.
 #[derive(Debug)]
@@ -21,9 +32,12 @@ impl ResponseWriter {
     pub fn new(id: RequestId, prompt_logprobs: bool) -> Self {
         Self { id, owes_prompt_logprobs: prompt_logprobs }
     }
+}
 
-    /// The next message.
-    pub fn message(&mut self, output: Output) -> v1::GenerateResponse {
+impl WriteOutput for ResponseWriter {
+    type Message = v1::GenerateResponse;
+
+    fn write(&mut self, output: Output, messages: &mut VecDeque<v1::GenerateResponse>) {
         let mut prompt_logprobs = Vec::new();
         if output.index == 0 && std::mem::take(&mut self.owes_prompt_logprobs) {
             // Nothing precedes the first token, so nothing can be said about it.
@@ -42,7 +56,7 @@ impl ResponseWriter {
         if let Some(finish) = output.finish {
             end(&mut message, finish);
         }
-        message
+        messages.push_back(message);
     }
 }
 

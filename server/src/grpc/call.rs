@@ -10,6 +10,9 @@ use crate::convert::{code_name, finish_reason_name};
 /// The header that carries a request's id, both ways of failing included.
 const REQUEST_ID: &str = "x-request-id";
 
+/// What scrapers, pages and gateways ask every second or so.
+const POLLED: [&str; 5] = ["GetStats", "Explain", "vllm.HealthCheck", "vllm.GetLoads", "vllm.GetServerInfo"];
+
 /// An RPC under way. Writes its log line when dropped; one that nobody ended was given up by its client.
 #[derive(Debug)]
 pub struct Call {
@@ -117,8 +120,7 @@ impl Drop for Call {
                 duration_ms,
                 "rpc"
             );
-        } else if matches!(self.rpc, "GetStats" | "Explain") && status == "OK" {
-            // Scrapers and pages ask every second.
+        } else if POLLED.contains(&self.rpc) && status == "OK" {
             tracing::debug!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");
         } else {
             tracing::info!(rpc = self.rpc, request_id = ?id, status, duration_ms, "rpc");

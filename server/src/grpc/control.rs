@@ -2,16 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::stream;
 use tidemill_engine::{EngineHandle, KvWatch, RequestError, ids::RequestId};
 use tidemill_proto::v1::{self, control_server::Control};
-use tokio::time::{MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 
 use super::{
     call::Call,
     kv_events::KvEvents,
     lifecycle::{Lifecycle, Phase},
+    readings::{self, Readings},
     stream::ResponseStream,
 };
 use crate::convert;
@@ -79,6 +78,22 @@ impl ControlService {
         Ok((engine, watch))
     }
 
+    /// What is needed to stream readings.
+    fn read_every(
+        &self,
+        every: Result<Duration, RequestError>,
+        mut call: Call,
+    ) -> Result<Response<Readings>, Status> {
+        let every = every.map_err(|error| convert::status(&error, call.id()));
+        match every.and_then(|every| Ok((every, self.lifecycle.engine()?.clone()))) {
+            Ok((every, engine)) => {
+                let response = call.respond(());
+                Ok(response.map(|()| Readings { engine, every, lifecycle: self.lifecycle.clone(), call }))
+            }
+            Err(status) => Err(call.fail(status)),
+        }
+    }
+
     async fn drain_for(
         &self,
         grace: Result<Duration, RequestError>,
@@ -117,25 +132,20 @@ impl Control for ControlService {
         &self,
         request: Request<v1::WatchStatsRequest>,
     ) -> Result<Response<Self::WatchStatsStream>, Status> {
-        let mut call = Call::start("WatchStats", RequestId::random());
-        let every = request.into_inner().interval_ms.unwrap_or(1000);
-        if !(10..=60_000).contains(&every) {
-            let error = RequestError::invalid("interval_ms", format!("{every} is not in [10, 60000]"));
-            let status = convert::status(&error, call.id());
-            return Err(call.fail(status));
-        }
-        let engine = match self.lifecycle.engine() {
-            Ok(engine) => engine.clone(),
-            Err(status) => return Err(call.fail(status)),
-        };
-        let response = call.respond(());
-        let readings = Readings {
-            engine,
-            every: Duration::from_millis(every.into()),
-            lifecycle: self.lifecycle.clone(),
-            call,
-        };
-        Ok(response.map(|()| readings.into_stream()))
+        let call = Call::start("WatchStats", RequestId::random());
+        let every = readings::interval_of(request.into_inner().interval_ms, 1000, 10);
+        Ok(self.read_every(every, call)?.map(Readings::stats))
+    }
+
+    type WatchActivityStream = ResponseStream<v1::WatchActivityResponse>;
+
+    async fn watch_activity(
+        &self,
+        request: Request<v1::WatchActivityRequest>,
+    ) -> Result<Response<Self::WatchActivityStream>, Status> {
+        let call = Call::start("WatchActivity", RequestId::random());
+        let every = readings::interval_of(request.into_inner().interval_ms, 500, 50);
+        Ok(self.read_every(every, call)?.map(Readings::activity))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -176,7 +186,8 @@ impl Control for ControlService {
             Err(status) => return Err(call.fail(status)),
         };
         let response = call.respond(());
-        let events = KvEvents { engine, watch, include_token_ids, lifecycle: self.lifecycle.clone(), call };
+        let to_messages = move |batch| convert::kv_event_messages(batch, include_token_ids);
+        let events = KvEvents { engine, watch, to_messages, lifecycle: self.lifecycle.clone(), call };
         Ok(response.map(|()| events.into_stream()))
     }
 
@@ -196,34 +207,5 @@ impl Control for ControlService {
         let call = Call::start("AbortAll", RequestId::random());
         let result = self.abort_everything(call.id()).await;
         call.end(result)
-    }
-}
-
-/// Statistics at an interval, until the client goes or the server stops.
-struct Readings {
-    engine: EngineHandle,
-    every: Duration,
-    lifecycle: Arc<Lifecycle>,
-    call: Call,
-}
-
-impl Readings {
-    fn into_stream(self) -> ResponseStream<v1::WatchStatsResponse> {
-        let mut ticks = interval(self.every);
-        // A reader that was slow gets the present, not the past.
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        Box::pin(stream::unfold((self, ticks), |(mut readings, mut ticks)| async {
-            tokio::select! {
-                biased;
-                () = readings.lifecycle.stopped() => {
-                    readings.call.succeed();
-                    None
-                }
-                _ = ticks.tick() => {
-                    let stats = Some(convert::stats(&readings.engine.stats()));
-                    Some((Ok(v1::WatchStatsResponse { stats }), (readings, ticks)))
-                }
-            }
-        }))
     }
 }

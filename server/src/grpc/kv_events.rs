@@ -3,30 +3,33 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures_util::stream;
-use tidemill_engine::{EngineHandle, KvWatch, ids::RequestId};
-use tidemill_proto::v1;
+use tidemill_engine::{EngineHandle, KvWatch, ids::RequestId, kv::KvEventBatch};
 use tonic::Status;
 
 use super::{call::Call, lifecycle::Lifecycle, stream::ResponseStream};
 use crate::convert;
 
-/// A watcher of the prefix cache.
-pub struct KvEvents {
+/// A watcher of the prefix cache; `F` makes messages of a batch, at least one.
+pub struct KvEvents<F> {
     /// Whose cache.
     pub engine: EngineHandle,
     /// Its changes.
     pub watch: KvWatch,
-    /// Whether the client wants token ids.
-    pub include_token_ids: bool,
+    /// How they become messages.
+    pub to_messages: F,
     /// Ends the stream with the server.
     pub lifecycle: Arc<Lifecycle>,
     /// The log line.
     pub call: Call,
 }
 
-impl KvEvents {
+impl<F, M> KvEvents<F>
+where
+    F: FnMut(KvEventBatch) -> Vec<M> + Send + 'static,
+    M: Send + 'static,
+{
     /// The snapshot and the changes after it, until the client goes, falls behind, or the server stops.
-    pub fn into_stream(self) -> ResponseStream<v1::WatchKvEventsResponse> {
+    pub fn into_stream(self) -> ResponseStream<M> {
         let state = Some((self, VecDeque::new()));
         Box::pin(stream::unfold(state, |state| async {
             let (mut events, mut ready) = state?;
@@ -44,7 +47,7 @@ impl KvEvents {
     }
 
     /// The messages of the next batch, at least one. Nothing when the server stops.
-    async fn next(&mut self) -> Result<Option<VecDeque<v1::WatchKvEventsResponse>>, Status> {
+    async fn next(&mut self) -> Result<Option<VecDeque<M>>, Status> {
         let batch = tokio::select! {
             biased;
             () = self.lifecycle.stopped() => {
@@ -54,7 +57,7 @@ impl KvEvents {
             batch = self.watch.next() => batch,
         };
         match batch {
-            Some(batch) => Ok(Some(convert::kv_event_messages(batch, self.include_token_ids).into())),
+            Some(batch) => Ok(Some((self.to_messages)(batch).into())),
             None => Err(self.cut_off().await),
         }
     }

@@ -9,12 +9,15 @@ use std::{
 };
 
 use tidemill_engine::EngineHandle;
-use tidemill_proto::v1::{control_server::ControlServer, inference_server::InferenceServer};
+use tidemill_proto::{
+    v1::{control_server::ControlServer, inference_server::InferenceServer},
+    vllm::grpc::engine::vllm_engine_server::VllmEngineServer,
+};
 use tokio::sync::{Mutex, watch};
 use tonic::{Status, server::NamedService};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::{control::ControlService, inference::InferenceService};
+use super::{control::ControlService, inference::InferenceService, vllm::VllmService};
 
 /// The stages of a server's life, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,10 +44,11 @@ pub struct Lifecycle {
 }
 
 /// Services whose health is reported; "" is the server as a whole.
-const SERVICES: [&str; 3] = [
+const SERVICES: [&str; 4] = [
     "",
     <InferenceServer<InferenceService> as NamedService>::NAME,
     <ControlServer<ControlService> as NamedService>::NAME,
+    <VllmEngineServer<VllmService> as NamedService>::NAME,
 ];
 
 /// An engine that shows no sign of life for so long while it has work is not healthy. Far more than the longest step.
@@ -106,11 +110,15 @@ impl Lifecycle {
         self.engine.get().ok_or_else(|| Status::unavailable("the model is loading; try again in a moment"))
     }
 
+    /// Whether requests are served: there is an engine, it takes new ones, and it shows signs of life.
+    pub fn is_healthy(&self) -> bool {
+        self.phase() == Phase::Ready && !self.stalled.load(Relaxed)
+    }
+
     /// Tells health checks how things stand.
     async fn report(&self) {
         let mut health = self.health.lock().await;
-        let healthy = self.phase() == Phase::Ready && !self.stalled.load(Relaxed);
-        let status = if healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if self.is_healthy() { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in SERVICES {
             health.set_service_status(service, status).await;
             if self.phase() == Phase::Stopped {

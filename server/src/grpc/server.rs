@@ -4,7 +4,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::middleware;
 use tidemill_engine::EngineHandle;
-use tidemill_proto::v1::{control_server::ControlServer, inference_server::InferenceServer};
+use tidemill_proto::{
+    v1::{control_server::ControlServer, inference_server::InferenceServer},
+    vllm::grpc::engine::vllm_engine_server::VllmEngineServer,
+};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::{
     service::Routes,
@@ -15,10 +18,13 @@ use tonic_health::server::HealthReporter;
 use super::{
     auth,
     control::ControlService,
-    deadline, incoming,
+    deadline,
+    door::Door,
+    incoming,
     inference::InferenceService,
     lifecycle::{Lifecycle, Phase},
     panics,
+    vllm::VllmService,
 };
 use crate::{
     config::{GrpcConfig, TlsConfig},
@@ -90,6 +96,11 @@ impl Server {
         self.lifecycle.phase()
     }
 
+    /// The stage of its life and its engine, for other front ends of the same process.
+    pub fn lifecycle(&self) -> Arc<Lifecycle> {
+        self.lifecycle.clone()
+    }
+
     /// Serves this engine from now on.
     pub async fn ready(&self, engine: EngineHandle) {
         self.lifecycle.ready(engine).await;
@@ -117,7 +128,9 @@ fn routes(
     reporter: HealthReporter,
 ) -> Result<Routes, Failure> {
     let health = tonic_health::server::HealthService::from_health_reporter(reporter);
-    let inference = InferenceServer::new(InferenceService::new(lifecycle.clone()));
+    let door = Door::new(lifecycle.clone());
+    let inference = InferenceServer::new(InferenceService::new(door.clone()));
+    let vllm = VllmEngineServer::new(VllmService::new(door));
     let control = ControlServer::new(ControlService::new(lifecycle.clone(), config.shutdown_timeout));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -126,6 +139,7 @@ fn routes(
     };
     let routes = Routes::new(inference.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(control)
+        .add_service(vllm.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1().map_err(Failure::runtime)?)
         .add_service(reflection().build_v1alpha().map_err(Failure::runtime)?);

@@ -1,32 +1,40 @@
 //! A generation as a response stream. Dropping the stream, as tonic does when the client resets it or its connection dies,
 //! drops the generation, which aborts the request.
 
-use std::{panic::AssertUnwindSafe, pin::Pin};
+use std::{collections::VecDeque, panic::AssertUnwindSafe, pin::Pin};
 
 use futures_util::{FutureExt, Stream, stream};
 use tidemill_engine::{Generation, RequestError};
-use tidemill_proto::v1;
 use tonic::Status;
 
 use super::{call::Call, panics::INTERNAL};
-use crate::convert::{self, ResponseWriter};
+use crate::convert::{self, WriteOutput};
 
 /// A stream of messages that ends with at most one status.
 pub type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// A generation on its way to the client.
-pub struct Answer {
-    /// Where outputs come from.
-    pub generation: Generation,
-    /// How they become messages.
-    pub writer: ResponseWriter,
-    /// The log line.
-    pub call: Call,
+pub struct Answer<W: WriteOutput> {
+    generation: Generation,
+    /// How outputs become messages.
+    writer: W,
+    /// Messages of the last output that have not been sent.
+    ready: VecDeque<W::Message>,
+    call: Call,
 }
 
-impl Answer {
+impl<W> Answer<W>
+where
+    W: WriteOutput + Send + 'static,
+    W::Message: Send + 'static,
+{
+    /// An answer of which nothing has been sent.
+    pub fn new(generation: Generation, writer: W, call: Call) -> Self {
+        Self { generation, writer, ready: VecDeque::new(), call }
+    }
+
     /// The messages of this generation.
-    pub fn into_stream(self) -> ResponseStream<v1::GenerateResponse> {
+    pub fn into_stream(self) -> ResponseStream<W::Message> {
         Box::pin(stream::unfold(Some(self), |state| async {
             let mut answer = state?;
             let message = answer.next().await?;
@@ -36,20 +44,25 @@ impl Answer {
         }))
     }
 
-    async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Status>> {
-        let next = AssertUnwindSafe(self.generation.next()).catch_unwind().await;
-        match next {
-            Ok(Some(Ok(output))) => {
-                self.call.note(&output);
-                Some(Ok(self.writer.message(output)))
+    async fn next(&mut self) -> Option<Result<W::Message, Status>> {
+        loop {
+            if let Some(message) = self.ready.pop_front() {
+                return Some(Ok(message));
             }
-            Ok(Some(Err(error))) => Some(Err(self.fail(&error))),
-            Ok(None) => {
-                self.call.succeed();
-                None
+            let next = AssertUnwindSafe(self.generation.next()).catch_unwind().await;
+            match next {
+                Ok(Some(Ok(output))) => {
+                    self.call.note(&output);
+                    self.writer.write(output, &mut self.ready);
+                }
+                Ok(Some(Err(error))) => return Some(Err(self.fail(&error))),
+                Ok(None) => {
+                    self.call.succeed();
+                    return None;
+                }
+                // A panic of the detokeniser, say: this request alone ends.
+                Err(_) => return Some(Err(self.fail(&RequestError::Internal(INTERNAL.into())))),
             }
-            // A panic of the detokeniser, say: this request alone ends.
-            Err(_) => Some(Err(self.fail(&RequestError::Internal(INTERNAL.into())))),
         }
     }
 

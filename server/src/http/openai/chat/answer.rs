@@ -1,0 +1,330 @@
+//! A chat's answer in OpenAI's shapes: one object, or chunks.
+
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use axum::response::Response;
+use futures_util::stream;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::{
+    client::ModelCard,
+    http::{
+        ApiError,
+        answer::{Answer, Step, StopReason, parsers::Piece},
+        json_response,
+        openai::{
+            StreamOptions, Usage,
+            logprobs::{self, ChatLogprob},
+            stream_error,
+        },
+        sse,
+    },
+};
+
+/// Writes one chat's answer.
+pub struct ChatWriter {
+    answer: Answer,
+    card: Arc<ModelCard>,
+    id: String,
+    created: u64,
+    top_logprobs: Option<u32>,
+    include_reasoning: bool,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [ChunkChoice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Option<Content<'a>>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
+}
+
+#[derive(Serialize)]
+struct Content<'a> {
+    content: &'a [ChatLogprob],
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta<'a>; 1]>,
+}
+
+#[derive(Serialize)]
+struct CallDelta<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+impl<'a> Delta<'a> {
+    fn of(piece: &'a Piece) -> Self {
+        let call = |index, id, kind, name, arguments| {
+            Some([CallDelta { index, id, kind, function: FunctionDelta { name, arguments } }])
+        };
+        match piece {
+            Piece::Text(text) => Self { content: Some(text), ..Self::default() },
+            Piece::Reasoning(text) => Self { reasoning_content: Some(text), ..Self::default() },
+            Piece::ToolCallStart { index, id, name } => Self {
+                tool_calls: call(*index, Some(id.as_str()), Some("function"), Some(name.as_str()), ""),
+                ..Self::default()
+            },
+            Piece::ToolCallArguments { index, fragment } => {
+                Self { tool_calls: call(*index, None, None, None, fragment.as_str()), ..Self::default() }
+            }
+        }
+    }
+}
+
+/// vLLM's word for the client's stop condition that ended a choice.
+pub fn stop_reason(reason: &StopReason) -> Option<Value> {
+    match reason {
+        StopReason::StopString(text) => Some(json!(text)),
+        StopReason::StopToken(id) => Some(json!(id)),
+        _ => None,
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl ChatWriter {
+    /// A writer for this answer.
+    pub fn new(
+        answer: Answer,
+        card: Arc<ModelCard>,
+        top_logprobs: Option<u32>,
+        include_reasoning: bool,
+    ) -> Self {
+        let id = format!("chatcmpl-{}", answer.id);
+        let usage = Usage::of_prompt(answer.prompt_tokens);
+        Self { answer, card, id, created: now(), top_logprobs, include_reasoning, usage }
+    }
+
+    /// The answer as chunks.
+    pub fn stream(self, options: StreamOptions) -> Response {
+        let state = (Some(self), true);
+        sse::response(stream::unfold(state, move |(writer, first)| async move {
+            let mut writer = writer?;
+            let mut buffer = Vec::with_capacity(256);
+            let step = if first { None } else { Some(writer.answer.next().await) };
+            let goes_on = match step {
+                // The role goes out before the first token is there: clients see that they were taken.
+                None => {
+                    let choices = writer.answer.choices();
+                    (0..choices).for_each(|index| writer.role(&mut buffer, index, options));
+                    true
+                }
+                Some(Some(Ok(step))) => {
+                    writer.step(&mut buffer, step, options);
+                    true
+                }
+                Some(Some(Err(error))) => {
+                    sse::data(&mut buffer, &stream_error(error));
+                    sse::done(&mut buffer);
+                    false
+                }
+                Some(None) => {
+                    if options.include_usage {
+                        writer.chunk(&mut buffer, &[], Some(Some(writer.usage)));
+                    }
+                    sse::done(&mut buffer);
+                    false
+                }
+            };
+            Some((buffer, (goes_on.then_some(writer), false)))
+        }))
+    }
+
+    fn role(&self, buffer: &mut Vec<u8>, index: u32, options: StreamOptions) {
+        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
+        self.choice(
+            buffer,
+            ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None },
+            options,
+        );
+    }
+
+    fn step(&mut self, buffer: &mut Vec<u8>, step: Step, options: StreamOptions) {
+        if let Some((_, usage)) = &step.end {
+            self.usage.add(usage);
+        }
+        let logprobs = self.top_logprobs.map(|top| logprobs::chat(&self.card, &step.logprobs, top));
+        let mut owed = logprobs.as_deref().filter(|list| !list.is_empty());
+        let index = step.index;
+        for piece in &step.pieces {
+            if matches!(piece, Piece::Reasoning(_)) && !self.include_reasoning {
+                continue;
+            }
+            let logprobs = owed.take().map(|content| Content { content });
+            let choice = ChunkChoice {
+                index,
+                delta: Delta::of(piece),
+                logprobs,
+                finish_reason: None,
+                stop_reason: None,
+            };
+            self.choice(buffer, choice, options);
+        }
+        let logprobs = owed.take().map(|content| Content { content });
+        if step.end.is_some() || logprobs.is_some() {
+            let finish_reason = step.end.as_ref().map(|(reason, _)| reason.openai());
+            let stop_reason = step.end.as_ref().and_then(|(reason, _)| stop_reason(reason));
+            let choice = ChunkChoice { index, delta: Delta::default(), logprobs, finish_reason, stop_reason };
+            self.choice(buffer, choice, options);
+        }
+    }
+
+    fn choice(&self, buffer: &mut Vec<u8>, choice: ChunkChoice<'_>, options: StreamOptions) {
+        // OpenAI sends `usage: null` on every chunk when the last one will have it.
+        let usage = match options {
+            StreamOptions { continuous_usage_stats: true, .. } => Some(Some(self.usage)),
+            StreamOptions { include_usage: true, .. } => Some(None),
+            _ => None,
+        };
+        self.chunk(buffer, &[choice], usage);
+    }
+
+    fn chunk(&self, buffer: &mut Vec<u8>, choices: &[ChunkChoice<'_>], usage: Option<Option<Usage>>) {
+        let chunk = Chunk {
+            id: &self.id,
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: &self.card.served_model_name,
+            choices,
+            usage,
+        };
+        sse::data(buffer, &chunk);
+    }
+
+    /// The answer in one piece.
+    ///
+    /// # Errors
+    /// Why the engine could not finish it.
+    pub async fn whole(mut self) -> Result<Response, ApiError> {
+        let mut choices: Vec<Whole> = (0..self.answer.choices()).map(|_| Whole::default()).collect();
+        let mut prompt_logprobs = None;
+        while let Some(step) = self.answer.next().await {
+            let step = step?;
+            if !step.prompt_logprobs.is_empty() {
+                prompt_logprobs = Some(logprobs::prompt(&self.card, &step.prompt_logprobs));
+            }
+            let choice = &mut choices[step.index as usize];
+            if let Some(top) = self.top_logprobs {
+                choice.logprobs.extend(logprobs::chat(&self.card, &step.logprobs, top));
+            }
+            step.pieces.into_iter().for_each(|piece| choice.piece(piece));
+            if let Some((reason, usage)) = step.end {
+                self.usage.add(&usage);
+                choice.end = Some(reason);
+            }
+        }
+        let choices: Vec<Value> = choices
+            .into_iter()
+            .enumerate()
+            .map(|(index, choice)| choice.json(index, self.top_logprobs.is_some(), self.include_reasoning))
+            .collect();
+        let mut answer = json!({
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.card.served_model_name,
+            "choices": choices,
+            "usage": self.usage,
+        });
+        if let Some(logprobs) = prompt_logprobs {
+            answer["prompt_logprobs"] = logprobs.into();
+        }
+        Ok(json_response(&answer))
+    }
+}
+
+/// A choice that is collected.
+#[derive(Default)]
+struct Whole {
+    text: String,
+    reasoning: String,
+    calls: Vec<WholeCall>,
+    logprobs: Vec<ChatLogprob>,
+    end: Option<StopReason>,
+}
+
+struct WholeCall {
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Whole {
+    fn piece(&mut self, piece: Piece) {
+        match piece {
+            Piece::Text(text) => self.text.push_str(&text),
+            Piece::Reasoning(text) => self.reasoning.push_str(&text),
+            Piece::ToolCallStart { id, name, .. } => {
+                self.calls.push(WholeCall { id, name, arguments: String::new() });
+            }
+            Piece::ToolCallArguments { index, fragment } => {
+                if let Some(call) = self.calls.get_mut(index) {
+                    call.arguments.push_str(&fragment);
+                }
+            }
+        }
+    }
+
+    fn json(self, index: usize, logprobs: bool, include_reasoning: bool) -> Value {
+        let empty = self.text.is_empty() && !self.calls.is_empty();
+        let content = if empty { Value::Null } else { self.text.into() };
+        let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+        if include_reasoning && !self.reasoning.is_empty() {
+            message["reasoning_content"] = self.reasoning.into();
+        }
+        if !self.calls.is_empty() {
+            let call = |call: WholeCall| json!({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}});
+            message["tool_calls"] = self.calls.into_iter().map(call).collect();
+        }
+        let end = self.end.unwrap_or(StopReason::Abort);
+        json!({
+            "index": index,
+            "message": message,
+            "logprobs": logprobs.then(|| json!({"content": self.logprobs})),
+            "finish_reason": end.openai(),
+            "stop_reason": stop_reason(&end),
+        })
+    }
+}

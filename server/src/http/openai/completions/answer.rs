@@ -1,0 +1,299 @@
+//! A completion's answer in OpenAI's shapes: one object, or chunks. Several prompts share one answer.
+
+use std::sync::Arc;
+
+use axum::response::Response;
+use futures_util::{StreamExt, stream};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tidemill_engine::{
+    ids::{RequestId, TokenId},
+    output::Usage as EngineUsage,
+    request::Prompt,
+};
+
+use crate::{
+    client::{CallError, ModelCard, TokenizeInput},
+    http::{
+        ApiError, App,
+        answer::{Answer, Step, parsers::Piece},
+        app::Group,
+        json_response,
+        openai::{
+            StreamOptions, Usage,
+            chat::{now, stop_reason},
+            logprobs::{self, CompletionLogprobs},
+            stream_error,
+        },
+        sse,
+    },
+};
+
+/// A prompt that stands before its answer.
+#[derive(Debug, Clone)]
+pub struct Echo {
+    text: String,
+    ids: Vec<TokenId>,
+}
+
+impl Echo {
+    /// The prompt as text and as tokens.
+    ///
+    /// # Errors
+    /// What is wrong with the prompt.
+    pub async fn of(app: &App, prompt: &Prompt) -> Result<Self, CallError> {
+        match prompt {
+            Prompt::Text(text) => {
+                let ids = app.engine.tokenize(TokenizeInput::Text(text.clone(), true)).await?.ids;
+                Ok(Self { text: text.clone(), ids })
+            }
+            Prompt::TokenIds(ids) => {
+                Ok(Self { text: app.engine.detokenize(ids.clone(), false).await?, ids: ids.clone() })
+            }
+            Prompt::Chat(_) => unreachable!("completions have no conversations"),
+        }
+    }
+}
+
+/// Writes the answer to one or several prompts.
+pub struct CompletionWriter {
+    id: String,
+    created: u64,
+    card: Arc<ModelCard>,
+    top_logprobs: Option<u32>,
+    prompts: Vec<Writing>,
+    usage: Usage,
+    group: Group,
+}
+
+/// One prompt's choices.
+struct Writing {
+    answer: Answer,
+    echo: Option<Echo>,
+    /// Of each choice, the characters of its text so far.
+    offsets: Vec<usize>,
+    prompt_logprobs: Vec<Value>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [Choice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: usize,
+    text: &'a str,
+    logprobs: Option<&'a CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
+}
+
+impl CompletionWriter {
+    /// A writer for these answers.
+    pub fn new(
+        id: &RequestId,
+        card: Arc<ModelCard>,
+        top_logprobs: Option<u32>,
+        answers: Vec<(Answer, Option<Echo>)>,
+        group: Group,
+    ) -> Self {
+        let mut usage = Usage::default();
+        answers.iter().for_each(|(answer, _)| usage.merge(&Usage::of_prompt(answer.prompt_tokens)));
+        let writing = |(answer, echo): (Answer, Option<Echo>)| Writing {
+            offsets: vec![0; answer.choices() as usize],
+            answer,
+            echo,
+            prompt_logprobs: Vec::new(),
+        };
+        let prompts = answers.into_iter().map(writing).collect();
+        Self { id: format!("cmpl-{id}"), created: now(), card, top_logprobs, prompts, usage, group }
+    }
+
+    /// The answers as chunks, in the order in which they come.
+    pub fn stream(mut self, options: StreamOptions) -> Response {
+        let prompts = std::mem::take(&mut self.prompts);
+        let choices = prompts.first().map_or(1, |prompt| prompt.answer.choices() as usize);
+        let card = self.card.clone();
+        let top = self.top_logprobs;
+        let steps = stream::select_all(prompts.into_iter().enumerate().map(move |(at, writing)| {
+            let card = card.clone();
+            Box::pin(stream::unfold(Some(writing), move |writing| {
+                let card = card.clone();
+                async move {
+                    let mut writing = writing?;
+                    let step = writing.answer.next().await?;
+                    let line = step.map(|step| writing.line(&card, top, step, at * choices));
+                    let writing = line.is_ok().then_some(writing);
+                    Some((line, writing))
+                }
+            }))
+        }));
+        let lines = steps.map(Some).chain(stream::iter([None]));
+        sse::response(lines.scan((self, false), move |(writer, failed), line| {
+            let mut buffer = Vec::with_capacity(256);
+            let over = *failed;
+            match line {
+                _ if over => {}
+                Some(Ok(line)) => writer.line(&mut buffer, &line, options),
+                Some(Err(error)) => {
+                    *failed = true;
+                    sse::data(&mut buffer, &stream_error(error));
+                    sse::done(&mut buffer);
+                }
+                None => {
+                    if options.include_usage {
+                        writer.chunk(&mut buffer, &[], Some(Some(writer.usage)));
+                    }
+                    sse::done(&mut buffer);
+                }
+            }
+            std::future::ready((!over).then_some(buffer))
+        }))
+    }
+
+    fn line(&mut self, buffer: &mut Vec<u8>, line: &Line, options: StreamOptions) {
+        if let Some((_, _, usage)) = &line.end {
+            self.usage.add(usage);
+        }
+        if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() {
+            return;
+        }
+        let choice = Choice {
+            index: line.index,
+            text: &line.text,
+            logprobs: line.logprobs.as_ref(),
+            finish_reason: line.end.as_ref().map(|end| end.0),
+            stop_reason: line.end.as_ref().and_then(|end| end.1.clone()),
+        };
+        let usage = match options {
+            StreamOptions { continuous_usage_stats: true, .. } => Some(Some(self.usage)),
+            StreamOptions { include_usage: true, .. } => Some(None),
+            _ => None,
+        };
+        self.chunk(buffer, &[choice], usage);
+    }
+
+    fn chunk(&self, buffer: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Option<Usage>>) {
+        let chunk = Chunk {
+            id: &self.id,
+            object: "text_completion",
+            created: self.created,
+            model: &self.card.served_model_name,
+            choices,
+            usage,
+        };
+        sse::data(buffer, &chunk);
+    }
+
+    /// The answers in one piece.
+    ///
+    /// # Errors
+    /// Why the engine could not finish one of them.
+    pub async fn whole(mut self) -> Result<Response, ApiError> {
+        let mut choices = Vec::new();
+        for mut writing in std::mem::take(&mut self.prompts) {
+            let first = choices.len();
+            let count = writing.answer.choices() as usize;
+            let mut lines: Vec<Line> =
+                (0..count).map(|at| Line { index: first + at, ..Line::default() }).collect();
+            while let Some(step) = writing.answer.next().await {
+                let line = writing.line(&self.card, self.top_logprobs, step?, first);
+                let at = line.index - first;
+                lines[at].append(line);
+            }
+            let mut prompt_logprobs =
+                Some(std::mem::take(&mut writing.prompt_logprobs)).filter(|list| !list.is_empty());
+            for line in lines {
+                let (finish_reason, stop_reason, usage) = line.end.unwrap_or_default();
+                self.usage.add(&usage);
+                let mut choice = json!({
+                    "index": line.index,
+                    "text": line.text,
+                    "logprobs": line.logprobs,
+                    "finish_reason": finish_reason,
+                    "stop_reason": stop_reason,
+                });
+                if let Some(logprobs) = prompt_logprobs.take() {
+                    choice["prompt_logprobs"] = logprobs.into();
+                }
+                choices.push(choice);
+            }
+        }
+        drop(self.group);
+        Ok(json_response(&json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.card.served_model_name,
+            "choices": choices,
+            "usage": self.usage,
+        })))
+    }
+}
+
+/// What is new of one choice.
+#[derive(Default)]
+struct Line {
+    index: usize,
+    text: String,
+    logprobs: Option<CompletionLogprobs>,
+    end: Option<(&'static str, Option<Value>, EngineUsage)>,
+}
+
+impl Line {
+    fn append(&mut self, line: Self) {
+        self.text.push_str(&line.text);
+        match (&mut self.logprobs, line.logprobs) {
+            (Some(all), Some(more)) => all.append(more),
+            (all, more) => *all = all.take().or(more),
+        }
+        self.end = self.end.take().or(line.end);
+    }
+}
+
+impl Writing {
+    fn line(&mut self, card: &ModelCard, top: Option<u32>, step: Step, first: usize) -> Line {
+        let at = step.index as usize;
+        let mut line = Line { index: first + at, ..Line::default() };
+        let mut logprobs = top.map(|_| CompletionLogprobs::default());
+        let offset = &mut self.offsets[at];
+        let begins = std::mem::take(offset);
+        // The prompt comes with the choice's first step; an offset of 0 is the mark, so what has begun counts from 1.
+        if let (0, Some(echo)) = (begins, &self.echo) {
+            line.text.push_str(&echo.text);
+            if let Some(logprobs) = &mut logprobs {
+                let mut place = 0;
+                echo.ids.first().inspect(|&&id| logprobs.push_bare(card, id, &mut place));
+                let scored = step.prompt_logprobs.iter();
+                scored.for_each(|entry| logprobs.push(card, entry, top.unwrap_or(0), &mut place));
+            }
+        }
+        let mut place = match begins {
+            0 => line.text.chars().count(),
+            begun => begun - 1,
+        };
+        if let (Some(logprobs), Some(top)) = (&mut logprobs, top) {
+            step.logprobs.iter().for_each(|entry| logprobs.push(card, entry, top, &mut place));
+        }
+        *offset = place + 1;
+        if !step.prompt_logprobs.is_empty() {
+            self.prompt_logprobs = logprobs::prompt(card, &step.prompt_logprobs);
+        }
+        for piece in step.pieces {
+            if let Piece::Text(text) = piece {
+                line.text.push_str(&text);
+            }
+        }
+        line.logprobs = logprobs.filter(|list| !list.is_empty());
+        line.end = step.end.map(|(reason, usage)| (reason.openai(), stop_reason(&reason), usage));
+        line
+    }
+}

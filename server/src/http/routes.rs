@@ -1,0 +1,157 @@
+//! The table of all routes: the router, the OpenAPI document and the test that tries every door are made from it.
+
+use axum::{
+    Router,
+    http::Method,
+    routing::{MethodFilter, MethodRouter},
+};
+use futures_util::future::BoxFuture;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+
+use super::{
+    ApiError, App, Call, Family, anthropic, door, engine_routes, fields::SamplingFields, live, openai,
+    openapi, ops, page, predict,
+};
+
+/// Serves one request.
+pub type Handler = for<'a> fn(App, &'a mut Call) -> BoxFuture<'a, Result<axum::response::Response, ApiError>>;
+
+/// Who may use a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody: probes.
+    Open,
+    /// Holders of a key, where the server has keys.
+    Key,
+}
+
+/// One route.
+#[derive(Debug, Clone)]
+pub struct Route {
+    /// Its method.
+    pub method: Method,
+    /// Its path; `{name}` stands for one segment.
+    pub path: String,
+    /// Whose conventions its errors follow.
+    pub family: Family,
+    /// Who may use it.
+    pub access: Access,
+    /// What it does, in a few words.
+    pub summary: &'static str,
+    /// The JSON that it takes; several are parts of one object.
+    pub request: Vec<fn(&mut SchemaGenerator) -> Schema>,
+    /// Media types of its answers.
+    pub answers: &'static [&'static str],
+    handler: Handler,
+}
+
+const JSON: &[&str] = &["application/json"];
+const JSON_OR_EVENTS: &[&str] = &["application/json", "text/event-stream"];
+
+impl Route {
+    fn new(method: Method, path: &str, family: Family, summary: &'static str, handler: Handler) -> Self {
+        let (access, answers) = (Access::Key, JSON);
+        Self { method, path: path.to_owned(), family, access, summary, request: Vec::new(), answers, handler }
+    }
+
+    fn open(mut self) -> Self {
+        self.access = Access::Open;
+        self
+    }
+
+    fn takes<T: JsonSchema>(mut self) -> Self {
+        self.request.push(SchemaGenerator::subschema_for::<T>);
+        self
+    }
+
+    fn answers(mut self, types: &'static [&'static str]) -> Self {
+        self.answers = types;
+        self
+    }
+}
+
+/// Writes a handler into the table.
+macro_rules! handler {
+    ($function:path) => {
+        |app, call| Box::pin($function(app, call))
+    };
+}
+
+/// All routes.
+pub fn table() -> Vec<Route> {
+    use Family::{Anthropic, OpenAi, Plain};
+    let get = |path, family, summary, handler| Route::new(Method::GET, path, family, summary, handler);
+    let post = |path, family, summary, handler| Route::new(Method::POST, path, family, summary, handler);
+    let mut routes = vec![
+        post("/v1/chat/completions", OpenAi, "An answer to a conversation.", handler!(openai::chat::create))
+            .takes::<openai::chat::ChatFields>()
+            .takes::<SamplingFields>()
+            .answers(JSON_OR_EVENTS),
+        post("/v1/completions", OpenAi, "A text that goes on.", handler!(openai::completions::create))
+            .takes::<openai::completions::CompletionFields>()
+            .takes::<SamplingFields>()
+            .answers(JSON_OR_EVENTS),
+        post("/v1/messages", Anthropic, "An answer to a conversation.", handler!(anthropic::create))
+            .takes::<SamplingFields>()
+            .takes::<anthropic::PromptFields>()
+            .takes::<anthropic::MessageFields>()
+            .answers(JSON_OR_EVENTS),
+        post(
+            "/v1/messages/count_tokens",
+            Anthropic,
+            "The tokens of a conversation.",
+            handler!(anthropic::count_tokens),
+        )
+        .takes::<anthropic::PromptFields>(),
+        get("/v1/models", OpenAi, "The model that is served.", handler!(openai::models::list)),
+        get("/v1/models/{id}", OpenAi, "One model.", handler!(openai::models::retrieve)),
+    ];
+    let aliases: Vec<Route> = routes.iter().map(environment_alias).collect();
+    routes.extend(aliases);
+    for path in ["/predict", "/production/predict"] {
+        routes.push(
+            post(path, Plain, "Text for a prompt or a conversation.", handler!(predict::predict))
+                .takes::<predict::PredictFields>()
+                .takes::<SamplingFields>()
+                .answers(&["application/json", "text/plain"]),
+        );
+    }
+    routes.extend([
+        post("/tokenize", Plain, "Text as token ids.", handler!(engine_routes::tokenize))
+            .takes::<engine_routes::TokenizeRequest>(),
+        post("/detokenize", Plain, "Token ids as text.", handler!(engine_routes::detokenize))
+            .takes::<engine_routes::DetokenizeRequest>(),
+        post("/abort", Plain, "Ends a request and says what was freed.", handler!(engine_routes::abort))
+            .takes::<engine_routes::AbortRequest>(),
+        get("/health", Plain, "Whether the engine lives.", handler!(ops::health)).open(),
+        get("/ready", Plain, "Whether requests are served.", handler!(ops::ready)).open(),
+        get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics)).answers(&["text/plain"]),
+        get("/openapi.json", Plain, "This document.", handler!(openapi::document)),
+        get("/live", Plain, "The engine at work, as events without end.", handler!(live::watch))
+            .answers(&["text/event-stream"]),
+    ]);
+    routes.extend(page::ASSETS.iter().map(|asset| {
+        let what = "The live page, or a part of it.";
+        get(asset.path, Plain, what, asset.handler).open().answers(asset.content_types)
+    }));
+    routes
+}
+
+/// Truss names deployments by environment and passes what follows `sync/` on.
+fn environment_alias(route: &Route) -> Route {
+    Route { path: format!("/environments/{{env}}/sync{}", route.path), ..route.clone() }
+}
+
+/// A router over the table.
+pub fn router(app: App) -> Router {
+    let mut router = Router::new();
+    for route in table() {
+        let (path, app) = (route.path.clone(), app.clone());
+        let filter = MethodFilter::try_from(route.method.clone())
+            .unwrap_or_else(|error| unreachable!("the table holds plain methods: {error}"));
+        let (family, run) = (route.family, route.handler);
+        let serve = move |request| door::serve(app.clone(), family, run, request);
+        router = router.route(&path, MethodRouter::new().on(filter, serve));
+    }
+    router.method_not_allowed_fallback(door::method_not_allowed).fallback(door::not_found)
+}

@@ -1,0 +1,103 @@
+"""Stock SMG as a child process in front of our servers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+START_SECONDS = 60
+
+
+def free_ports(count):
+    """Ports of the loopback interface that nobody has. SMG takes no 0."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+class Smg:
+    """One gateway. Nothing of it leaves this machine: the tokenizer comes from the workers."""
+
+    def __init__(self, workers, *options):
+        """Starts it in front of these servers and waits until it serves their model."""
+        self.port, metrics = free_ports(2)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = tempfile.TemporaryFile("w+", prefix="smg-wire-")
+        command = [Path(sys.executable).with_name("smg"), "launch", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
+        command += ["--worker-urls", *(f"grpc://{worker.address}" for worker in workers)]
+        command += ["--worker-startup-check-interval", "1", "--health-check-interval-secs", "1", "--log-level", "info"]
+        # What would look for a model on the network finds that it must not.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+        environment["https_proxy"] = environment["http_proxy"]
+        environment.pop("PYTHONPATH", None)
+        self.process = subprocess.Popen(
+            [*command, *options], env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT
+        )
+        try:
+            self.wait_until(lambda: len(self.workers()) == len(workers), "it knows its workers", START_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+
+    def output(self):
+        """What it has said."""
+        self.log.seek(0)
+        return self.log.read()
+
+    def wait_until(self, condition, what, seconds=20):
+        """Polls until `condition()` is true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"smg ended with {self.process.returncode}:\n{self.output()[-3000:]}"
+            assert time.monotonic() < end, f"not within {seconds} s: {what}\n{self.output()[-3000:]}"
+            time.sleep(0.05)
+
+    def workers(self):
+        """The workers that it would send requests to."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/workers", timeout=5) as answer:
+                workers = json.load(answer)["workers"]
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return []
+        return [worker for worker in workers if worker.get("is_healthy")]
+
+    def open(self, path, body, timeout=60):
+        """The answer to a POST, to be read by the caller; also that of a refused one."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"content-type": "application/json"})
+        try:
+            return urllib.request.urlopen(request, timeout=timeout)
+        except urllib.error.HTTPError as refused:
+            return refused
+
+    def post(self, path, body):
+        """Status and parsed body of a POST."""
+        with self.open(path, body) as answer:
+            text = answer.read().decode()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, text
+
+    def stop(self):
+        """Ends it the polite way."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        finally:
+            self.kill()
+
+    def kill(self):
+        """Ends it for certain."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
