@@ -34,6 +34,9 @@ pub struct TokenizeRequest {
     /// False ends a conversation without the start of an answer.
     #[serde(default)]
     pub add_generation_prompt: Option<bool>,
+    /// A conversation ends within its last message, right after its content.
+    #[serde(default)]
+    pub continue_final_message: Option<bool>,
     /// Tools of a conversation, in OpenAI's form.
     #[serde(default)]
     pub tools: Option<Vec<Value>>,
@@ -53,6 +56,7 @@ pub async fn tokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
         (None, Some(messages)) => TokenizeInput::Chat(ChatPrompt {
             tools: request.tools.map(Value::Array),
             add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+            continue_final_message: request.continue_final_message.unwrap_or(false),
             template_kwargs: request.chat_template_kwargs.unwrap_or_default(),
             messages: conversation(&messages)?,
         }),
