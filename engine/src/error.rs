@@ -112,6 +112,14 @@ pub enum RequestError {
         /// Position of the token that could not be chosen.
         position: usize,
     },
+    /// A completion could not keep the form that was asked for.
+    #[error("the form that was asked for cannot be kept at position {position}: {detail}")]
+    Unformed {
+        /// Position of the token that could not be chosen.
+        position: usize,
+        /// Why.
+        detail: String,
+    },
     /// A promise of the engine was broken.
     #[error("internal error: {0}")]
     Internal(String),
@@ -131,7 +139,7 @@ impl RequestError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Invalid(_) => ErrorCode::InvalidArgument,
-            Self::Unsupported(_) => ErrorCode::FailedPrecondition,
+            Self::Unsupported(_) | Self::Unformed { .. } => ErrorCode::FailedPrecondition,
             Self::ModelNotFound { .. } => ErrorCode::NotFound,
             Self::DuplicateId(_) => ErrorCode::AlreadyExists,
             Self::QueueFull { .. } | Self::Overloaded { .. } | Self::SlowReader { .. } => {

@@ -63,10 +63,9 @@ fn conversations_render_and_encode_as_transformers_does() {
         let message =
             |m: Message| ChatMessage { tool_calls: m.tool_calls, ..ChatMessage::new(m.role, m.content) };
         let prompt = ChatPrompt {
-            messages: case.messages.into_iter().map(message).collect(),
             tools: case.tools,
             add_generation_prompt: case.add_generation_prompt,
-            template_kwargs: serde_json::Map::new(),
+            ..ChatPrompt::new(case.messages.into_iter().map(message).collect())
         };
         let text = model.render_chat(&prompt).unwrap();
         let ids = model.encode(&text, false).unwrap();

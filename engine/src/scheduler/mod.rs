@@ -19,6 +19,7 @@ mod admit;
 mod check;
 mod explain;
 pub mod fair;
+mod form;
 mod pacer;
 mod plan;
 mod policy;
@@ -136,6 +137,8 @@ pub struct Scheduler {
     waiting: Waiting,
     num_held: usize,
     num_parked: usize,
+    /// Live sequences whose tokens are constrained.
+    num_formed: usize,
     preemptions: u64,
     /// Steps that were planned and not resolved.
     num_in_flight: usize,
@@ -165,6 +168,7 @@ impl Scheduler {
             waiting: Waiting::new(policy, weights),
             num_held: 0,
             num_parked: 0,
+            num_formed: 0,
             preemptions: 0,
             num_in_flight: 0,
             must_settle: false,
@@ -187,6 +191,7 @@ impl Scheduler {
             }
             None => self.waiting.push(&seq.turn),
         }
+        self.num_formed += usize::from(seq.form.is_some());
         let before = self.seqs.insert(id, seq);
         debug_assert!(before.is_none(), "ids rise with arrival");
     }
@@ -200,6 +205,7 @@ impl Scheduler {
     /// `None` when it is gone already.
     pub fn remove(&mut self, id: SeqId) -> Option<Removed> {
         let mut seq = self.seqs.remove(&id)?;
+        self.num_formed -= usize::from(seq.form.is_some());
         let stage = seq.stage();
         let place = seq.place;
         match place {

@@ -66,6 +66,9 @@ pub struct ChatPrompt {
     pub tools: Option<serde_json::Value>,
     /// Ends the text with the start of an assistant's turn.
     pub add_generation_prompt: bool,
+    /// Ends the text within the last turn, right after its content, so that the completion goes on from there. Wins over
+    /// `add_generation_prompt`.
+    pub continue_final_message: bool,
     /// More variables for the template, such as `enable_thinking`. They cannot replace those above.
     pub template_kwargs: Map<String, serde_json::Value>,
 }
@@ -73,7 +76,13 @@ pub struct ChatPrompt {
 impl ChatPrompt {
     /// A conversation that the assistant is to go on with.
     pub fn new(messages: Vec<ChatMessage>) -> Self {
-        Self { messages, tools: None, add_generation_prompt: true, template_kwargs: Map::new() }
+        Self {
+            messages,
+            tools: None,
+            add_generation_prompt: true,
+            continue_final_message: false,
+            template_kwargs: Map::new(),
+        }
     }
 }
 
@@ -96,6 +105,9 @@ pub(super) struct ChatTemplates {
     /// The template for conversations with tools where there are two.
     source: String,
 }
+
+/// Stands behind the content of a turn that is to be gone on from. The space at its end is part of it.
+const END_OF_CONTENT: &str = "END_OF_FINAL_MESSAGE_TO_GO_ON_FROM ";
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
@@ -136,6 +148,34 @@ impl ChatTemplates {
 
     /// The conversation as text.
     pub(super) fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        if prompt.continue_final_message { self.render_open(prompt) } else { self.render_whole(prompt) }
+    }
+
+    /// The conversation without what the template puts after the last turn's content. As in transformers, a mark behind that content
+    /// says where it ends; the mark's own space says whether the template trims it.
+    fn render_open(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        let invalid = |message: &str| RequestError::invalid("prompt.chat", message);
+        let mut marked =
+            ChatPrompt { continue_final_message: false, add_generation_prompt: false, ..prompt.clone() };
+        let Some(last) = marked.messages.last_mut() else {
+            return Err(invalid("is empty, so there is no last message to go on from"));
+        };
+        last.content.push_str(END_OF_CONTENT);
+        let mut text = self.render_whole(&marked)?;
+        let Some(end) = text.rfind(END_OF_CONTENT.trim_end()) else {
+            return Err(invalid(
+                "the chat template leaves the last message out, so it cannot be gone on from",
+            ));
+        };
+        let is_trimmed = !text[end..].starts_with(END_OF_CONTENT);
+        text.truncate(end);
+        if is_trimmed {
+            text.truncate(text.trim_end().len());
+        }
+        Ok(text)
+    }
+
+    fn render_whole(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
         let invalid = |message: String| RequestError::invalid("prompt.chat", message);
         if prompt.messages.len() > MAX_MESSAGES {
             let count = prompt.messages.len();

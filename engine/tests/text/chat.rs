@@ -63,10 +63,9 @@ fn templates_render_as_transformers_renders_them() {
         let message =
             |m: Message| ChatMessage { tool_calls: m.tool_calls, ..ChatMessage::new(m.role, m.content) };
         let prompt = ChatPrompt {
-            messages: case.messages.into_iter().map(message).collect(),
             tools: case.tools,
             add_generation_prompt: case.add_generation_prompt,
-            template_kwargs: serde_json::Map::new(),
+            ..ChatPrompt::new(case.messages.into_iter().map(message).collect())
         };
         match model(&case.template).render_chat(&prompt) {
             Ok(text) if text == case.text => {}
@@ -74,6 +73,32 @@ fn templates_render_as_transformers_renders_them() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The texts are those of transformers 5.23 with `continue_final_message=True`.
+#[test]
+fn a_last_message_that_is_gone_on_from_stays_open() {
+    let chatml = "{%- for m in messages %}{{- '<' + m.role + '>' + m.content + '</>\n' }}{%- endfor %}\
+                  {%- if add_generation_prompt %}{{- '<assistant>' }}{%- endif %}";
+    let trimming = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}";
+    let open = |template: &str, content: &str| {
+        let messages = vec![ChatMessage::new("user", "Why?"), ChatMessage::new("assistant", content)];
+        let prompt = ChatPrompt { continue_final_message: true, ..ChatPrompt::new(messages) };
+        model(template).render_chat(&prompt)
+    };
+    for (template, content, want) in [
+        (chatml, "Because", "<user>Why?</>\n<assistant>Because"),
+        (chatml, " Because ", "<user>Why?</>\n<assistant> Because "),
+        (chatml, "Why?", "<user>Why?</>\n<assistant>Why?"),
+        (chatml, "", "<user>Why?</>\n<assistant>"),
+        (trimming, " Because ", "[user] Why?</s>[assistant] Because"),
+    ] {
+        assert_eq!(open(template, content).unwrap(), want, "{content:?}");
+    }
+    let deaf = open("{{ messages[0].content }}", "Because").unwrap_err();
+    assert!(deaf.to_string().contains("leaves the last message out"), "{deaf}");
+    let nothing = ChatPrompt { continue_final_message: true, ..ChatPrompt::new(Vec::new()) };
+    assert!(model(chatml).render_chat(&nothing).is_err());
 }
 
 /// Written by Python 3.12's `json.dumps`.

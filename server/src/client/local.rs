@@ -72,7 +72,7 @@ impl EngineClient for LocalEngine {
         let (engine, validated) =
             self.texts.run(move || engine.validate(request).map(|valid| (engine, valid))).await?;
         let (id, prompt_tokens) = (validated.id().clone(), validated.prompt().len());
-        let opens_thinking = false;
+        let opens_thinking = validated.opens_thinking();
         let outputs = outputs(engine.submit(validated)?);
         Ok(Accepted { id, prompt_tokens, opens_thinking, outputs })
     }

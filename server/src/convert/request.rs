@@ -125,10 +125,15 @@ pub fn chat_prompt(chat: v1::ChatPrompt, field: &'static str) -> Result<ChatProm
             reasoning_content: some(message.reasoning_content),
         })
     });
+    if chat.continue_final_message && chat.add_generation_prompt == Some(true) {
+        let message = "continue_final_message excludes add_generation_prompt; set one of them";
+        return Err(RequestError::invalid(field, message));
+    }
     Ok(ChatPrompt {
         messages: messages.collect::<Result<_, RequestError>>()?,
         tools: json_array(&chat.tools_json, field, "tools_json")?,
         add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+        continue_final_message: chat.continue_final_message,
         template_kwargs: template_kwargs(&chat.template_kwargs_json, field)?,
     })
 }

@@ -19,6 +19,8 @@ use crate::auth::Credential;
 
 /// Carries a request's id, both ways.
 pub const REQUEST_ID: &str = "x-request-id";
+/// The same where Anthropic's SDKs look for it.
+const ANTHROPIC_REQUEST_ID: &str = "request-id";
 /// Longest `traceparent` that is kept. Version 00 has 55 bytes; later ones may have more.
 const MAX_TRACE_PARENT_BYTES: usize = 128;
 
@@ -181,8 +183,11 @@ fn is_json(headers: &HeaderMap) -> bool {
 }
 
 /// Puts the id on a response.
-pub fn stamp(response: &mut Response, id: &RequestId) {
+pub fn stamp(response: &mut Response, id: &RequestId, family: Family) {
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        if family == Family::Anthropic {
+            response.headers_mut().insert(ANTHROPIC_REQUEST_ID, value.clone());
+        }
         response.headers_mut().insert(REQUEST_ID, value);
     }
 }

@@ -51,7 +51,7 @@ pub async fn guard(State(door): State<Door>, mut request: Request, next: Next) -
                 };
                 let (family, id) = (family_of(request.uri()), RequestId::random());
                 Call::log(request.method(), path, &id, error.status, Instant::now());
-                return stamped(error.response(family, &id), &id);
+                return stamped(error.response(family, &id), &id, family);
             }
         }
     }
@@ -76,12 +76,12 @@ pub async fn serve(app: App, family: Family, run: Handler, mut request: Request)
         Err(_) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, INTERNAL).response(family, &call.id),
     };
     Call::log(call.method(), &path, &call.id, response.status(), started);
-    stamped(response, &call.id)
+    stamped(response, &call.id, family)
 }
 
-fn stamped(mut response: Response, id: &RequestId) -> Response {
+fn stamped(mut response: Response, id: &RequestId, family: Family) -> Response {
     if !response.headers().contains_key(REQUEST_ID) {
-        call::stamp(&mut response, id);
+        call::stamp(&mut response, id, family);
     }
     response
 }
@@ -89,16 +89,16 @@ fn stamped(mut response: Response, id: &RequestId) -> Response {
 /// There is no such path.
 pub async fn not_found(uri: Uri) -> Response {
     let message = format!("there is no {}; GET /openapi.json lists what there is", uri.path());
-    let id = RequestId::random();
-    stamped(ApiError::not_found(message).response(family_of(&uri), &id), &id)
+    let (id, family) = (RequestId::random(), family_of(&uri));
+    stamped(ApiError::not_found(message).response(family, &id), &id, family)
 }
 
 /// The path is there, the method is not.
 pub async fn method_not_allowed(uri: Uri) -> Response {
     let message = format!("{} does not have this method; GET /openapi.json lists what there is", uri.path());
-    let id = RequestId::random();
+    let (id, family) = (RequestId::random(), family_of(&uri));
     let error = ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message);
-    stamped(error.response(family_of(&uri), &id), &id)
+    stamped(error.response(family, &id), &id, family)
 }
 
 /// Whose conventions a path follows, where no route says so.

@@ -54,11 +54,28 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, message)
     }
 
+    /// The same in the words of a family that calls fields otherwise: pairs of our name, or the end of one, and theirs.
+    pub fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        for (ours, theirs) in names {
+            if let Some(param) = self.param.as_deref()
+                && let Some(place) = param.strip_suffix(ours)
+            {
+                self.param = Some(format!("{place}{theirs}"));
+            }
+            let (at_start, later) = (format!("{ours}: "), format!("; {ours}: "));
+            if let Some(rest) = self.message.strip_prefix(&at_start) {
+                self.message = format!("{theirs}: {rest}");
+            }
+            self.message = self.message.replace(&later, &format!("; {theirs}: "));
+        }
+        self
+    }
+
     /// The body in the family's shape.
     pub fn body(&self, family: Family, id: &RequestId) -> Value {
         match family {
             Family::OpenAi => json!({"error": {
-                "message": self.message,
+                "message": self.message_with_param(),
                 "type": self.openai_type(),
                 "param": self.param,
                 "code": self.code,
@@ -134,8 +151,7 @@ impl From<CallError> for ApiError {
             ErrorCode::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             ErrorCode::DeviceLost => (StatusCode::SERVICE_UNAVAILABLE, "device_lost"),
             ErrorCode::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded"),
-            // The status that proxies log for a client that went away.
-            ErrorCode::Cancelled => (client_closed_request(), "aborted"),
+            ErrorCode::Cancelled => (aborted(), "request_aborted"),
             ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
         };
         Self {
@@ -147,6 +163,11 @@ impl From<CallError> for ApiError {
     }
 }
 
+/// Somebody ended the request. nginx's status for that, which no client takes for something to try again.
+fn aborted() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
 /// The client's name of a field of the engine.
 fn public_field(field: &str) -> String {
     match field {
@@ -156,9 +177,4 @@ fn public_field(field: &str) -> String {
         "structured" => "response_format".to_owned(),
         other => other.strip_prefix("sampling.").unwrap_or(other).to_owned(),
     }
-}
-
-/// 499: the request was aborted. Not in the registry of statuses, but known to proxies and their logs.
-fn client_closed_request() -> StatusCode {
-    StatusCode::from_u16(499).unwrap_or(StatusCode::CONFLICT)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use axum::http::StatusCode;
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -12,7 +13,7 @@ use tidemill_engine::{
     structured::Structured,
 };
 
-use super::ApiError;
+use super::{ApiError, answer::parsers::lark_from_grammar};
 
 /// Reads one part of a body: what it does not know is left to the other parts.
 ///
@@ -20,9 +21,12 @@ use super::ApiError;
 /// 400 that names the field.
 pub fn part<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(body).map_err(|error| {
-        let path = error.path().to_string();
-        let message = format!("{path}: {}", error.inner());
-        ApiError::invalid(path, message)
+        let (path, reason) = (error.path().to_string(), error.inner());
+        match path.as_str() {
+            // A field is missing, and the reason says which.
+            "." | "?" => ApiError::new(StatusCode::BAD_REQUEST, reason.to_string()),
+            _ => ApiError::invalid(path.clone(), format!("{path}: {reason}")),
+        }
     })
 }
 
@@ -129,6 +133,7 @@ pub enum ResponseFormat {
 
 /// A JSON Schema with a name.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[expect(dead_code, reason = "clients send a name and `strict`, and every answer satisfies its schema")]
 pub struct NamedSchema {
     /// For people.
     #[serde(default)]
@@ -226,7 +231,12 @@ impl SamplingFields {
         };
         guided.forms(&mut forms)?;
         if let Some(structured) = &self.structured_outputs {
+            let others = forms.len();
             structured.forms(&mut forms)?;
+            if forms.len() == others {
+                let message = "names no form; give one of json, json_object, regex, choice and grammar";
+                return Err(ApiError::invalid("structured_outputs", message));
+            }
         }
         if forms.len() > 1 {
             return Err(ApiError::invalid(
@@ -248,7 +258,8 @@ impl StructuredFields {
         forms.extend(self.regex.as_deref().map(|regex| Structured::Regex(regex.into())));
         forms.extend(self.choice.as_ref().map(|texts| Structured::Choice(texts.clone().into())));
         if let Some(grammar) = &self.grammar {
-            forms.push(Structured::Lark(grammar.as_str().into()));
+            let lark = lark_from_grammar(grammar).map_err(|message| ApiError::invalid("grammar", message))?;
+            forms.push(Structured::Lark(lark.into()));
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! families translate JSON to the engine's terms and answers back; `answer` is what they share of an answer.
 
 pub mod answer;
+mod anthropic;
 pub mod app;
 mod call;
 mod door;

@@ -20,6 +20,7 @@ pub struct Asset {
     /// Its media type, as the table of routes has it.
     pub content_types: &'static [&'static str],
     /// What is in it.
+    #[cfg(test)]
     pub text: &'static str,
     /// Serves it.
     pub handler: Handler,
@@ -31,6 +32,7 @@ macro_rules! asset {
         Asset {
             path: $path,
             content_types: &[$content_type],
+            #[cfg(test)]
             text: TEXT,
             handler: |app: App, _: &mut Call| {
                 Box::pin(async move { serve(&app, concat!($content_type, "; charset=utf-8"), TEXT) })

@@ -9,8 +9,8 @@ use futures_util::future::BoxFuture;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use super::{
-    ApiError, App, Call, Family, door, engine_routes, fields::SamplingFields, live, openai, openapi, ops,
-    page, predict,
+    ApiError, App, Call, Family, anthropic, door, engine_routes, fields::SamplingFields, live, openai,
+    openapi, ops, page, predict,
 };
 
 /// Serves one request.
@@ -79,7 +79,7 @@ macro_rules! handler {
 
 /// All routes.
 pub fn table() -> Vec<Route> {
-    use Family::{OpenAi, Plain};
+    use Family::{Anthropic, OpenAi, Plain};
     let get = |path, family, summary, handler| Route::new(Method::GET, path, family, summary, handler);
     let post = |path, family, summary, handler| Route::new(Method::POST, path, family, summary, handler);
     let mut routes = vec![
@@ -91,6 +91,18 @@ pub fn table() -> Vec<Route> {
             .takes::<openai::completions::CompletionFields>()
             .takes::<SamplingFields>()
             .answers(JSON_OR_EVENTS),
+        post("/v1/messages", Anthropic, "An answer to a conversation.", handler!(anthropic::create))
+            .takes::<SamplingFields>()
+            .takes::<anthropic::PromptFields>()
+            .takes::<anthropic::MessageFields>()
+            .answers(JSON_OR_EVENTS),
+        post(
+            "/v1/messages/count_tokens",
+            Anthropic,
+            "The tokens of a conversation.",
+            handler!(anthropic::count_tokens),
+        )
+        .takes::<anthropic::PromptFields>(),
         get("/v1/models", OpenAi, "The model that is served.", handler!(openai::models::list)),
         get("/v1/models/{id}", OpenAi, "One model.", handler!(openai::models::retrieve)),
     ];
@@ -113,7 +125,8 @@ pub fn table() -> Vec<Route> {
             .takes::<engine_routes::AbortRequest>(),
         get("/health", Plain, "Whether the engine lives.", handler!(ops::health)).open(),
         get("/ready", Plain, "Whether requests are served.", handler!(ops::ready)).open(),
-        get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics)).answers(&["text/plain"]),
+        get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics))
+            .answers(&["application/openmetrics-text"]),
         get("/openapi.json", Plain, "This document.", handler!(openapi::document)),
         get("/live", Plain, "The engine at work, as events without end.", handler!(live::watch))
             .answers(&["text/event-stream"]),

@@ -3,8 +3,8 @@
 import grpc
 import pytest
 from client import Client, refusal
-from conftest import API_KEY
 from grpc_reflection.v1alpha import reflection_pb2
+from server_process import API_KEY
 from tidemill.v1 import tidemill_pb2 as pb
 
 METHODS = [

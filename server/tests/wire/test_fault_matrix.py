@@ -19,8 +19,8 @@ from pathlib import Path
 import grpc
 import pytest
 from client import ABORT, LENGTH, Client
-from conftest import SERVERS
 from raw_client import RawClient
+from servers import SERVERS
 from silent_proxy import SilentProxy
 from stages import (
     LAST,

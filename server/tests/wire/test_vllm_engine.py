@@ -198,6 +198,20 @@ def test_the_models_own_end(wide, gateway):
     assert completion.ids == wide.client.run(list(prompt), temperature=0, max_tokens=200).ids
 
 
+def test_embeddings_are_those_of_tidemill_v1(wide, gateway):
+    prompt = [72, 73, 74]
+    message = pb.EmbedRequest(token_ids=pb.TokenIds(ids=prompt))
+    expected = wide.client.inference.Embed(message, metadata=wide.client.metadata)
+    tokenized = vllm.TokenizedInput(input_ids=prompt)
+    told = gateway.ask("Embed", vllm.EmbedRequest(request_id="e", tokenized=tokenized))
+    assert list(told.embedding) == list(expected.values)
+    assert (told.embedding_dim, told.prompt_tokens) == (len(expected.values), 3)
+    for tokenized in (None, vllm.TokenizedInput(), vllm.TokenizedInput(input_ids=[1 << 20])):
+        request = vllm.EmbedRequest(tokenized=tokenized)
+        error = refusal(lambda request=request: gateway.ask("Embed", request))
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and error.details()
+
+
 # Ending early
 
 

@@ -35,7 +35,7 @@ pub fn model_info(info: &ModelInfo, config: &ConfigFacts) -> GetModelInfoRespons
     let pad = config.pad_token_id.as_u64().and_then(|pad| u32::try_from(pad).ok());
     GetModelInfoResponse {
         model_path: info.served_model_name.clone(),
-        is_generation: true,
+        is_generation: !info.embedding.is_only_output,
         max_context_length: info.max_model_len as u32,
         vocab_size: info.vocab_size as u32,
         served_model_name: info.served_model_name.clone(),

@@ -9,7 +9,7 @@ use tidemill_engine::{
 };
 use tidemill_proto::vllm::grpc::engine as vllm;
 
-use crate::convert::token_ids;
+use crate::{convert::token_ids, http::answer::parsers::lark_from_grammar};
 
 /// A request in the engine's terms, under the id that it has or was given. Text comes back only where stop strings have to be found in it.
 ///
@@ -66,7 +66,11 @@ fn structured(constraint: vllm::sampling_params::Constraint) -> Result<Option<St
     Ok(match constraint {
         Wire::JsonSchema(schema) => Some(Structured::JsonSchema(schema.into())),
         Wire::Regex(regex) => Some(Structured::Regex(regex.into())),
-        Wire::Grammar(grammar) => Some(Structured::Lark(grammar.into())),
+        Wire::Grammar(grammar) => {
+            let lark = lark_from_grammar(&grammar)
+                .map_err(|message| RequestError::invalid("sampling_params.grammar", message))?;
+            Some(Structured::Lark(lark.into()))
+        }
         Wire::JsonObject(wanted) => wanted.then_some(Structured::JsonObject),
         Wire::Choice(choice) => Some(Structured::Choice(choice.choices.into())),
         Wire::StructuralTag(_) => {
@@ -183,6 +187,10 @@ mod tests {
             (Constraint::JsonSchema("{}".into()), Some(Structured::JsonSchema("{}".into()))),
             (Constraint::Regex("a+".into()), Some(Structured::Regex("a+".into()))),
             (Constraint::Grammar("start: \"a\"".into()), Some(Structured::Lark("start: \"a\"".into()))),
+            (
+                Constraint::Grammar("root ::= \"a\"".into()),
+                Some(Structured::Lark("start: r0_root\nr0_root: L0\nL0: \"a\"\n".into())),
+            ),
             (Constraint::JsonObject(true), Some(Structured::JsonObject)),
             (Constraint::JsonObject(false), None),
             (Constraint::Choice(choice), Some(Structured::Choice(choices.into()))),

@@ -185,8 +185,13 @@ impl VllmEngine for VllmService {
         &self,
         request: Request<vllm::EmbedRequest>,
     ) -> Result<Response<vllm::EmbedResponse>, Status> {
-        let call = Call::start("vllm.Embed", request_id(&request.into_inner().request_id));
-        call.end(Err(Status::unimplemented("embeddings are not served here; use a server for them")))
+        let origin = Origin::of(&request);
+        let request = request.into_inner();
+        let id = request_id(&request.request_id);
+        let mut call = Call::start("vllm.Embed", id.clone());
+        let read = move || convert::vllm::embed_request(id, request);
+        let embedding = self.door.embed(&mut call, origin, read).await;
+        call.end(embedding.map(convert::vllm::embed_response))
     }
 
     async fn health_check(

@@ -85,6 +85,8 @@ pub struct Step {
     pub prompt_logprobs: Vec<TokenLogprobs>,
     /// Present on the choice's last step.
     pub end: Option<(StopReason, Usage)>,
+    /// Tokens of the choice's thoughts so far.
+    pub reasoning_tokens: usize,
 }
 
 /// One request's answer. Dropping it before its end aborts the request.
@@ -103,6 +105,8 @@ struct Choosing {
     parser: Option<AnswerParser>,
     calls: usize,
     tokens: usize,
+    thinks: bool,
+    reasoning_tokens: usize,
     done: bool,
 }
 
@@ -118,7 +122,8 @@ impl Answer {
             let parser = ask.parser.as_ref().map(|config| {
                 AnswerParser::new(&ParserConfig { starts_in_reasoning: opens_thinking, ..config.clone() })
             });
-            Choosing { parser, calls: 0, tokens: 0, done: false }
+            let thinks = parser.is_some() && opens_thinking;
+            Choosing { parser, calls: 0, tokens: 0, thinks, reasoning_tokens: 0, done: false }
         };
         let choices = (0..n).map(choosing).collect();
         Ok(Self { id, prompt_tokens, outputs, choices, single_tool_call: ask.single_tool_call })
@@ -146,7 +151,8 @@ impl Answer {
             if choice.done {
                 continue;
             }
-            choice.tokens += output.token_ids.len();
+            let new_tokens = output.token_ids.len();
+            choice.tokens += new_tokens;
             let mut step = Step {
                 index: output.index,
                 logprobs: output.logprobs,
@@ -155,6 +161,8 @@ impl Answer {
             };
             let finish = output.finish;
             choice.read(output.text, finish.is_some(), &mut step.pieces);
+            choice.count_thoughts(new_tokens, &step.pieces);
+            step.reasoning_tokens = choice.reasoning_tokens;
             step.end = finish.map(|finish| (choice.reason(finish.reason, finish.matched_stop), finish.usage));
             if self.single_tool_call && choice.cut_second_call(&mut step.pieces) && step.end.is_none() {
                 let usage = Usage {
@@ -182,6 +190,16 @@ impl Choosing {
             None if text.is_empty() => {}
             None => pieces.push(Piece::Text(text)),
         }
+    }
+
+    /// Counts tokens as thoughts from the first piece of thought to the first piece of anything else.
+    fn count_thoughts(&mut self, new_tokens: usize, pieces: &[Piece]) {
+        let is_thought = |piece: &Piece| matches!(piece, Piece::Reasoning(_));
+        self.thinks |= pieces.iter().any(is_thought);
+        if self.thinks {
+            self.reasoning_tokens += new_tokens;
+        }
+        self.thinks &= pieces.iter().all(is_thought);
     }
 
     fn reason(&self, reason: FinishReason, matched: Option<MatchedStop>) -> StopReason {

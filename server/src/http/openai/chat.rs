@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tidemill_engine::{
-    request::{GenerateRequest, Prompt},
+    request::{GenerateRequest, Prompt, limits},
     text::chat::ChatPrompt,
 };
 
@@ -70,6 +70,9 @@ pub struct ChatFields {
     /// False ends the prompt without the start of an answer.
     #[serde(default)]
     pub add_generation_prompt: Option<bool>,
+    /// The answer goes on from the last message.
+    #[serde(default)]
+    pub continue_final_message: Option<bool>,
     /// Not supported: answers of chats are not kept.
     #[serde(default)]
     pub store: Option<bool>,
@@ -115,6 +118,11 @@ impl ChatFields {
             self.top_logprobs.is_some() && self.logprobs != Some(true),
             "top_logprobs",
             "can only be given with `logprobs: true`",
+        )?;
+        refuse(
+            self.top_logprobs.is_some_and(|top| top > limits::MAX_LOGPROBS),
+            "top_logprobs",
+            "must be 20 or less",
         )
     }
 }
@@ -150,9 +158,15 @@ fn prompt(chat: &ChatFields) -> Result<ChatPrompt, ApiError> {
             template_kwargs.entry("enable_thinking").or_insert(false.into());
         }
     }
+    let continue_final_message = chat.continue_final_message.unwrap_or(false);
+    if continue_final_message && chat.add_generation_prompt == Some(true) {
+        let message = "excludes `add_generation_prompt`; set one of them";
+        return Err(ApiError::invalid("continue_final_message", message));
+    }
     Ok(ChatPrompt {
         tools: None,
         add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+        continue_final_message,
         template_kwargs,
         messages: conversation(&chat.messages)?,
     })

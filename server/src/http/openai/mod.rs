@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tidemill_engine::output::Usage as EngineUsage;
 
-use super::{ApiError, App};
+use super::ApiError;
 
 /// Tokens of a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -76,12 +76,4 @@ pub fn stream_options(stream: bool, options: Option<StreamOptions>) -> Result<St
 pub fn stream_error(error: crate::client::CallError) -> Value {
     let error = ApiError::from(error);
     json!({"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}})
-}
-
-/// The model's name as answers carry it.
-///
-/// # Errors
-/// While no model is loaded.
-pub fn model_name(app: &App) -> Result<String, ApiError> {
-    Ok(app.model()?.served_model_name.clone())
 }

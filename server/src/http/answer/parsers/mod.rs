@@ -8,8 +8,9 @@
 //! - [`AnswerParser`]: reasoning (`reasoning`) and tool calls (`tools`, `envelope`, `pythonic`, `named`);
 //! - [`detect`], [`ToolFormat`], [`ReasoningFormat`], [`ParserChoice`]: which format a model writes (`formats`);
 //! - [`tool_grammar`]: grammars that make a model call a tool (`grammar`, `python_grammar`);
-//! - [`lark_from_ebnf`], [`is_ebnf`]: grammars in EBNF, as llama.cpp and vLLM take them (`ebnf`).
+//! - [`lark_from_grammar`]: grammars in EBNF, as llama.cpp and vLLM take them (`ebnf`).
 
+mod ebnf;
 mod envelope;
 mod formats;
 mod grammar;
@@ -26,7 +27,7 @@ mod tools;
 use std::sync::Arc;
 
 pub use self::{
-    // EBNFUSE
+    ebnf::lark_from_grammar,
     formats::{ParserChoice, ReasoningFormat, ToolFormat, UnknownParser, detect},
     grammar::{ToolChoice, ToolDef, ToolGrammar, tool_grammar},
 };

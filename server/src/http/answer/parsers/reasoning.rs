@@ -13,6 +13,7 @@ const MOST_LEADING_SPACE: usize = 64;
 pub(super) struct Thoughts {
     stage: Stage,
     start: String,
+    /// The closing mark and, behind it, the special tokens.
     end: Markers,
 }
 
@@ -35,7 +36,9 @@ impl Thoughts {
             Some(ReasoningFormat { start, end, .. }) => Self {
                 stage: Stage::Before { held: String::new(), opened: config.starts_in_reasoning },
                 start: start.to_owned(),
-                end: Markers::new(vec![end.to_owned()]),
+                end: Markers::new(
+                    std::iter::once(end.to_owned()).chain(config.special_tokens.iter().cloned()).collect(),
+                ),
             },
         }
     }
@@ -76,7 +79,8 @@ impl Thoughts {
         for c in found.free.chars() {
             self.thought(c, out);
         }
-        if found.marker.is_some() {
+        // The closing mark is the first marker; any other is a special token, which is left out.
+        if found.marker == Some(0) {
             self.stage = Stage::Closed;
         }
     }

@@ -235,6 +235,12 @@ fn special_tokens_never_reach_the_text() {
         read(&llama, "<|python_tag|>{\"name\": \"f\", \"parameters\": {}}<|im_end|>"),
         [call("f", "{}")]
     );
-    let plain = ParserConfig { special_tokens, ..ParserConfig::default() };
+    let thinking = ParserConfig { reasoning: Some(ReasoningFormat::THINK), ..plain_with(&special_tokens) };
+    assert_eq!(read(&thinking, "<think>a<|im_end|>b</think>c"), [reasoning("ab"), text("c")]);
+    let plain = plain_with(&special_tokens);
     assert_eq!(read(&plain, "a <|im_end|> b"), [text("a  b")]);
+}
+
+fn plain_with(special_tokens: &Arc<[String]>) -> ParserConfig {
+    ParserConfig { special_tokens: special_tokens.clone(), ..ParserConfig::default() }
 }

@@ -1,6 +1,7 @@
 //! Answers as models write them, cut at every place.
 
 mod calls;
+mod ebnf;
 mod grammars;
 mod hostile;
 mod thoughts;

@@ -1,0 +1,59 @@
+"""HTTP fronts of the servers that all tests of the wire share."""
+
+import functools
+
+import pytest
+from front import Front
+from server_process import Gateway
+
+
+@functools.cache
+def front_of(process):
+    """One front per process, so that its connections are used again."""
+    return Front(process.url, process.api_key)
+
+
+@pytest.fixture
+def front(wide):
+    """The front of the server with its defaults."""
+    return front_of(wide)
+
+
+@pytest.fixture
+def narrow_front(narrow):
+    """The front of the server that computes one token per step."""
+    return front_of(narrow)
+
+
+@pytest.fixture
+def keyed_front(keyed):
+    """The front of the server that is closed to strangers, for those who know the key."""
+    return front_of(keyed)
+
+
+@pytest.fixture
+def api(front):
+    """OpenAI's SDK."""
+    with front.openai() as client:
+        yield client
+
+
+@pytest.fixture
+def claude(front):
+    """Anthropic's SDK."""
+    with front.anthropic() as client:
+        yield client
+
+
+@pytest.fixture
+def start_gateway():
+    """Starts gateways that one test may stop or kill."""
+    started = []
+
+    def start(*arguments, **keywords):
+        started.append(Gateway(*arguments, **keywords))
+        return started[-1]
+
+    yield start
+    for gateway in started:
+        gateway.kill()
