@@ -54,7 +54,10 @@ impl Scheduler {
         (seq.num_computed, seq.num_planned) = (cached_tokens, cached_tokens);
         seq.place = Place::Batch;
         let resumed = seq.turn.resumed;
-        self.notes.push(Note::Admitted { seq: id, cached_tokens, looked_up: seq.tokens.len(), resumed });
+        // Where every hidden state is still to come, nothing is looked for.
+        let looks = seq.pooler.as_ref().is_none_or(|pooler| pooler.reusable() > 0);
+        let looked_up = if looks { seq.tokens.len() } else { 0 };
+        self.notes.push(Note::Admitted { seq: id, cached_tokens, looked_up, resumed });
         if !resumed {
             let to_compute = seq.tokens.len() - cached_tokens;
             self.waiting.charge(&seq.turn.tenant, to_compute, 0);

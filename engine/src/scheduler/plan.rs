@@ -50,9 +50,10 @@ impl Scheduler {
         self.plan_decode(&mut plan);
         let decoded = plan.num_tokens();
         let left = self.limits.max_num_batched_tokens - decoded + usize::from(planted(Bug::BudgetByOne));
-        // What a row computes beyond one token costs what tokens of prompts cost.
-        let share = prefill_budget(plan.rows.len()).saturating_sub(decoded - plan.rows.len());
-        let budget = share.max(usize::from(plan.rows.is_empty())).min(left);
+        let asked = prefill_budget(plan.rows.len()).max(usize::from(plan.rows.is_empty()));
+        // What a row computes beyond one token costs what tokens of prompts cost. The first prompt advances nevertheless.
+        let share = asked.saturating_sub(decoded - plan.rows.len());
+        let budget = share.max(asked.min(1)).min(left);
         let mut chunks = std::mem::take(&mut self.spare.chunks);
         chunks.clear();
         let mut prompts = Prompts { chunks, budget, has_long: false };

@@ -143,6 +143,8 @@ fn dropping_what_is_pending_or_its_future_is_an_abort_and_dropping_what_is_there
     bench.step_started();
     drop(pending);
     eventually("its blocks are free", || bench.all_free());
+    // The two chunks that were in flight.
+    bench.finish_steps(2);
     let pending = embed(&handle, embedding("future", &ids(9)));
     eventually("it runs", || !bench.all_free());
     drop(pending.wait());
@@ -253,6 +255,8 @@ fn cached_prefixes_are_used_where_their_states_are_not_needed_and_by_nobody_else
     generation.credential = "a".into();
     let (_, last) = collect(submit(&handle, generation)).unwrap();
     assert_eq!(last.finish.unwrap().usage.cached_tokens, 12);
+    let counters = handle.stats().counters;
+    assert_eq!((counters.prefix_cache_queries, counters.prefix_cache_hits), (6 * 13, 3 * 12));
     for pooling in [Pooling::Mean, Pooling::Cls] {
         let bench = pooled(pooling);
         let handle = bench.handle();
@@ -261,6 +265,7 @@ fn cached_prefixes_are_used_where_their_states_are_not_needed_and_by_nobody_else
             let answer = embed(&handle, embedding("", &ids(13))).wait_blocking().unwrap();
             assert_eq!(answer.cached_tokens, 0, "{pooling:?} needs the state of the first token");
         }
+        assert_eq!(handle.stats().counters.prefix_cache_queries, 0, "{pooling:?} does not look");
     }
 }
 

@@ -103,7 +103,7 @@ impl Sim {
         );
         let decoded: usize = decode.iter().map(|row| row.input.num_tokens()).sum();
         let read: usize = prompts.iter().map(|row| row.input.num_tokens()).sum();
-        let share = prefill.saturating_sub(decoded - decode_rows);
+        let share = prefill.saturating_sub(decoded - decode_rows).max(prefill.min(1));
         let budget = share.max(usize::from(decode_rows == 0));
         assert!(read <= budget, "I7: {read} tokens for prompts, of {budget}");
         self.contents.copy(plan);

@@ -37,7 +37,7 @@ fn leak_on_abort_in_prefill() {
 
 #[test]
 fn double_free() {
-    is_found(Bug::DoubleFree, &["I1", "I2", "overflow", "two states"]);
+    is_found(Bug::DoubleFree, &["I1", "I2", "I3", "overflow", "two states"]);
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn a_preempted_answer_goes_on_as_if_nothing_had_happened() {
         look_ahead: Some(true),
         // Not enough for all of them at once.
         kv_cache_memory: Some(384 << 10),
-        max_model_len: Some(256),
+        max_model_len: Some(192),
         ..EngineConfig::new(ModelSource::Builtin)
     };
     let engine = Engine::start(config, |_| ()).unwrap();

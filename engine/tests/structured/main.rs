@@ -6,3 +6,4 @@ mod company;
 mod forms;
 mod hostile;
 mod rig;
+mod thinking;

@@ -14,8 +14,11 @@ mod readings;
 mod server;
 mod stream;
 mod texts;
+mod vocabulary;
 mod vllm;
 
+pub use call::REQUEST_ID;
+pub use inference::{OPENS_THINKING, PROMPT_TOKENS};
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;
 pub use texts::TextWorkers;

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use tidemill_engine::ids::RequestId;
+use tidemill_engine::{RequestError, ids::RequestId};
 
 use crate::{
     auth::ApiKeys,
@@ -79,5 +79,20 @@ impl AppState {
     /// UNAVAILABLE while nothing is.
     pub fn model(&self) -> Result<Arc<ModelCard>, CallError> {
         self.engine.model()
+    }
+
+    /// The same, if it has the name that a client asked for.
+    ///
+    /// # Errors
+    /// As [`Self::model`]; NOT_FOUND for another name.
+    pub fn model_named(&self, asked: Option<&str>) -> Result<Arc<ModelCard>, CallError> {
+        let card = self.model()?;
+        match asked.filter(|asked| !asked.is_empty() && **asked != card.served_model_name) {
+            None => Ok(card),
+            Some(asked) => {
+                let served = card.served_model_name.clone();
+                Err(RequestError::ModelNotFound { asked: asked.to_owned(), served }.into())
+            }
+        }
     }
 }

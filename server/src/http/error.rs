@@ -75,7 +75,7 @@ impl ApiError {
     pub fn body(&self, family: Family, id: &RequestId) -> Value {
         match family {
             Family::OpenAi => json!({"error": {
-                "message": self.message,
+                "message": self.message_with_param(),
                 "type": self.openai_type(),
                 "param": self.param,
                 "code": self.code,

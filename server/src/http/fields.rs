@@ -231,7 +231,12 @@ impl SamplingFields {
         };
         guided.forms(&mut forms)?;
         if let Some(structured) = &self.structured_outputs {
+            let others = forms.len();
             structured.forms(&mut forms)?;
+            if forms.len() == others {
+                let message = "names no form; give one of json, json_object, regex, choice and grammar";
+                return Err(ApiError::invalid("structured_outputs", message));
+            }
         }
         if forms.len() > 1 {
             return Err(ApiError::invalid(

@@ -125,7 +125,8 @@ pub fn table() -> Vec<Route> {
             .takes::<engine_routes::AbortRequest>(),
         get("/health", Plain, "Whether the engine lives.", handler!(ops::health)).open(),
         get("/ready", Plain, "Whether requests are served.", handler!(ops::ready)).open(),
-        get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics)).answers(&["text/plain"]),
+        get("/metrics", Plain, "Prometheus metrics.", handler!(ops::metrics))
+            .answers(&["application/openmetrics-text"]),
         get("/openapi.json", Plain, "This document.", handler!(openapi::document)),
         get("/live", Plain, "The engine at work, as events without end.", handler!(live::watch))
             .answers(&["text/event-stream"]),
