@@ -4,6 +4,7 @@ import http.client
 import json
 import signal
 
+import jsonschema
 import pytest
 from client import chat
 from smg_process import Smg
@@ -126,6 +127,37 @@ def test_several_choices_with_logprobs(smg, fleet):
         values = [entry.logprob for entry in completion.logprobs]
         assert [entry["logprob"] for entry in told] == pytest.approx(values, abs=1e-4)
         assert all(len(entry["top_logprobs"]) == 2 for entry in told)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_of_a_schema(smg):
+    form = dict(type="json_schema", json_schema=dict(name="trip", schema=SCHEMA, strict=True))
+    for seed in range(3):
+        request = {**HELLO, "temperature": 1, "seed": seed, "max_tokens": 200, "response_format": form}
+        status, answer = smg.post("/v1/chat/completions", request)
+        assert status == 200, answer
+        jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), SCHEMA)
+
+
+def test_a_tool_that_must_be_called_is_called(smg):
+    """The gateway makes a constraint of it and reads the call out of the answer."""
+    tool = dict(type="function", function=dict(name="plan_trip", description="Plans a trip.", parameters=SCHEMA))
+    request = {**HELLO, "max_tokens": 300, "tools": [tool], "tool_choice": "required"}
+    status, answer = smg.post("/v1/chat/completions", request)
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert calls and choice["finish_reason"] == "tool_calls"
+    for call in calls:
+        assert call["function"]["name"] == "plan_trip"
+        jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
 
 
 def test_both_servers_are_used(smg, fleet):
