@@ -40,7 +40,7 @@ pub struct LocalEngine {
 impl LocalEngine {
     /// The engine that `lifecycle` will have or has.
     pub fn new(lifecycle: Arc<Lifecycle>, parsers: Parsers) -> Self {
-        Self { lifecycle, texts: TextWorkers::new(), parsers, card: OnceLock::new() }
+        Self { lifecycle, texts: TextWorkers::default(), parsers, card: OnceLock::new() }
     }
 
     fn engine(&self) -> Result<&EngineHandle, CallError> {

@@ -3,6 +3,7 @@
 
 mod error;
 mod local;
+mod remote;
 
 use std::{fmt, pin::Pin, sync::Arc};
 
@@ -18,6 +19,7 @@ use tidemill_engine::{
 
 pub use error::CallError;
 pub use local::LocalEngine;
+pub use remote::RemoteEngine;
 
 use crate::{
     grpc::Phase,

@@ -36,9 +36,11 @@ pub struct Groups(Arc<Mutex<HashMap<RequestId, usize>>>);
 impl Groups {
     /// Notes a request of `members` prompts until the group is dropped. A request of one prompt has the engine's own name.
     pub fn enter(&self, id: &RequestId, members: usize) -> Group {
-        let entered = members > 1;
+        let mut groups = self.0.lock();
+        // A second request of the same name is about to be refused, and the first one must stay.
+        let entered = members > 1 && !groups.contains_key(id);
         if entered {
-            self.0.lock().insert(id.clone(), members);
+            groups.insert(id.clone(), members);
         }
         Group(entered.then(|| (self.clone(), id.clone())))
     }

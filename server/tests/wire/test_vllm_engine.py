@@ -8,11 +8,11 @@ import zipfile
 import grpc
 import pytest
 from client import Client, chat, refusal
-from conftest import API_KEY
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from server_process import API_KEY
 from smg_grpc_proto.generated import mlx_engine_pb2, sglang_scheduler_pb2, tokenspeed_scheduler_pb2, trtllm_service_pb2
-from stages import LONG_DECODE, STAGES, fresh_prompt, in_stage, is_gone, options_in
+from stages import LONG_DECODE, fresh_prompt, in_stage, is_gone, options_in
 from tidemill.v1 import tidemill_pb2 as pb
 from vllm_client import VllmClient, common, generate, vllm
 
@@ -500,8 +500,3 @@ def test_no_history_is_kept(start_server):
 def test_events_that_are_off_are_not_implemented(gateway):
     error = refusal(lambda: next(gateway.ask("SubscribeKvEvents")))
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED and "--enable-kv-cache-events" in error.details()
-
-
-def test_every_stage_is_known():
-    """The stages that are cancelled above are some of those that the other protocol is put through."""
-    assert {"queued", "mid-chunk", "decode"} <= set(STAGES)
