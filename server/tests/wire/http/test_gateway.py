@@ -88,7 +88,7 @@ def test_chat(reach, wide):
 def test_every_family(reach, wide):
     front = reach("wide")
     with front.anthropic() as client:
-        message = client.messages.create(model=MODEL, messages=user(), max_tokens=60, temperature=0)
+        message = client.messages.create(model=MODEL, messages=user(), max_tokens=60, extra_body={"temperature": 0})
         assert message.content[0].text == ANSWER
         assert client.messages.count_tokens(model=MODEL, messages=user()).input_tokens == 14
     with front.openai() as client:
