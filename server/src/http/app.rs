@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use parking_lot::Mutex;
 use tidemill_engine::{RequestError, ids::RequestId};
 
+use super::openai::responses::Store;
 use crate::{
     auth::ApiKeys,
     client::{CallError, EngineClient, ModelCard},
@@ -24,6 +25,8 @@ pub struct AppState {
     pub live_page: bool,
     /// Requests of HTTP that are several of the engine.
     pub groups: Groups,
+    /// Responses that clients can come back to.
+    pub responses: Store,
 }
 
 /// Requests of HTTP that are several of the engine: an abort of one name must end all of them.
@@ -72,6 +75,7 @@ impl AppState {
             max_body_bytes: config.max_body_bytes,
             live_page: config.live_page,
             groups: Groups::default(),
+            responses: Store::default(),
         }
     }
 

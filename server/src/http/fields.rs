@@ -217,6 +217,20 @@ impl SamplingFields {
         Ok(())
     }
 
+    /// For routes that have one answer and say nothing about the prompt's tokens; `instead` is a route that does.
+    ///
+    /// # Errors
+    /// 400 when more is asked for.
+    pub fn check_single(&self, instead: &str) -> Result<(), ApiError> {
+        if self.n.is_some_and(|n| n != 1) {
+            return Err(ApiError::invalid("n", format!("must be 1 here; use {instead} for several answers")));
+        }
+        if self.prompt_logprobs.is_some() {
+            return Err(ApiError::invalid("prompt_logprobs", format!("are not given here; use {instead}")));
+        }
+        Ok(())
+    }
+
     fn structured(&self) -> Result<Option<Structured>, ApiError> {
         let mut forms = Vec::new();
         match &self.response_format {
