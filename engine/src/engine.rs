@@ -32,7 +32,7 @@ use crate::{
     stats::SharedStats,
     stopped::Stopped,
     swap::SwapFacts,
-    text::TextModel,
+    text::{TextModel, grammar::Forms},
 };
 
 /// What loading has reached.
@@ -192,6 +192,7 @@ impl Engine {
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
                 embedding: info.embedding,
+                forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
             },
             info,
             text,

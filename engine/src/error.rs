@@ -88,6 +88,9 @@ pub enum RequestError {
         /// How long it was parked.
         unread: Duration,
     },
+    /// Too many grammars are being compiled.
+    #[error("the server is compiling as many grammars as it may; try again soon")]
+    CompilerBusy,
     /// The server is going down and takes no new work.
     #[error("the server is draining; send the request to another replica")]
     Draining,
@@ -112,6 +115,14 @@ pub enum RequestError {
         /// Position of the token that could not be chosen.
         position: usize,
     },
+    /// A completion could not keep the form that was asked for.
+    #[error("the form that was asked for cannot be kept at position {position}: {detail}")]
+    Unformed {
+        /// Position of the token that could not be chosen.
+        position: usize,
+        /// Why.
+        detail: String,
+    },
     /// A promise of the engine was broken.
     #[error("internal error: {0}")]
     Internal(String),
@@ -131,12 +142,13 @@ impl RequestError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Invalid(_) => ErrorCode::InvalidArgument,
-            Self::Unsupported(_) => ErrorCode::FailedPrecondition,
+            Self::Unsupported(_) | Self::Unformed { .. } => ErrorCode::FailedPrecondition,
             Self::ModelNotFound { .. } => ErrorCode::NotFound,
             Self::DuplicateId(_) => ErrorCode::AlreadyExists,
-            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::SlowReader { .. } => {
-                ErrorCode::ResourceExhausted
-            }
+            Self::QueueFull { .. }
+            | Self::Overloaded { .. }
+            | Self::SlowReader { .. }
+            | Self::CompilerBusy => ErrorCode::ResourceExhausted,
             Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
             Self::DeviceLost(_) => ErrorCode::DeviceLost,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,

@@ -3,6 +3,7 @@
 pub mod activity;
 mod admission;
 mod config;
+pub mod constraint;
 mod core;
 mod device;
 mod embedding;

@@ -58,6 +58,10 @@ pub enum Bug {
     UnparkForgotten,
     /// A token is chosen with the counts of the step before it.
     StalePenalties,
+    /// A token is chosen among those that were allowed before the one in front of it.
+    StaleForm,
+    /// Tokens that were forced find no slot of their own.
+    ForcedWithoutRoom,
     /// Prompt positions that are found in the prefix cache are not scored.
     ScoresSkipped,
     /// The same for those whose hidden states count.

@@ -11,6 +11,7 @@ pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
 
 use crate::{
+    constraint::Constraint,
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
     info::EmbeddingInfo,
@@ -19,7 +20,11 @@ use crate::{
     sampling::{Sampling, SamplingParams},
     scheduler::Policy,
     structured::{Structured, Thinking},
-    text::{TextModel, chat::ChatPrompt},
+    text::{
+        TextModel,
+        chat::ChatPrompt,
+        grammar::{Form, FormRequest, Forms},
+    },
 };
 
 /// What is to be completed.
@@ -108,6 +113,9 @@ pub struct ValidatedRequest {
     pub(crate) credential: Arc<str>,
     pub(crate) cache_salt: String,
     pub(crate) trace_parent: Option<Arc<str>>,
+    /// One for each completion, or none.
+    pub(crate) constraints: Vec<Box<dyn Constraint>>,
+    pub(crate) opens_thinking: bool,
 }
 
 impl ValidatedRequest {
@@ -125,10 +133,17 @@ impl ValidatedRequest {
     pub fn sampling(&self) -> &Sampling {
         &self.sampling
     }
+
+    /// Whether the completions begin within thoughts, because the prompt ends with their mark: the text that comes does not have it.
+    pub fn opens_thinking(&self) -> bool {
+        self.opens_thinking
+    }
 }
 
 /// Documented bounds of a request.
 pub mod limits {
+    use std::time::Duration;
+
     /// Completions of one prompt.
     pub const MAX_N: u32 = 8;
     /// Stop strings.
@@ -145,6 +160,12 @@ pub mod limits {
     pub const DEFAULT_MAX_TOKENS: usize = 1024;
     /// Bytes of `cache_salt`.
     pub const MAX_CACHE_SALT_BYTES: usize = 256;
+    /// Bytes of what says the form of an answer: a schema, an expression, a grammar, all texts of a choice.
+    pub const MAX_STRUCTURED_BYTES: usize = 256 << 10;
+    /// What compiling that may take.
+    pub const STRUCTURED_COMPILE_TIME: Duration = Duration::from_secs(5);
+    /// Bytes of a mark that begins or ends thoughts.
+    pub const MAX_THINKING_MARK_BYTES: usize = 64;
 }
 
 /// The one door: checks a request against the model and the engine's limits.
@@ -160,6 +181,7 @@ pub struct Validator {
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) policy: Policy,
     pub(crate) embedding: EmbeddingInfo,
+    pub(crate) forms: Forms,
 }
 
 /// What a prompt is encoded for.
@@ -209,6 +231,14 @@ impl Validator {
         self.check_id(request.id.as_ref(), &mut found);
         self.check_stops(&request, &mut found);
         self.check_service(request.priority, &request.tenant, &request.cache_salt, &mut found);
+        found.check(
+            request.structured.is_none() || !request.sampling.ignore_eos,
+            "sampling.ignore_eos",
+            || {
+                "an answer of a given form ends where the form does; leave ignore_eos or structured out"
+                    .into()
+            },
+        );
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -218,6 +248,13 @@ impl Validator {
         found.into_result()?;
         let prompt = self.encode(request.prompt, Purpose::Generate)?;
         let sampling = self.with_lengths(sampling, &request.sampling, prompt.len())?;
+        let form = self.forms.compile(FormRequest {
+            structured: request.structured.as_ref(),
+            thinking: request.thinking.as_ref(),
+            prompt: &prompt,
+            // Log-probabilities are of tokens that the model was asked for.
+            jump_ahead: sampling.logprobs.is_none(),
+        })?;
         let id = request.id.filter(|id| !id.as_str().is_empty());
         Ok(ValidatedRequest {
             id: id.unwrap_or_else(RequestId::random),
@@ -234,6 +271,8 @@ impl Validator {
             credential: request.credential,
             cache_salt: request.cache_salt,
             trace_parent: request.trace_parent,
+            opens_thinking: form.opens_thinking,
+            constraints: each(form, n),
         })
     }
 
@@ -442,4 +481,13 @@ impl Validator {
             Err(RequestError::Invalid(found.0))
         }
     }
+}
+
+/// A form's constraint for each of `n` completions.
+fn each(form: Form, n: u32) -> Vec<Box<dyn Constraint>> {
+    let forks = |constraint: Box<dyn Constraint>| {
+        let more: Vec<_> = (1..n).map(|_| constraint.fork()).collect();
+        std::iter::once(constraint).chain(more)
+    };
+    form.constraint.into_iter().flat_map(forks).collect()
 }

@@ -430,6 +430,7 @@ fn tasks(rows: usize) -> Arc<[RowTask]> {
         token_counts: vec![],
         logit_bias: vec![],
         forbidden: vec![],
+        allowed: None,
     };
     (0..rows).map(|_| RowTask::Sample(spec.clone(), None)).collect()
 }

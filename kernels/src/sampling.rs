@@ -1,13 +1,15 @@
 //! Sampling: what is asked of a row of logits, and the arithmetic that every device shares.
 //!
 //! Order, as in the OpenAI and vLLM reference behaviour: log-probabilities are taken from the *raw* logits; then bias,
-//! repetition, presence and frequency penalties; then forbidden tokens; then greedy choice (`temperature == 0`) or
+//! repetition, presence and frequency penalties; then forbidden tokens and those that are not allowed; then greedy choice (`temperature == 0`) or
 //! temperature, top-k, top-p, min-p and the draw.
 //!
 //! The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): `argmax_t(logit_t / temperature + g_t)` over the tokens that
 //! survive the filters, where `g_t = -ln(-ln(u_t))` and `u_t` comes from Philox4x32-10 (Salmon et al. 2011) with the request's
 //! seed as key and `(token id, position)` as counter. No state is carried, so a request's tokens do not
 //! depend on who shares its batch, and the arithmetic needs no sort and no particular order of reduction.
+
+use std::sync::Arc;
 
 /// How a row's next token is chosen. Values were validated by the caller.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +38,8 @@ pub struct SampleSpec {
     pub logit_bias: Vec<(u32, f32)>,
     /// Tokens that must not be chosen (end-of-sequence before `min_tokens`).
     pub forbidden: Vec<u32>,
+    /// The tokens that may be chosen at all (a grammar's): `ceil(V / 32)` words of one bit per token, the lowest token in the lowest bit. None: all.
+    pub allowed: Option<Arc<[u32]>>,
 }
 
 impl SampleSpec {
@@ -54,6 +58,7 @@ impl SampleSpec {
             token_counts: Vec::new(),
             logit_bias: Vec::new(),
             forbidden: Vec::new(),
+            allowed: None,
         }
     }
 }
@@ -85,7 +90,7 @@ pub struct Sampled {
     pub token: u32,
     /// Present when they were asked for.
     pub logprobs: Option<Logprobs>,
-    /// False when the row held a NaN or nothing but `-inf`: the model is broken for this row, and `token` means nothing.
+    /// False when the row held a NaN, or nothing but `-inf` among the tokens that may be chosen: `token` means nothing then.
     pub finite: bool,
 }
 

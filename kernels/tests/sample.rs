@@ -27,6 +27,7 @@ fn spec() -> SampleSpec {
         token_counts: vec![],
         logit_bias: vec![],
         forbidden: vec![],
+        allowed: None,
     }
 }
 
@@ -237,6 +238,47 @@ fn bias_and_penalties_come_in_their_order() {
         ..greedy()
     };
     assert_eq!(one(ops, &[2.0, 1.0, -2.9], both), 1);
+}
+
+#[test]
+fn a_mask_is_the_same_as_all_other_tokens_forbidden() {
+    for ops in devices(Compute::Bf16, 1) {
+        for vocab in [3_u32, 31, 32, 33, 700] {
+            let row: Vec<f32> =
+                Rng::new(u64::from(vocab)).units(vocab as usize).iter().map(|v| v * 5.0).collect();
+            let mask: Arc<[u32]> =
+                (0..vocab.div_ceil(32)).map(|word| 0x1248_8421_u32.rotate_left(word)).collect();
+            let refused =
+                (0..vocab).filter(|t| mask[*t as usize / 32] >> (t % 32) & 1 == 0).collect::<Vec<_>>();
+            let specs = [
+                greedy(),
+                spec(),
+                SampleSpec { top_k: 2, ..spec() },
+                SampleSpec { top_p: 0.7, logit_bias: vec![(1, 9.0)], ..spec() },
+            ];
+            for position in 0..20 {
+                for spec in &specs {
+                    let spec = SampleSpec { position, ..spec.clone() };
+                    let masked = SampleSpec { allowed: Some(mask.clone()), ..spec.clone() };
+                    let forbidding = SampleSpec { forbidden: refused.clone(), ..spec };
+                    let [got, want] =
+                        [masked, forbidding].map(|s| sample(&ops, &row, &[RowTask::Sample(s, Some(3))]));
+                    assert_eq!(got, want, "{vocab}");
+                    assert!(got[0].finite && !refused.contains(&got[0].token));
+                }
+            }
+            let nothing = SampleSpec { allowed: Some(mask.iter().map(|_| 0).collect()), ..spec() };
+            assert!(!sample(&ops, &row, &[RowTask::Sample(nothing, None)])[0].finite, "and nothing hangs");
+        }
+    }
+}
+
+#[test]
+fn a_mask_of_another_vocabulary_is_refused() {
+    let ops = &devices(Compute::Bf16, 1)[0];
+    let task = RowTask::Sample(SampleSpec { allowed: Some([1, 1].into()), ..spec() }, None);
+    let batch = ops.upload(Arc::default(), [task].into()).unwrap();
+    assert!(ops.sample(&mut buffer(ops, &[0.0; 32]), 32, &batch, 0..1).is_err());
 }
 
 #[test]

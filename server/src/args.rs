@@ -223,9 +223,6 @@ pub struct LimitArgs {
     /// Sequences in the batch at once. Default: 64, on a GPU 256.
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
     pub max_num_seqs: Option<NonZeroUsize>,
-    /// Seconds that running requests get to finish after SIGTERM or SIGINT.
-    #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds, allow_negative_numbers = true)]
-    pub shutdown_timeout: Duration,
 }
 
 /// Address and credentials.
@@ -251,6 +248,9 @@ pub struct NetworkArgs {
     /// how long the work of a client goes on that vanished without a word.
     #[arg(long, value_name = "SECONDS", default_value = "10", env = "TIDEMILL_KEEPALIVE_TIMEOUT", value_parser = some_seconds, allow_negative_numbers = true)]
     pub keepalive_timeout: Duration,
+    /// Seconds that running requests get to finish after SIGTERM or SIGINT.
+    #[arg(long, value_name = "SECONDS", default_value = "30", env = "TIDEMILL_SHUTDOWN_TIMEOUT", value_parser = seconds, allow_negative_numbers = true)]
+    pub shutdown_timeout: Duration,
     /// Certificate chain of the server, PEM; turns TLS on.
     #[arg(long, value_name = "FILE", env = "TIDEMILL_TLS_CERT")]
     pub tls_cert: Option<PathBuf>,

@@ -62,6 +62,12 @@ impl Credential {
         Self(blake3::hash(bytes).to_hex()[..Self::DIGITS].into())
     }
 
+    /// What keeps the cached prefixes apart of those for whom a gateway speaks; `end_client` is empty for clients that speak for themselves.
+    /// Fingerprints have no `/`, so nobody can name another's.
+    pub fn speaking_for(&self, end_client: &str) -> Arc<str> {
+        if end_client.is_empty() { self.0.clone() } else { format!("{}/{end_client}", self.0).into() }
+    }
+
     /// The key that a request presented, or else the certificate of its connection; empty for a client of an open server.
     pub fn of_request<T>(request: &Request<T>) -> Self {
         if let Some(key) = request.extensions().get::<Self>() {
@@ -124,6 +130,26 @@ mod tests {
         // `printf abc | b3sum | cut -c1-16`
         assert_eq!(&*Credential::of(b"abc").0, "6437b3ac38465133");
         assert_ne!(Credential::of(b"s3cret"), Credential::of(b"other"));
+    }
+
+    #[test]
+    fn whom_a_gateway_speaks_for_cannot_pass_for_the_client_of_another() {
+        let (gateway, other) = (Credential::of(b"gateway"), Credential::of(b"other"));
+        assert_eq!(gateway.speaking_for(""), gateway.0);
+        let names = [
+            gateway.speaking_for("a"),
+            gateway.speaking_for("b"),
+            other.speaking_for("a"),
+            gateway.0.clone(),
+        ];
+        for (at, name) in names.iter().enumerate() {
+            assert!(!names[..at].contains(name), "{name}");
+        }
+        assert_ne!(
+            Credential("".into()).speaking_for(&gateway.0),
+            gateway.0,
+            "an open server's clients name themselves only"
+        );
     }
 
     #[test]

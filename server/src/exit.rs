@@ -27,14 +27,14 @@ pub enum Exit {
 /// The exit codes in words, for `--help`.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0    done; for `serve`: drained after SIGTERM or SIGINT
+  0    done; for `serve` and `gateway`: drained after SIGTERM or SIGINT
   1    failure at run time
   2    wrong usage: command line, environment or configuration file
   3    the model cannot be loaded
   4    the address cannot be bound
   5    the engine died while serving
   6    the device was lost (a GPU error that no retry can mend)
-  130  interrupted (second signal of `serve`; Ctrl-C of the others)";
+  130  interrupted (second signal of `serve` and `gateway`; Ctrl-C of the others)";
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
@@ -96,4 +96,10 @@ impl From<RequestError> for Failure {
             _ => Self::runtime(error),
         }
     }
+}
+
+/// An error and its causes in one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -1,11 +1,44 @@
-//! `tidemill gateway`: the HTTP front in a process of its own.
+//! `tidemill gateway`: the HTTP front in a process of its own, before an engine that is reached over gRPC.
 
-use crate::{
-    config::{EngineAddress, HttpConfig},
-    exit::Failure,
+use std::{
+    io::{self, Write},
+    sync::Arc,
+    time::Duration,
 };
 
-/// Placeholder.
-pub async fn gateway(_: EngineAddress, _: HttpConfig) -> Result<(), Failure> {
-    Err(Failure::usage("not yet"))
+use crate::{
+    client::RemoteEngine,
+    config::{EngineAddress, HttpConfig},
+    exit::{Exit, Failure},
+    http::HttpServer,
+    serve::{FLUSH, Signals},
+};
+
+/// Serves until a signal. The engine may come and go.
+///
+/// # Errors
+/// Each with its exit code.
+pub async fn gateway(address: EngineAddress, http: HttpConfig, grace: Duration) -> Result<(), Failure> {
+    let mut signals = Signals::new()?;
+    let engine = Arc::new(RemoteEngine::new(&address)?);
+    let server = HttpServer::bind(&http, engine.clone()).await?;
+    tracing::info!(engine = address.url, "looking for the engine");
+    let mut stdout = io::stdout();
+    // A closed stdout is no reason not to serve.
+    drop(writeln!(stdout, "listening on {}", server.url()));
+    drop(stdout.flush());
+    let name = signals.next().await;
+    tracing::info!(signal = name, grace_seconds = grace.as_secs_f64(), "draining");
+    engine.refuse_new_requests();
+    tokio::select! {
+        cut_off = engine.drained(grace) => tracing::info!(cut_off, "drained"),
+        name = signals.next() => {
+            return Err(Failure::new(
+                Exit::Interrupted,
+                format_args!("a second signal ({name}) ended the gateway before its requests were done"),
+            ));
+        }
+    }
+    server.stop(FLUSH).await;
+    Ok(())
 }

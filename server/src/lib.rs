@@ -56,14 +56,14 @@ fn execute(invocation: Invocation) -> Result<(), Failure> {
             runtime.block_on(demo::demo(color))
         }
         Invocation::Serve(config) => {
-            let ServeConfig { engine, grpc, log, otlp, http, parsers } = *config;
+            let ServeConfig { engine, grpc, log, otlp, http } = *config;
             log.install(color);
-            runtime.block_on(serve::serve(engine, Ports { grpc, http, parsers }, otlp))
+            runtime.block_on(serve::serve(engine, Ports { grpc, http }, otlp))
         }
         Invocation::Gateway(config) => {
-            let GatewayConfig { engine, http, log } = *config;
+            let GatewayConfig { engine, http, log, shutdown_timeout } = *config;
             log.install(color);
-            runtime.block_on(gateway::gateway(engine, http))
+            runtime.block_on(gateway::gateway(engine, http, shutdown_timeout))
         }
         Invocation::Run(config) => {
             LogConfig::quiet().install(color);

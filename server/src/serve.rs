@@ -14,13 +14,13 @@ use crate::{
     config::{GrpcConfig, HttpConfig},
     exit::{Exit, Failure},
     grpc::Server,
-    http::{HttpServer, answer::Parsers},
+    http::HttpServer,
     lives::{Lives, OtlpEndpoint},
     loading,
 };
 
 /// What clients get to take the last messages when the server ends.
-const FLUSH: Duration = Duration::from_secs(5);
+pub const FLUSH: Duration = Duration::from_secs(5);
 
 /// Where to listen and how.
 #[derive(Debug)]
@@ -29,8 +29,6 @@ pub struct Ports {
     pub grpc: GrpcConfig,
     /// HTTP, if wanted.
     pub http: Option<HttpConfig>,
-    /// How answers over HTTP are read.
-    pub parsers: Parsers,
 }
 
 /// The servers of this process.
@@ -64,11 +62,11 @@ pub async fn serve(
     let mut signals = Signals::new()?;
     let (lives, sender) = Lives::start(otlp.as_ref())?;
     engine.lives = Some(sender);
-    let Ports { grpc, http, parsers } = ports;
+    let Ports { grpc, http } = ports;
     let server = Server::bind(&grpc).await?;
     let http = match &http {
         Some(http) => {
-            let engine = LocalEngine::new(server.lifecycle(), parsers);
+            let engine = LocalEngine::new(server.lifecycle(), grpc.parsers);
             Some(HttpServer::bind(http, Arc::new(engine)).await?)
         }
         None => None,

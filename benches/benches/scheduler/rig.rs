@@ -126,6 +126,7 @@ impl Rig {
             tenant: TenantId::new(format!("tenant-{}", class % 100)),
             pooling: None,
             root: self.root,
+            constraint: None,
         }
     }
 

@@ -150,6 +150,15 @@ impl Core {
                 let over = self.ledger.embedding(Embedded { seq, values, num_preemptions }, now);
                 self.counters.finished += u64::from(over);
             }
+            Effect::Complete { seq } => {
+                self.counters.finished += u64::from(self.ledger.finish_seq(seq, FinishReason::Stop, now));
+            }
+            Effect::Unformed { seq, position, error } => {
+                if let Some(ticket) = self.ledger.ticket_of(seq) {
+                    self.counters.failed += 1;
+                    self.fail(ticket, RequestError::Unformed { position, detail: error }, now);
+                }
+            }
             Effect::Failed { seq, position, error } => self.fail_seq(seq, position, error, now),
         }
     }

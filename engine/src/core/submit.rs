@@ -7,12 +7,12 @@ use std::{
 
 use super::{Core, Submission};
 use crate::{
-    admission::Arrival, error::RequestError, event::Event, ids::SeqId, kv::BlockHash, ledger::Opening,
-    request::ValidatedRequest, sampling::Sampling, scheduler::NewSequence,
+    admission::Arrival, constraint::Constraint, error::RequestError, event::Event, ids::SeqId, kv::BlockHash,
+    ledger::Opening, request::ValidatedRequest, sampling::Sampling, scheduler::NewSequence,
 };
 
 impl Core {
-    pub(super) fn submit(&mut self, submission: Submission, now: Instant) {
+    pub(super) fn submit(&mut self, mut submission: Submission, now: Instant) {
         let request = &submission.request;
         let root = self.prefix_root(&submission);
         if let Err(error) = self.admit(request, root, now) {
@@ -20,12 +20,14 @@ impl Core {
             // A receiver that is gone already will send its own Drop command.
             return drop(submission.events.try_send(Event::Failed(error)));
         }
+        let constraints = std::mem::take(&mut submission.request.constraints);
+        let request = &submission.request;
         debug_assert!(self.scheduler.fits(request.prompt.len(), request.sampling.max_tokens), "validated");
         self.counters.prompt_tokens += request.prompt.len() as u64;
         let n = u64::from(request.n);
         let seqs: Vec<SeqId> = (self.next_seq..self.next_seq + n).map(SeqId).collect();
         self.next_seq += n;
-        for new in sequences(request, &seqs, root) {
+        for new in sequences(request, &seqs, root, constraints) {
             self.scheduler.add(new);
         }
         let Submission { ticket, request, events, unread, slot, submitted } = submission;
@@ -77,7 +79,12 @@ impl Core {
         let may_end_early = !(sampling.stop_token_ids.is_empty()
             && sampling.eos_token_ids.is_empty()
             && request.stop.is_empty());
-        let tokens = if may_end_early { sampling.min_tokens.max(1) } else { sampling.max_tokens };
+        let tokens = match request.constraints.is_empty() {
+            true if may_end_early => sampling.min_tokens.max(1),
+            true => sampling.max_tokens,
+            // A form may be complete, and tokens may be forced, at any time.
+            false => 1,
+        };
         let prompt = &request.prompt;
         let computed_from = request.pooling.map_or(usize::MAX, |pooling| pooling.wanted(prompt.len()).start);
         let reusable = computed_from.min(prompt.len() - 1);
@@ -93,8 +100,10 @@ fn sequences(
     request: &ValidatedRequest,
     seqs: &[SeqId],
     root: BlockHash,
+    constraints: Vec<Box<dyn Constraint>>,
 ) -> impl Iterator<Item = NewSequence> {
     let mut sampling = request.sampling.clone();
+    let mut constraints = constraints.into_iter();
     let first = seqs.first().copied();
     (0..).zip(seqs).map(move |(index, &id)| {
         if index == 1 && sampling.prompt_logprobs.is_some() {
@@ -110,6 +119,7 @@ fn sequences(
             tenant: request.tenant.clone(),
             pooling: request.pooling,
             root,
+            constraint: constraints.next(),
         }
     })
 }

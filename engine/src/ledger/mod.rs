@@ -155,7 +155,8 @@ impl Ledger {
             self.histograms.request_prefill_time.record_duration(prefill);
         }
         let completion = &mut entry.completions[index];
-        if let Some(last) = completion.last_token.replace(now) {
+        // Tokens that come at once have no time between them.
+        if let Some(last) = completion.last_token.replace(now).filter(|&last| last < now) {
             self.histograms.inter_token_latency.record_duration(now.saturating_duration_since(last));
         }
         if completion.first_token.is_none() {
@@ -214,6 +215,12 @@ impl Ledger {
         entry.slot = None;
         entry.send(Event::Finished { index, finish });
         self.end_completion(ticket, at, reason, now)
+    }
+
+    /// Ends a sequence's completion without a new token. True when that ended the request.
+    pub(crate) fn finish_seq(&mut self, seq: SeqId, reason: FinishReason, now: Instant) -> bool {
+        let found = self.by_seq.get(&seq).copied();
+        found.is_some_and(|(ticket, index)| self.finish((ticket, index as u32), reason, now))
     }
 
     /// Ends every completion that is left, and so the request, by an abort.

@@ -117,6 +117,8 @@ impl Validator {
                 credential: request.credential,
                 cache_salt: request.cache_salt,
                 trace_parent: request.trace_parent,
+                constraints: Vec::new(),
+                opens_thinking: false,
             },
             shape: EmbeddingShape { dimensions, normalize },
         })

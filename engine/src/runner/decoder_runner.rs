@@ -132,6 +132,7 @@ fn spec(plan: &SamplePlan) -> SampleSpec {
         token_counts: plan.token_counts.iter().map(|&(token, count)| (token.0, count)).collect(),
         logit_bias: sampling.logit_bias.iter().map(|&(token, bias)| (token.0, bias)).collect(),
         forbidden: if plan.forbid_stops { stops().collect() } else { Vec::new() },
+        allowed: plan.allowed.clone(),
     }
 }
 

@@ -64,7 +64,7 @@ impl Scheduler {
             return None;
         }
         let available = self.pool.counts();
-        let no_block = seq.table.capacity() <= seq.num_planned && available.free + available.cached == 0;
+        let no_block = seq.table.capacity() < seq.num_tokens() && available.free + available.cached == 0;
         Some(match no_block {
             true => WaitReason::Blocks { needed: 1, available: 0 },
             false => WaitReason::Budget { max_num_batched_tokens: self.limits.max_num_batched_tokens },

@@ -13,12 +13,17 @@
 //! a token that is being sampled there is an input that the host need not know ([`TokenInput::Sampled`]). Steps run in the order
 //! in which they were planned, and that order is the fence for the blocks: a block that is freed while a step in flight
 //! still writes to it is given to a later step only, which writes after it.
+//!
+//! The tokens of a sequence may be constrained ([`Constraint`](crate::constraint::Constraint)). What its newest token allows is found out when that token is
+//! known, in [`Scheduler::resolve`]; so such a sequence sits the step out that is planned meanwhile, unless its next token is free
+//! whatever comes. Tokens that are forced are appended at once, handed out like any others, and computed by the next step in one row.
 
 mod activity;
 mod admit;
 mod check;
 mod explain;
 pub mod fair;
+mod form;
 mod pacer;
 mod plan;
 mod policy;
@@ -136,6 +141,8 @@ pub struct Scheduler {
     waiting: Waiting,
     num_held: usize,
     num_parked: usize,
+    /// Live sequences whose tokens are constrained.
+    num_formed: usize,
     preemptions: u64,
     /// Steps that were planned and not resolved.
     num_in_flight: usize,
@@ -165,6 +172,7 @@ impl Scheduler {
             waiting: Waiting::new(policy, weights),
             num_held: 0,
             num_parked: 0,
+            num_formed: 0,
             preemptions: 0,
             num_in_flight: 0,
             must_settle: false,
@@ -187,6 +195,7 @@ impl Scheduler {
             }
             None => self.waiting.push(&seq.turn),
         }
+        self.num_formed += usize::from(seq.form.is_some());
         let before = self.seqs.insert(id, seq);
         debug_assert!(before.is_none(), "ids rise with arrival");
     }
@@ -200,6 +209,7 @@ impl Scheduler {
     /// `None` when it is gone already.
     pub fn remove(&mut self, id: SeqId) -> Option<Removed> {
         let mut seq = self.seqs.remove(&id)?;
+        self.num_formed -= usize::from(seq.form.is_some());
         let stage = seq.stage();
         let place = seq.place;
         match place {

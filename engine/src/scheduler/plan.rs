@@ -22,7 +22,8 @@ impl Scheduler {
     /// there is one, and be [resolved](Self::resolve) in its turn. `prefill_budget` says how many tokens prompts may have beside so many decode
     /// rows, within the limits; at least 1 where nothing decodes.
     ///
-    /// Decode rows come first, so a prompt never holds up a stream for longer than its chunk takes. Then come prompts in order of rank, then
+    /// Decode rows come first, so a prompt never holds up a stream for longer than its chunk takes. They compute a token each, and the tokens that
+    /// a constraint forced behind it. Then come prompts in order of rank, then
     /// the queue. A long prompt (`long_prefill_token_threshold`) gets no more than its part until everybody else has had theirs, so short
     /// ones that come later need not wait for its end; only the oldest long one has a part at all, so that they are read one after the
     /// other. What is left over goes to the long ones in order.
@@ -47,9 +48,12 @@ impl Scheduler {
         self.make_way();
         let preemptions = self.preemptions;
         self.plan_decode(&mut plan);
-        let left =
-            self.limits.max_num_batched_tokens - plan.rows.len() + usize::from(planted(Bug::BudgetByOne));
-        let budget = prefill_budget(plan.rows.len()).max(usize::from(plan.rows.is_empty())).min(left);
+        let decoded = plan.num_tokens();
+        let left = self.limits.max_num_batched_tokens - decoded + usize::from(planted(Bug::BudgetByOne));
+        let asked = prefill_budget(plan.rows.len()).max(usize::from(plan.rows.is_empty()));
+        // What a row computes beyond one token costs what tokens of prompts cost. The first prompt advances nevertheless.
+        let share = asked.saturating_sub(decoded - plan.rows.len());
+        let budget = share.max(asked.min(1)).min(left);
         let mut chunks = std::mem::take(&mut self.spare.chunks);
         chunks.clear();
         let mut prompts = Prompts { chunks, budget, has_long: false };
@@ -87,26 +91,32 @@ impl Scheduler {
         self.pool.take_copies(&mut plan.saves, &mut plan.loads);
     }
 
-    /// One token for each sequence that generates, in order of rank.
+    /// The newest token of each sequence that generates, in order of rank, with those that it forced: as many of them as leave everybody
+    /// else a token.
     fn plan_decode(&mut self, plan: &mut StepPlan) {
         let mut at = 0;
+        let mut spare = self.limits.max_num_batched_tokens - self.running.len();
         // Whoever is preempted is the last of the batch, so nobody moves that is still to come or has its row.
         while let Some(&id) = self.running.get(at) {
             at += 1;
             let seq = &self.seqs[&id];
-            if seq.is_plannable() && seq.num_missing() == 1 && self.make_room(id) {
-                let row = self.spare.row(&self.seqs[&id], 1);
+            if !seq.is_plannable() || !seq.generates() {
+                continue;
+            }
+            let forced = (seq.num_missing() - 1).min(spare);
+            if self.make_room(id, 1 + if planted(Bug::ForcedWithoutRoom) { 0 } else { forced }) {
+                spare -= forced;
+                let row = self.spare.row(&self.seqs[&id], 1 + forced);
                 plan.rows.push(row);
             }
         }
     }
 
-    /// Finds a block for a sequence's next token. False when it must sit this step out.
-    fn make_room(&mut self, id: SeqId) -> bool {
+    /// Finds blocks for a sequence's next tokens. False when it must sit this step out.
+    fn make_room(&mut self, id: SeqId, tokens: usize) -> bool {
         loop {
             let seq = self.seqs.get_mut(&id).expect("only live sequences are planned");
-            let tokens = seq.num_planned + 1;
-            if seq.table.reserve(tokens) {
+            if seq.table.reserve(seq.num_planned + tokens) {
                 return true;
             }
             if self.num_in_flight > 0 && !planted(Bug::PreemptsInFlight) {
@@ -127,7 +137,7 @@ impl Scheduler {
         for at in 0..self.running.len() {
             let id = self.running[at];
             let seq = &self.seqs[&id];
-            if seq.is_plannable() && seq.num_missing() > 1 {
+            if seq.is_plannable() && !seq.generates() {
                 let missing = seq.num_missing();
                 prompts.give(id, missing, self.limits.long_prefill_token_threshold);
             }

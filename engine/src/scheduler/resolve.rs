@@ -70,6 +70,20 @@ pub enum Effect {
         /// Times the sequence had been preempted.
         num_preemptions: usize,
     },
+    /// What the sequence had to form is complete: it ends with the tokens before, and is gone from the scheduler.
+    Complete {
+        /// Whose.
+        seq: SeqId,
+    },
+    /// The sequence cannot keep the form it must have, and is gone from the scheduler.
+    Unformed {
+        /// Whose.
+        seq: SeqId,
+        /// Position of the token that could not be chosen.
+        position: usize,
+        /// Why, in words for the client.
+        error: String,
+    },
     /// The sequence cannot go on and is gone from the scheduler.
     Failed {
         /// Whose.
@@ -88,6 +102,7 @@ impl Scheduler {
         debug_assert_eq!(plan.rows.len(), output.rows.len(), "one result per row");
         self.num_in_flight = self.num_in_flight.checked_sub(1).expect("what was planned is resolved once");
         self.pool.loaded(&plan.loads);
+        self.advance_forms(&plan, &output);
         for (row, result) in plan.rows.iter().zip(output.rows) {
             if planted(Bug::LateToken) && !self.seqs.contains_key(&row.seq) && row.sample.is_some() {
                 let (seq, token) = (row.seq, TokenId(0));
@@ -98,6 +113,10 @@ impl Scheduler {
                     RowResult::Done(output) => {
                         seq.computed(row.end());
                         self.take_output(row, output, effects);
+                    }
+                    RowResult::NotFinite if row.sample.as_ref().is_some_and(|s| s.allowed.is_some()) => {
+                        let error = "the model gave none of the tokens that the form allows a finite logit";
+                        effects.push(self.unformed(row.seq, row.end(), error.into()));
                     }
                     RowResult::NotFinite => effects.push(self.fail(row, None)),
                     RowResult::Failed(error) => effects.push(self.fail(row, Some(error))),
@@ -123,7 +142,7 @@ impl Scheduler {
             self.pass_prompt_on(held, true);
         }
         match output.sampled {
-            Some(token) => effects.push(self.advance(id, token, output.logprobs)),
+            Some(token) => self.advance(row, token, output.logprobs, effects),
             None if row.sample.is_some() => {
                 effects.push(self.fail(row, Some("no token was sampled".into())));
             }
@@ -148,27 +167,44 @@ impl Scheduler {
         Some(Effect::Embedding { seq: row.seq, values, num_preemptions })
     }
 
-    fn advance(&mut self, id: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>) -> Effect {
-        let seq = self.seqs.get_mut(&id).expect("resolve looked it up");
+    /// Takes a chosen token in, and what its constraint made of it.
+    fn advance(
+        &mut self,
+        row: &PlanRow,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let seq = self.seqs.get_mut(&row.seq).expect("resolve looked it up");
+        seq.newest = seq.tokens.len();
+        if !self.take_token(row.seq, token, logprobs, effects) {
+            self.apply_form(row, effects);
+        }
+    }
+
+    /// Appends a token to a sequence, and takes the sequence out when that ends it. True when it did.
+    pub(super) fn take_token(
+        &mut self,
+        id: SeqId,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        let seq = self.seqs.get_mut(&id).expect("its caller looked it up");
         seq.push(token);
         self.waiting.charge(&seq.turn.tenant, 0, 1);
         let num_preemptions = seq.num_preemptions;
-        let sampling = &seq.sampling;
-        let finish = if seq.completion_tokens() >= sampling.min_tokens
-            && sampling.stop_token_ids.contains(&token)
-        {
-            Some((FinishReason::Stop, Some(MatchedStop::Token(token))))
-        } else if seq.completion_tokens() >= sampling.min_tokens && sampling.eos_token_ids.contains(&token) {
-            Some((FinishReason::Stop, None))
-        } else if seq.completion_tokens() >= sampling.max_tokens {
-            Some((FinishReason::Length, None))
-        } else {
-            None
-        };
-        if finish.is_some() {
+        let number = seq.completion_tokens();
+        // Whether a constrained sequence that is full is complete is its constraint's to say.
+        let is_full = number >= seq.sampling.max_tokens && seq.form.is_none();
+        let length = || is_full.then_some((FinishReason::Length, None));
+        let finish = seq.stop_at(token, number).or_else(length);
+        let is_last = finish.is_some();
+        if is_last {
             self.remove(id);
         }
-        Effect::Token { seq: id, token, logprobs, finish, num_preemptions }
+        effects.push(Effect::Token { seq: id, token, logprobs, finish, num_preemptions });
+        is_last
     }
 
     fn fail(&mut self, row: &PlanRow, error: Option<String>) -> Effect {

@@ -2,10 +2,12 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Stage, waiting::Turn};
+use super::{Stage, form::Form, waiting::Turn};
 use crate::{
+    constraint::Constraint,
     ids::{SeqId, TenantId, TokenId},
     kv::{BlockHash, BlockTable},
+    output::{FinishReason, MatchedStop},
     planted::{Bug, planted},
     pooling::{Pooler, Pooling},
     sampling::Sampling,
@@ -33,6 +35,8 @@ pub struct NewSequence {
     /// The beginning of its chain of blocks: only sequences of the same beginning share
     /// ([`BlockPool::prefix_root`](crate::kv::BlockPool::prefix_root)).
     pub root: BlockHash,
+    /// What its tokens may be.
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 /// Where a live sequence is kept.
@@ -56,6 +60,8 @@ pub struct Sequence {
     /// Prompt, then everything generated.
     pub(super) tokens: Vec<TokenId>,
     pub(super) prompt_len: usize,
+    /// Where the newest tokens begin that came at once: one that was chosen, and those that it forced. Whoever misses no others generates.
+    pub(super) newest: usize,
     /// Tokens whose keys and values are in `table`'s blocks.
     pub(super) num_computed: usize,
     /// The same once the steps in flight are done: the next step starts here.
@@ -74,6 +80,8 @@ pub struct Sequence {
     /// The hidden states so far of a sequence that gives an embedding.
     pub(super) pooler: Option<Pooler>,
     pub(super) num_preemptions: usize,
+    /// What its tokens may be.
+    pub(super) form: Option<Form>,
 }
 
 impl Sequence {
@@ -91,6 +99,7 @@ impl Sequence {
             is_unread: false,
             tokens,
             prompt_len: new.prompt.len(),
+            newest: new.prompt.len(),
             num_computed: 0,
             num_planned: 0,
             sampled_at: 0,
@@ -102,6 +111,7 @@ impl Sequence {
             num_scored: 0,
             pooler: new.pooling.map(|pooling| Pooler::new(pooling, new.prompt.len())),
             num_preemptions: 0,
+            form: new.constraint.map(Form::new),
         }
     }
 
@@ -135,10 +145,21 @@ impl Sequence {
     /// it is known to be the last, or where choosing the one after it takes the host.
     pub(super) fn is_plannable(&self) -> bool {
         let known_to_end = self.num_tokens() - self.prompt_len >= self.sampling.max_tokens;
-        // Penalties count the tokens of the output.
-        let needs_host = self.sampling.has_penalties() && !planted(Bug::StalePenalties);
+        // Penalties count the tokens of the output, and a constraint must see them.
+        let needs_host = (self.sampling.has_penalties() && !planted(Bug::StalePenalties))
+            || !(self.may_sample_unseen() || planted(Bug::StaleForm));
         let is_read = !self.is_unread || planted(Bug::ParkedGoesOn);
         is_read && (self.num_sampling() == 0 || !(known_to_end || needs_host))
+    }
+
+    /// Whether its constraint, if it has one, lets any token come behind those that are being sampled, whatever these are.
+    pub(super) fn may_sample_unseen(&self) -> bool {
+        self.form.as_ref().is_none_or(|form| form.allowed.is_free_behind(self.num_sampling()))
+    }
+
+    /// Whether it generates: it misses its newest tokens alone. Others read a prompt, or again what they had before a preemption.
+    pub(super) fn generates(&self) -> bool {
+        self.num_missing() == 1 || self.num_planned >= self.newest
     }
 
     /// Whether its prompt is in the KV cache, for others to share. In flight is not enough: if that row fails, nobody has written the
@@ -168,7 +189,7 @@ impl Sequence {
     pub(super) fn stage(&self) -> Stage {
         match self.place {
             Place::Held | Place::Queue | Place::Parked => Stage::Queued,
-            Place::Batch if self.tokens.len() - self.num_computed > 1 || self.completion_tokens() == 0 => {
+            Place::Batch if self.num_computed < self.newest || self.completion_tokens() == 0 => {
                 Stage::Prefill
             }
             Place::Batch => Stage::Decode,
@@ -180,6 +201,24 @@ impl Sequence {
         self.num_computed = tokens;
         let full = if planted(Bug::PartialBlock) { self.tokens.len() } else { tokens };
         self.table.register(&self.tokens[..full]);
+    }
+
+    /// Why a token ends the sequence as its `number`th, if it does by what it is.
+    pub(super) fn stop_at(
+        &self,
+        token: TokenId,
+        number: usize,
+    ) -> Option<(FinishReason, Option<MatchedStop>)> {
+        let sampling = &self.sampling;
+        if number < sampling.min_tokens {
+            None
+        } else if sampling.stop_token_ids.contains(&token) {
+            Some((FinishReason::Stop, Some(MatchedStop::Token(token))))
+        } else if sampling.eos_token_ids.contains(&token) {
+            Some((FinishReason::Stop, None))
+        } else {
+            None
+        }
     }
 
     /// Appends a generated token.

@@ -21,6 +21,8 @@ pub struct SamplePlan {
     pub token_counts: Vec<(TokenId, u32)>,
     /// End-of-sequence and stop tokens may not be chosen yet.
     pub forbid_stops: bool,
+    /// A bit per token that may be chosen, the lowest token in the lowest bit of the first word; none: all may.
+    pub allowed: Option<Arc<[u32]>>,
 }
 
 /// The tokens that a row computes.
@@ -165,7 +167,8 @@ impl Spare {
             seed: seq.seed,
             position: end,
             token_counts: seq.token_counts.iter().map(|(&token, &count)| (token, count)).collect(),
-            forbid_stops: end - seq.prompt_len < seq.sampling.min_tokens,
+            forbid_stops: end - seq.prompt_len < seq.sampling.min_tokens && !must_stop(seq),
+            allowed: seq.form.as_ref().and_then(|form| form.allowed.mask().cloned()),
         });
         // The logits at position p say how likely the token at p + 1 is.
         row.score_at = match seq.sampling.prompt_logprobs {
@@ -178,4 +181,10 @@ impl Spare {
         row.pool_at = seq.pooler.as_ref().map_or(0..0, |pooler| pooler.needed(start..end));
         row
     }
+}
+
+/// Whether the sequence's constraint leaves it nothing but tokens that end it: a form comes before a number of tokens.
+fn must_stop(seq: &Sequence) -> bool {
+    let stops = seq.sampling.eos_token_ids.iter().chain(&seq.sampling.stop_token_ids);
+    seq.form.as_ref().is_some_and(|form| form.allowed.leaves_only(stops))
 }

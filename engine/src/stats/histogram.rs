@@ -1,5 +1,7 @@
 //! Distributions with fixed buckets.
 
+use std::borrow::Cow;
+
 /// From a millisecond to tens of minutes, as vLLM has it for the time to the first token; its dashboards know these buckets.
 const FIRST_TOKEN: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -57,7 +59,7 @@ impl Histograms {
     /// Takes over what another one holds, in the memory that is there.
     pub(crate) fn copy_from(&mut self, other: &Self) {
         for (to, from) in self.all_mut().into_iter().zip(other.all()) {
-            to.bounds = from.bounds;
+            to.bounds.clone_from(&from.bounds);
             to.counts.clone_from(&from.counts);
             to.sum = from.sum;
         }
@@ -117,8 +119,8 @@ impl Default for Histograms {
 /// How often values fell into which range.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Histogram {
-    /// Upper bounds, inclusive, rising.
-    pub bounds: &'static [f64],
+    /// Upper bounds, inclusive, rising. The engine's own are constants; a copy that came over a wire owns them.
+    pub bounds: Cow<'static, [f64]>,
     /// `bounds.len() + 1` counts, each of its own range: the last is for what is over the last bound.
     pub counts: Vec<u64>,
     /// Sum of all values.
@@ -127,7 +129,7 @@ pub struct Histogram {
 
 impl Histogram {
     fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: vec![0; bounds.len() + 1], sum: 0.0 }
+        Self { bounds: Cow::Borrowed(bounds), counts: vec![0; bounds.len() + 1], sum: 0.0 }
     }
 
     pub(crate) fn record(&mut self, value: f64) {

@@ -1,4 +1,4 @@
-//! Text in, ids out, and back: tokenizer, chat template, streaming detokeniser, stop strings.
+//! Text in, ids out, and back: tokenizer, chat template, streaming detokeniser, stop strings, the forms of answers.
 //!
 //! All of it runs on the caller's side, off the engine thread. A [`TextModel`] is cheap to clone and shared.
 
@@ -9,6 +9,7 @@ mod vocab;
 
 pub mod chat;
 pub mod detokenize;
+pub mod grammar;
 pub mod stop;
 pub mod tokenizer;
 

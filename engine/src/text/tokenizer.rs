@@ -147,6 +147,11 @@ impl TextModel {
         self.inner.table.bytes(id.0)
     }
 
+    /// What each token contributes to the text.
+    pub(super) fn table(&self) -> &TokenTable {
+        &self.inner.table
+    }
+
     /// Ids that the model has; the tokenizer's are all below.
     pub fn vocab_size(&self) -> usize {
         self.inner.table.len()

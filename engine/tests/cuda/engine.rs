@@ -9,6 +9,7 @@ use tidemill_engine::{
     output::AbortStage,
     request::{EmbedRequest, GenerateRequest, Prompt},
     sampling::SamplingParams,
+    structured::Structured,
 };
 use tidemill_kernels::{KernelError, cuda::driver::DeviceInfo};
 use tidemill_kernels_emu::{EmuConfig, EmuDriver, Failure, Live, Schedule};
@@ -253,4 +254,30 @@ fn what_a_gpu_cannot_do_is_refused_with_what_to_do_instead() {
     }
     let error = refusal(&sized(8 << 20), config());
     assert!(matches!(error, LoadError::Kernel(KernelError::OutOfMemory { .. })), "{error}");
+}
+
+#[test]
+fn answers_of_a_given_form_are_those_of_the_cpu_on_graphs_too() {
+    let form = |index: usize| {
+        let texts =
+            ["[a-z]{2,9}( [a-z]{2,9}){2}", "(red|green|blue){1,3}", "\\{\"name\": \"[A-Z][a-z]+\"\\}"];
+        let mut request = request(index, 14);
+        (request.sampling.ignore_eos, request.sampling.logprobs) = (false, (index == 1).then_some(2));
+        request.structured = Some(Structured::Regex(texts[index].into()));
+        request
+    };
+    // One is free, and has the tokens that it has alone.
+    let requests = || [form(0), form(1), request(3, 14), form(2)];
+    let cpu = Engine::start(config(), |_| ()).unwrap();
+    let expected: Vec<Outcome> =
+        requests().into_iter().map(|request| outcome(submit(&cpu, request))).collect();
+    let driver = Arc::new(EmuDriver::new(Schedule::default()));
+    let engine = start(&driver, config()).unwrap();
+    let tokens = |outcomes: &[Outcome]| outcomes.iter().map(|outcome| outcome.0.clone()).collect::<Vec<_>>();
+    assert_eq!(tokens(&together(&engine, requests())), tokens(&expected));
+    let recorded = driver.live().graphs;
+    let alone: Vec<Outcome> =
+        requests().into_iter().map(|request| outcome(submit(&engine, request))).collect();
+    assert_eq!(tokens(&alone), tokens(&expected));
+    assert!(driver.live().graphs > recorded, "a step of one row with a mask has a graph of its own");
 }

@@ -128,6 +128,7 @@ impl Sequence {
                 position: self.tokens.len(),
                 token_counts: Vec::new(),
                 forbid_stops: false,
+                allowed: None,
             }),
             score_at: 0..0,
             targets: Vec::new(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tidemill_engine::{
+    constraint::Constraint,
     ids::{SeqId, TenantId, TokenId},
     kv::BlockHash,
     sampling::Sampling,
@@ -10,6 +11,7 @@ use tidemill_engine::{
 };
 
 use crate::{
+    forms::Fake,
     model::{EOS, Fate, Part, Script, VOCAB, mix},
     sampling,
     scenario::{Arrival, Whom},
@@ -81,6 +83,7 @@ impl Sim {
                 tenant: tenant_id(live.tenant),
                 pooling: live.pooling,
                 root,
+                constraint: arrival.form.then(|| Fake::new(seed_of(arrival, id, first)).fork()),
             });
             if live.prompt_of.is_none() {
                 self.service.queue(id, live.tenant);
@@ -112,6 +115,7 @@ impl Sim {
             ignore_eos: arrival.ignore_eos,
             penalties: arrival.penalties,
             pooling: arrival.pooling,
+            form: arrival.form,
         };
         let mut sampling = sampling(part.max_tokens, part.min_tokens);
         sampling.presence_penalty = if part.penalties { 0.5 } else { 0.0 };
@@ -129,6 +133,7 @@ impl Sim {
             script: Script::alone(prompt, &part),
             sampling: Arc::new(sampling),
             known: prompt.len(),
+            formed: arrival.form,
             scored: 0,
             pooling: part.pooling,
             pooled: 0,

@@ -93,9 +93,18 @@ impl Sim {
             "I7: more tokens than max_num_batched_tokens"
         );
         let (decode, prompts) = plan.rows.split_at(decode_rows);
-        assert!(decode.iter().all(|row| row.input.num_tokens() == 1), "I7: a decode row of several tokens");
+        let forced = |row: &PlanRow| {
+            let live = &self.live[&row.seq];
+            live.formed && row.start >= live.script.prompt_len && row.end() <= live.known
+        };
+        assert!(
+            decode.iter().all(|row| row.input.num_tokens() == 1 || forced(row)),
+            "I7: a decode row of several tokens that were not forced"
+        );
+        let decoded: usize = decode.iter().map(|row| row.input.num_tokens()).sum();
         let read: usize = prompts.iter().map(|row| row.input.num_tokens()).sum();
-        let budget = prefill.max(usize::from(decode_rows == 0));
+        let share = prefill.saturating_sub(decoded - decode_rows).max(prefill.min(1));
+        let budget = share.max(usize::from(decode_rows == 0));
         assert!(read <= budget, "I7: {read} tokens for prompts, of {budget}");
         self.contents.copy(plan);
         for (at, row) in plan.rows.iter().enumerate() {

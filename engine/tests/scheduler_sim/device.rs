@@ -9,7 +9,7 @@ use tidemill_engine::{
     scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan, TokenInput},
 };
 
-use crate::model::{Attention, Fate, Kv};
+use crate::model::{Attention, Fate, How, Kv};
 
 /// What the simulation tells its device, and learns from it.
 #[derive(Debug, Default)]
@@ -165,7 +165,12 @@ impl Device {
     }
 
     fn choose(attention: Attention, sample: &SamplePlan) -> TokenId {
-        attention.choose(sample.seed, &sample.token_counts, sample.forbid_stops)
+        let how = How {
+            counts: &sample.token_counts,
+            forbid_stops: sample.forbid_stops,
+            allowed: sample.allowed.as_deref(),
+        };
+        attention.choose(sample.seed, how)
     }
 }
 

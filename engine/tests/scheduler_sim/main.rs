@@ -7,6 +7,8 @@
 //! alone and in company, and leave rubbish behind. After every event everything that must hold is checked: the invariants I1 to I10, which are
 //! named where they are checked (`check.rs`, `sim.rs`, `results.rs`, `fairness.rs`).
 //!
+//! Some sequences are constrained by chance (`forms.rs`): tokens are masked, forced, promised to be free; sequences are complete, or cannot go on.
+//!
 //! A seed that fails is printed with the line that replays it, and then shrunk (`shrink.rs`): the smallest scenario found is printed as a
 //! test function's body, for `regressions.rs`.
 //!
@@ -28,6 +30,7 @@ mod campaign;
 mod check;
 mod device;
 mod fairness;
+mod forms;
 mod model;
 mod planted;
 mod policies;
@@ -72,14 +75,15 @@ fn invariants_hold_over_ten_million_events() {
     // The simulation is worth nothing when it does not reach the interesting states.
     let Seen { finished, embedded, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
     let Seen { fed_back, aborts_over_two_steps, failed_steps, shortages, late_rows, .. } = seen;
-    let Seen { cached_tokens, saves, loads, compared, .. } = seen;
+    let Seen { cached_tokens, saves, loads, compared, forced, complete, unformed, .. } = seen;
     let ends =
         finished > 500_000 && embedded > 50_000 && broken > 20_000 && refused > 20_000 && expired > 10_000;
     let moves = preemptions > 50_000 && resumed > 50_000 && parked > 50_000 && shortages > 100_000;
     let overlap = fed_back > 1_000_000 && aborts_over_two_steps > 10_000 && late_rows > 50_000;
     let faults = failed_steps > 50_000;
     let cache = cached_tokens > 2_000_000 && saves > 500_000 && loads > 20_000;
-    assert!(ends && moves && overlap && faults && cache && compared > 1_000_000, "{seen:?}");
+    let formed = forced > 200_000 && complete > 20_000 && unformed > 2_000;
+    assert!(ends && moves && overlap && faults && cache && formed && compared > 1_000_000, "{seen:?}");
 }
 
 /// A number from the environment, for longer runs.

@@ -5,7 +5,9 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use tidemill_engine::{Pooling, ids::TokenId, output::FinishReason};
+use tidemill_engine::{Pooling, constraint::Constraint, ids::TokenId, output::FinishReason};
+
+use crate::forms::Fake;
 
 /// Token ids below this are the model's.
 pub const VOCAB: u32 = 97;
@@ -39,6 +41,15 @@ impl Kv {
     }
 }
 
+/// What the host says about a choice.
+#[derive(Debug, Clone, Copy)]
+pub struct How<'a> {
+    pub counts: &'a [(TokenId, u32)],
+    pub forbid_stops: bool,
+    /// A bit per token.
+    pub allowed: Option<&'a [u32]>,
+}
+
 /// Attention over positions, oldest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Attention(u64);
@@ -52,11 +63,14 @@ impl Attention {
 
     /// The token chosen after everything that was read. It depends on what the host says about the output so far. A token that is forbidden
     /// may come nevertheless: the host must then not stop there.
-    pub fn choose(self, seed: u64, counts: &[(TokenId, u32)], forbid_stops: bool) -> TokenId {
-        let counts = counts.iter().fold(u64::from(forbid_stops), |sum, &(token, count)| {
+    pub fn choose(self, seed: u64, how: How<'_>) -> TokenId {
+        let counts = how.counts.iter().fold(u64::from(how.forbid_stops), |sum, &(token, count)| {
             mix(sum ^ u64::from(token.0) << 32 ^ u64::from(count))
         });
-        TokenId((mix(self.0 ^ seed ^ counts.rotate_left(7)) % u64::from(VOCAB)) as u32)
+        let first = (mix(self.0 ^ seed ^ counts.rotate_left(7)) % u64::from(VOCAB)) as u32;
+        let is_allowed =
+            |token: &u32| how.allowed.is_none_or(|mask| mask[*token as usize / 32] >> (token % 32) & 1 == 1);
+        TokenId((first..VOCAB).chain(0..first).find(is_allowed).expect("some token is allowed"))
     }
 
     /// The hidden state of the position that was read last: integers, so that sums of them are exact.
@@ -86,6 +100,10 @@ pub enum Fate {
 pub enum End {
     Finished(FinishReason),
     Embedded,
+    /// Its constraint said that it is complete.
+    Complete,
+    /// Its constraint cannot go on.
+    Unformed,
     Broken(Fate),
 }
 
@@ -114,51 +132,46 @@ pub struct Part {
     pub ignore_eos: bool,
     pub penalties: bool,
     pub pooling: Option<Pooling>,
+    pub form: bool,
+}
+
+/// A sequence in the making.
+struct Alone {
+    prompt_len: usize,
+    tokens: Vec<TokenId>,
+    kv: Vec<Kv>,
+    attention: Attention,
+    counts: BTreeMap<TokenId, u32>,
 }
 
 impl Script {
     pub fn alone(prompt: &[TokenId], part: &Part) -> Self {
-        let (mut kv, mut scores, mut states) = (Vec::new(), Vec::new(), Vec::new());
-        let mut attention = Attention::default();
+        let (mut scores, mut states) = (Vec::new(), Vec::new());
+        let mut alone = Alone::new();
         for &token in prompt {
-            if !kv.is_empty() {
-                scores.push(attention.score(token));
+            if !alone.kv.is_empty() {
+                scores.push(alone.attention.score(token));
             }
-            kv.push(Kv::after(kv.last().copied(), token));
-            attention.read(*kv.last().expect("pushed just now"));
-            states.push(attention.state());
+            alone.push(token);
+            states.push(alone.attention.state());
         }
+        alone.prompt_len = prompt.len();
         if let Some(pooling) = part.pooling {
             let end = Self::end_of_embedding(prompt.len(), pooling, part.fate);
-            return Self { prompt_len: prompt.len(), tokens: prompt.to_vec(), kv, scores, states, end };
+            return Self {
+                prompt_len: prompt.len(),
+                tokens: alone.tokens,
+                kv: alone.kv,
+                scores,
+                states,
+                end,
+            };
         }
-        let mut counts: BTreeMap<TokenId, u32> = BTreeMap::new();
         if part.penalties {
-            counts.extend(prompt.iter().map(|&token| (token, 0)));
+            alone.counts.extend(prompt.iter().map(|&token| (token, 0)));
         }
-        let mut tokens = prompt.to_vec();
-        let end = loop {
-            let reached = |limit: u16| tokens.len() >= usize::from(limit);
-            if matches!(part.fate, Fate::Poison(limit) | Fate::NotFinite(limit) if reached(limit)) {
-                break End::Broken(part.fate);
-            }
-            let generated = tokens.len() - prompt.len();
-            let listed: Vec<_> = counts.iter().map(|(&token, &count)| (token, count)).collect();
-            let token = attention.choose(part.seed, &listed, generated < part.min_tokens);
-            if part.penalties {
-                *counts.entry(token).or_insert(0) += 1;
-            }
-            tokens.push(token);
-            kv.push(Kv::after(kv.last().copied(), token));
-            attention.read(*kv.last().expect("pushed just now"));
-            if generated + 1 >= part.min_tokens && token == EOS && !part.ignore_eos {
-                break End::Finished(FinishReason::Stop);
-            }
-            if generated + 1 == part.max_tokens {
-                break End::Finished(FinishReason::Length);
-            }
-        };
-        Self { prompt_len: prompt.len(), tokens, kv, scores, states, end }
+        let end = alone.run(part);
+        Self { prompt_len: prompt.len(), tokens: alone.tokens, kv: alone.kv, scores, states, end }
     }
 
     fn end_of_embedding(prompt_len: usize, pooling: Pooling, fate: Fate) -> End {
@@ -193,5 +206,77 @@ impl Script {
 
     pub fn prompt(&self) -> &[TokenId] {
         &self.tokens[..self.prompt_len]
+    }
+}
+
+impl Alone {
+    fn new() -> Self {
+        Self {
+            prompt_len: 0,
+            tokens: Vec::new(),
+            kv: Vec::new(),
+            attention: Attention::default(),
+            counts: BTreeMap::new(),
+        }
+    }
+
+    fn push(&mut self, token: TokenId) {
+        self.tokens.push(token);
+        let kv = Kv::after(self.kv.last().copied(), token);
+        self.kv.push(kv);
+        self.attention.read(kv);
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Takes a generated token in. True when it ends the sequence by what it is.
+    fn generate(&mut self, part: &Part, token: TokenId) -> bool {
+        if part.penalties {
+            *self.counts.entry(token).or_insert(0) += 1;
+        }
+        self.push(token);
+        self.generated() >= part.min_tokens && token == EOS && !part.ignore_eos
+    }
+
+    fn run(&mut self, part: &Part) -> End {
+        let mut form = part.form.then(|| Fake::new(part.seed));
+        let mut allowed = form.as_ref().map(Fake::first);
+        loop {
+            let reached = |limit: u16| self.tokens.len() >= usize::from(limit);
+            if matches!(part.fate, Fate::Poison(limit) | Fate::NotFinite(limit) if reached(limit)) {
+                return End::Broken(part.fate);
+            }
+            let counts: Vec<_> = self.counts.iter().map(|(&token, &count)| (token, count)).collect();
+            let stops = if part.ignore_eos { Vec::new() } else { vec![EOS] };
+            let must_stop = allowed.as_ref().is_some_and(|allowed| allowed.leaves_only(stops.iter()));
+            let how = How {
+                counts: &counts,
+                forbid_stops: self.generated() < part.min_tokens && !must_stop,
+                allowed: allowed.as_ref().and_then(|allowed| allowed.mask()).map(|mask| &mask[..]),
+            };
+            let token = self.attention.choose(part.seed, how);
+            if self.generate(part, token) {
+                return End::Finished(FinishReason::Stop);
+            }
+            if let Some(form) = &mut form {
+                let Ok(advance) = form.advance(token, part.max_tokens - self.generated()) else {
+                    return End::Unformed;
+                };
+                for token in advance.forced {
+                    if self.generate(part, token) {
+                        return End::Finished(FinishReason::Stop);
+                    }
+                }
+                if advance.then.is_none() {
+                    return End::Complete;
+                }
+                allowed = advance.then;
+            }
+            if self.generated() == part.max_tokens {
+                return End::Finished(FinishReason::Length);
+            }
+        }
     }
 }

@@ -37,7 +37,7 @@ fn leak_on_abort_in_prefill() {
 
 #[test]
 fn double_free() {
-    is_found(Bug::DoubleFree, &["I1", "I2", "I3: the receipt", "overflow", "two states"]);
+    is_found(Bug::DoubleFree, &["I1", "I2", "I3", "overflow", "two states"]);
 }
 
 #[test]
@@ -153,6 +153,16 @@ fn unpark_forgotten() {
 #[test]
 fn stale_penalties() {
     is_found(Bug::StalePenalties, &["I8"]);
+}
+
+#[test]
+fn stale_form() {
+    is_found(Bug::StaleForm, &["I8", "was free when it was planned"]);
+}
+
+#[test]
+fn forced_without_room() {
+    is_found(Bug::ForcedWithoutRoom, &["I7", "no slot"]);
 }
 
 #[test]

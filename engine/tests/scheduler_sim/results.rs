@@ -25,7 +25,11 @@ impl Sim {
         }
         self.flights.pop_front();
         let mut effects = std::mem::take(&mut self.effects);
+        let sampled =
+            plan.rows.iter().filter(|row| row.sample.is_some() && self.live.contains_key(&row.seq)).count();
         self.scheduler.resolve(plan, output, &mut effects);
+        let tokens = effects.iter().filter(|effect| matches!(effect, Effect::Token { .. })).count();
+        self.seen.forced += tokens.saturating_sub(sampled) as u64;
         self.take_notes();
         for effect in effects.drain(..) {
             self.commit(effect);
@@ -64,6 +68,17 @@ impl Sim {
                 assert_eq!(Some(values), expected, "I8: {seq:?} has another embedding than alone");
                 self.end(seq, End::Embedded);
                 self.seen.embedded += 1;
+            }
+            Effect::Complete { seq } => {
+                self.end(seq, End::Complete);
+                self.seen.complete += 1;
+            }
+            Effect::Unformed { seq, .. } => {
+                // Where no token that is allowed is finite, that is what its client hears.
+                let end = self.live(seq).script.end;
+                assert!(matches!(end, End::Unformed | End::Broken(Fate::NotFinite(_))), "{seq:?}: {end:?}");
+                self.end(seq, end);
+                self.seen.unformed += 1;
             }
             Effect::Failed { seq, error, .. } => {
                 let fate = self.wires.borrow().fates.get(&seq).copied().unwrap_or_default();

@@ -58,6 +58,8 @@ pub struct Arrival {
     pub prompt_logprobs: bool,
     /// It gives an embedding: `max_tokens` and what else is said of tokens mean nothing.
     pub pooling: Option<Pooling>,
+    /// Its tokens are constrained.
+    pub form: bool,
     pub priority: i8,
     pub tenant: u8,
     /// Requests of different salts share nothing.
@@ -82,6 +84,7 @@ impl Default for Arrival {
             penalties: false,
             prompt_logprobs: false,
             pooling: None,
+            form: false,
             priority: 0,
             tenant: 0,
             salt: 0,
@@ -311,6 +314,7 @@ impl Mood {
             penalties: rng.random_bool(0.15),
             prompt_logprobs: rng.random_bool(0.15),
             pooling: rng.random_bool(0.15).then(|| POOLINGS[rng.random_range(0..3)]),
+            form: rng.random_bool(0.25),
             priority: if config.policy == Policy::Priority { rng.random_range(-1..=2) } else { 0 },
             // The first tenant floods.
             tenant: if rng.random_bool(0.4) { 0 } else { rng.random_range(0..TENANTS as u8) },
@@ -362,7 +366,7 @@ impl Arrival {
         macro_rules! fields {
             ($($name:ident)*) => { $(field(stringify!($name), &self.$name, &plain.$name);)* };
         }
-        fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs);
+        fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs form);
         fields!(priority tenant salt patience);
         if let Some(pooling) = self.pooling {
             fields.push(format!("pooling: Some(Pooling::{pooling:?})"));

@@ -22,6 +22,12 @@ pub struct Seen {
     pub cached_tokens: u64,
     pub saves: u64,
     pub loads: u64,
+    /// Tokens that a constraint forced.
+    pub forced: u64,
+    /// Sequences whose constraint said that they were complete.
+    pub complete: u64,
+    /// Sequences that could not keep their form.
+    pub unformed: u64,
     /// Comparisons of two tenants' service while both waited.
     pub compared: u64,
 }
@@ -32,7 +38,7 @@ impl Seen {
             finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
         } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
-        let Self { saves, loads, compared, .. } = other;
+        let Self { saves, loads, compared, forced, complete, unformed, .. } = other;
         self.finished += finished;
         self.embedded += embedded;
         self.broken += broken;
@@ -50,5 +56,8 @@ impl Seen {
         self.saves += saves;
         self.loads += loads;
         self.compared += compared;
+        self.forced += forced;
+        self.complete += complete;
+        self.unformed += unformed;
     }
 }

@@ -124,11 +124,12 @@ fn simpler_events(event: &Event) -> Vec<Event> {
 }
 
 fn simpler_arrivals(arrival: &Arrival) -> Vec<Arrival> {
-    let changes: [fn(&mut Arrival); 17] = [
+    let changes: [fn(&mut Arrival); 18] = [
         |a| a.pooling = None,
         |a| a.fate = Fate::Healthy,
         |a| a.n = 1,
         |a| a.penalties = false,
+        |a| a.form = false,
         |a| a.prompt_logprobs = false,
         |a| a.ignore_eos = true,
         |a| a.min_tokens = 0,

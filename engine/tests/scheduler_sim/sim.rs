@@ -42,6 +42,8 @@ pub struct Live {
     pub sampling: Arc<Sampling>,
     /// Tokens of the script that came so far, the prompt included.
     pub known: usize,
+    /// Its tokens are constrained.
+    pub formed: bool,
     /// Prompt tokens that were scored.
     pub scored: usize,
     /// It gives an embedding.

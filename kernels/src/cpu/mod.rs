@@ -269,6 +269,7 @@ impl Ops for CpuOps {
         rows: Range<usize>,
     ) -> Result<()> {
         let tasks = &batch.tasks[rows];
+        sample::check_masks(tasks, vocab)?;
         let logits = &mut logits.as_mut_slice()[..tasks.len() * vocab];
         batch.results.lock().sampled.extend(sample::run(self.host, &self.pool, logits, vocab, tasks));
         Ok(())

@@ -17,9 +17,6 @@ use crate::{
     sampling::RowTask,
 };
 
-/// Room for lists of tasks per row in steps that run from a graph: some stop tokens, some biases. Steps with more run without.
-pub(super) const GRAPH_LIST_WORDS: usize = 16;
-
 /// A step's metadata and tasks on the device.
 pub struct CudaBatch {
     pub(super) extent: Extent,

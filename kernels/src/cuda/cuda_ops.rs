@@ -6,16 +6,16 @@ use parking_lot::Mutex;
 
 use super::{
     Device,
-    batch::{CudaBatch, GRAPH_LIST_WORDS, Group, Plan, States},
+    batch::{CudaBatch, Group, Plan, States},
     driver::{Pinned, Result},
-    graphs::GraphKey,
+    graphs::{GraphKey, GraphLists},
     layout::Layout,
     memory::{DeviceBuffer, Graph, PinnedMemory},
     ops::{
         ActivationKind, Attention, AttentionKernels, BlockShape, CopyBlocks, Embedding, GatherRows, KvLayer,
         Linear, LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary,
         Sample, Scoring, attention, check_model, copy_blocks, decode_results, embedding, encode, gather_rows,
-        kv_cache_elems, linear, list_words, rmsnorm, rope_kv_write, sample,
+        is_masked, kv_cache_elems, linear, list_words, rmsnorm, rope_kv_write, sample,
     },
     steps::{Slot, Steps},
     weights::{CudaWeight, Uploader},
@@ -120,26 +120,30 @@ impl CudaOps {
     }
 
     /// Cuts a step's rows of logits into the groups in which the decoder computes them, each with its encoded tasks.
-    fn groups(&self, extent: Extent, graph: bool, tasks: &[RowTask]) -> Result<Vec<Group>> {
+    fn groups(&self, extent: Extent, graph: Option<GraphLists>, tasks: &[RowTask]) -> Result<Vec<Group>> {
         let mut groups = Vec::new();
         for first in (0..extent.logits_rows).step_by(self.max_logits_rows()) {
             let rows = first..extent.logits_rows.min(first + self.max_logits_rows());
             let tasks = &tasks[first.min(tasks.len())..rows.end.min(tasks.len())];
-            let list_words = if graph { GRAPH_LIST_WORDS * rows.len() } else { list_words(tasks, &[]) };
+            let list_words = match graph {
+                Some(lists) => lists.words(rows.len(), self.config.vocab),
+                None => list_words(tasks),
+            };
             let shape = BlockShape { rows: rows.len(), vocab: self.config.vocab, list_words };
-            let encoded = encode(shape, tasks, &[])?;
+            let encoded = encode(shape, tasks)?;
             groups.push(Group { rows, shape, words: encoded.words, needs: encoded.needs, at: 0 });
         }
         Ok(groups)
     }
 
-    /// Rows of the graph that a step may run from.
-    fn graph_rows(&self, steps: &Steps, meta: &BatchMeta, tasks: &[RowTask]) -> Option<usize> {
+    /// Rows of the graph that a step may run from, and the room for lists that it has.
+    fn graph_rows(&self, steps: &Steps, meta: &BatchMeta, tasks: &[RowTask]) -> Option<(usize, GraphLists)> {
         let rows = meta.num_rows();
         let decodes = meta.num_tokens() == rows && meta.logits_indices.len() == rows;
+        let lists = GraphLists { masked: tasks.iter().any(is_masked) };
         let decodes = decodes && meta.state_indices.is_empty();
-        let small_lists = list_words(tasks, &[]) <= GRAPH_LIST_WORDS * rows;
-        if decodes && small_lists { steps.graphs.padded(rows) } else { None }
+        let fits = list_words(tasks) <= lists.words(rows, self.config.vocab);
+        if decodes && fits { steps.graphs.padded(rows).map(|rows| (rows, lists)) } else { None }
     }
 }
 
@@ -224,14 +228,14 @@ impl Ops for CudaOps {
         let mut steps = self.steps.lock();
         let padded = self.graph_rows(&steps, &meta, &tasks);
         let extent = match padded {
-            Some(rows) => Extent { tokens: rows, logits_rows: rows, state_rows: 0 },
+            Some((rows, _)) => Extent { tokens: rows, logits_rows: rows, state_rows: 0 },
             None => Extent {
                 tokens: meta.num_tokens(),
                 logits_rows: meta.logits_indices.len(),
                 state_rows: meta.state_indices.len(),
             },
         };
-        let mut groups = self.groups(extent, padded.is_some(), &tasks)?;
+        let mut groups = self.groups(extent, padded.map(|(_, lists)| lists), &tasks)?;
         let room = groups.iter().map(|group| group.shape.words()).sum();
         let layout = Layout::new(extent, room);
         let mut at = layout.tasks;
@@ -246,7 +250,7 @@ impl Ops for CudaOps {
         steps.reserve(words.len(), lists)?;
         steps.send(&words)?;
         let graph = match (padded, groups.first()) {
-            (Some(rows), Some(group)) => Some(GraphKey::new(rows, group.needs)),
+            (Some((rows, lists)), Some(group)) => Some(GraphKey::new(rows, group.needs, lists)),
             _ => None,
         };
         // A graph holds every kernel that any decode step needs.

@@ -5,7 +5,27 @@
 
 use std::collections::HashMap;
 
-use super::{memory::Graph, ops::Needs};
+use super::{
+    memory::Graph,
+    ops::{Needs, mask_words},
+};
+
+/// Room for lists of tasks per row in steps that run from a graph: some stop tokens, some biases. Steps with more run without.
+const LIST_WORDS: usize = 16;
+
+/// The lists that a graph has room for. Where they lie is recorded with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct GraphLists {
+    /// A mask of allowed tokens for every row. Steps without one have graphs of their own, so that they do not upload room for masks.
+    pub masked: bool,
+}
+
+impl GraphLists {
+    /// Words for the lists of so many rows.
+    pub fn words(self, rows: usize, vocab: usize) -> usize {
+        rows * (LIST_WORDS + if self.masked { mask_words(vocab) } else { 0 })
+    }
+}
 
 /// What two steps must share to run from the same graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -16,11 +36,13 @@ pub(super) struct GraphKey {
     pub filters: bool,
     /// As above.
     pub logprobs: bool,
+    /// Room for lists.
+    pub lists: GraphLists,
 }
 
 impl GraphKey {
-    pub fn new(rows: usize, needs: Needs) -> Self {
-        Self { rows, filters: needs.filters, logprobs: needs.logprobs }
+    pub fn new(rows: usize, needs: Needs, lists: GraphLists) -> Self {
+        Self { rows, filters: needs.filters, logprobs: needs.logprobs, lists }
     }
 }
 

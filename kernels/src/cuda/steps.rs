@@ -7,12 +7,12 @@ use super::{
     driver::{DevPtr, Pinned, Result},
     graphs::Graphs,
     memory::{DeviceBuffer, DeviceMemory, Event, PinnedMemory},
-    ops::{AttentionWorkspace, BlockShape, PlanLimits, RESULT_WORDS, Sampler},
+    ops::{AttentionWorkspace, BlockShape, PlanLimits, RESULT_WORDS, Sampler, mask_words},
     words::DeviceWords,
 };
 use crate::tensor::DType;
 
-/// Words for the lists of a step's tasks at first; grows when a step needs more.
+/// Words for the lists of a step's tasks at first, beside a mask for each row; grows when a step needs more.
 const LIST_WORDS: usize = 16 << 10;
 /// Tiles of 128 positions whose attention may be computed apart.
 const SPLIT_TILES: usize = 4096;
@@ -71,7 +71,10 @@ unsafe impl Sync for StateMemory {}
 impl Steps {
     pub fn new(device: &Device, config: &CudaConfig, max_logits_rows: usize) -> Result<Self> {
         let driver = &device.driver;
-        let shape = BlockShape { rows: max_logits_rows, vocab: config.vocab, list_words: LIST_WORDS };
+        // Growing costs all graphs, and the first step with masks should not.
+        let masks = max_logits_rows * mask_words(config.vocab);
+        let list_words = LIST_WORDS + masks;
+        let shape = BlockShape { rows: max_logits_rows, vocab: config.vocab, list_words };
         let limits = PlanLimits {
             max_tokens: config.max_tokens,
             max_rows: config.max_rows,
@@ -79,7 +82,7 @@ impl Steps {
             num_sms: driver.info().num_sms as usize,
         };
         Ok(Self {
-            arena: DeviceMemory::new(driver.clone(), 4 * usual_words(config), "step metadata")?,
+            arena: DeviceMemory::new(driver.clone(), 4 * (usual_words(config) + masks), "step metadata")?,
             staging: Vec::new(),
             slots: Vec::new(),
             state_memories: Vec::new(),

@@ -101,7 +101,7 @@ function showRow(row, slot) {
   dot.style.background = colourOf(slot);
   const label = row.index ? `${row.request_id} #${row.index}` : row.request_id;
   // What tells ids apart stands at their end.
-  name.append(dot, element("span", "", label.length > 29 ? `…${label.slice(-28)}` : label));
+  name.append(dot, element("span", "", label.length > 25 ? `…${label.slice(-24)}` : label));
   name.title = label;
   const stage = element("td");
   stage.append(element("span", `stage ${row.stage}`, row.stage));

@@ -15,7 +15,7 @@ const CROWD = [
   "What did people think of the moon before they knew what it is?",
 ];
 /** Long enough to be watched. */
-const CROWD_TOKENS = 400;
+const CROWD_TOKENS = 900;
 /** Browsers open six connections to a server. The live stream and the chat need theirs, so a crowd has one, and so many crowds may run. */
 const MAX_CROWDS = 3;
 

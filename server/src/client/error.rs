@@ -33,6 +33,22 @@ impl CallError {
         Self::new(ErrorCode::Unavailable, "the model is loading; try again in a moment")
     }
 
+    /// The engine is elsewhere and does not answer.
+    pub fn unreachable() -> Self {
+        Self::new(
+            ErrorCode::Unavailable,
+            "the engine cannot be reached, or its model is loading; try again in a moment",
+        )
+    }
+
+    /// Fields that are wrong, each with what is wrong with it.
+    pub fn invalid<'a>(code: ErrorCode, violations: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
+        let mut violations = violations.take(MAX_VIOLATIONS).peekable();
+        let field = violations.peek().map(|&(field, _)| field.to_owned());
+        let shown: Vec<String> = violations.map(|(field, message)| public_name(field, message)).collect();
+        Self { field, ..Self::new(code, shown.join("; ")) }
+    }
+
     /// A bug of ours; `reason` is for the log alone.
     pub fn internal(reason: &str) -> Self {
         tracing::error!(reason, "internal error");
@@ -46,13 +62,7 @@ impl From<RequestError> for CallError {
         let plain = |message: &str| Self::new(code, message);
         match &error {
             RequestError::Invalid(violations) => {
-                let shown: Vec<String> = violations
-                    .iter()
-                    .take(MAX_VIOLATIONS)
-                    .map(|v| public_name(v.field, &v.message))
-                    .collect();
-                let field = violations.first().map(|violation| violation.field.to_owned());
-                Self { field, ..plain(&shown.join("; ")) }
+                Self::invalid(code, violations.iter().map(|v| (v.field, v.message.as_str())))
             }
             RequestError::QueueFull { retry_after, .. } | RequestError::Overloaded { retry_after, .. } => {
                 Self { retry_after: Some(*retry_after), ..plain(&error.to_string()) }

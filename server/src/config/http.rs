@@ -1,6 +1,6 @@
 //! What the HTTP port and the gateway need.
 
-use std::{fs, net::SocketAddr};
+use std::{fs, net::SocketAddr, time::Duration};
 
 use super::serve::{Keepalive, ListenConfig, TlsConfig, addresses, listen_config};
 use crate::{
@@ -67,6 +67,8 @@ pub struct GatewayConfig {
     pub engine: EngineAddress,
     /// The HTTP server.
     pub http: HttpConfig,
+    /// What running requests get to finish when the gateway shuts down.
+    pub shutdown_timeout: Duration,
     /// Log lines.
     pub log: LogConfig,
 }
@@ -115,7 +117,13 @@ impl GatewayConfig {
         }
         let listen = listen_config(&args.network)?;
         let http = HttpConfig::new(args.http, &args.network, &listen)?;
+        let shutdown_timeout = args.network.shutdown_timeout;
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
-        Ok(Self { engine: EngineAddress { url, api_key: args.engine_api_key, tls_ca }, http, log })
+        Ok(Self {
+            engine: EngineAddress { url, api_key: args.engine_api_key, tls_ca },
+            http,
+            shutdown_timeout,
+            log,
+        })
     }
 }

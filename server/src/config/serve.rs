@@ -33,8 +33,6 @@ pub struct ServeConfig {
     pub otlp: Option<OtlpEndpoint>,
     /// The HTTP server, if wanted.
     pub http: Option<HttpConfig>,
-    /// How answers are read.
-    pub parsers: Parsers,
 }
 
 /// Where and for whom to listen.
@@ -50,6 +48,8 @@ pub struct GrpcConfig {
     pub shutdown_timeout: Duration,
     /// When a silent connection counts as dead.
     pub keepalive: Keepalive,
+    /// How answers are to be read, here or by those who ask what is loaded.
+    pub parsers: Parsers,
 }
 
 /// When a silent connection counts as dead. What a client held that vanished is free again after both.
@@ -76,6 +76,7 @@ impl GrpcConfig {
             tls: None,
             shutdown_timeout: Duration::from_secs(30),
             keepalive: Keepalive::default(),
+            parsers: Parsers::default(),
         }
     }
 }
@@ -115,11 +116,11 @@ impl ServeConfig {
             addresses: addresses(&args.network, args.grpc_port)?,
             keys: listen.keys,
             tls: listen.tls,
-            shutdown_timeout: args.limits.shutdown_timeout,
+            shutdown_timeout: args.network.shutdown_timeout,
             keepalive: listen.keepalive,
+            parsers: Parsers { tools: args.tool_call_parser, reasoning: args.reasoning_parser },
         };
-        let parsers = Parsers { tools: args.tool_call_parser, reasoning: args.reasoning_parser };
-        Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint, http, parsers })
+        Ok(Self { engine, grpc, log, otlp: args.log.otlp_endpoint, http })
     }
 }
 

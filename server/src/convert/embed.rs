@@ -8,7 +8,7 @@ use tidemill_engine::{
 };
 use tidemill_proto::v1;
 
-use super::token_ids;
+use super::request::{end_client, token_ids};
 
 /// A request of the wire in the engine's terms, under the id that it has or was given.
 ///
@@ -23,9 +23,10 @@ pub fn embed_request(id: RequestId, request: v1::EmbedRequest) -> Result<EmbedRe
     };
     Ok(EmbedRequest {
         id: Some(id),
-        model: Some(request.model),
+        model: Some(request.model).filter(|model| !model.is_empty()),
         priority: request.priority,
         tenant: TenantId::new(request.tenant),
+        credential: end_client(request.end_client)?,
         cache_salt: request.cache_salt,
         dimensions: request.dimensions,
         normalize: request.normalize,

@@ -11,6 +11,11 @@ const MAX_VIOLATIONS: usize = 8;
 /// Longest message in bytes. Clients accept some 8 KiB of headers, and percent-encoding can triple a message.
 const MAX_MESSAGE_BYTES: usize = 512;
 
+/// Whose reasons they are, in `google.rpc.ErrorInfo`.
+const DOMAIN: &str = "tidemill";
+/// The reason in a status of an engine that a restart on the same device may not help.
+pub const DEVICE_LOST: &str = "DEVICE_LOST";
+
 /// The code of a class of errors.
 pub fn code(error: ErrorCode) -> Code {
     match error {
@@ -71,6 +76,8 @@ pub fn status(error: &RequestError, id: &RequestId) -> Status {
         }
         RequestError::DeviceLost(reason) => {
             tracing::error!(request_id = ?id.as_str(), reason, "the device is lost");
+            // The status is that of an engine which may come back; this one may not.
+            details.set_error_info(DEVICE_LOST, DOMAIN, []);
             "the device is lost; send the request to another replica".into()
         }
         RequestError::Internal(reason) => {

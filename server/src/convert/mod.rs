@@ -7,6 +7,7 @@ mod error;
 mod explain;
 mod kv_events;
 mod model;
+pub mod remote;
 mod request;
 mod response;
 pub mod vllm;

@@ -1,10 +1,16 @@
 //! What is loaded, for the wire.
 
-use tidemill_engine::ModelInfo;
+use tidemill_engine::{ModelInfo, ids::TokenId};
 use tidemill_proto::v1;
 
-/// A loaded model and its limits.
-pub fn model_response(info: &ModelInfo) -> v1::GetModelResponse {
+use crate::http::answer::parsers::{ReasoningFormat, ToolFormat};
+
+/// A loaded model, its limits, its special tokens, and how it writes tool calls and thoughts.
+pub fn model_response(
+    info: &ModelInfo,
+    special_tokens: Vec<(TokenId, String)>,
+    (tools, reasoning): (Option<ToolFormat>, Option<ReasoningFormat>),
+) -> v1::GetModelResponse {
     let defaults = &info.defaults;
     v1::GetModelResponse {
         served_model_name: info.served_model_name.clone(),
@@ -38,5 +44,11 @@ pub fn model_response(info: &ModelInfo) -> v1::GetModelResponse {
             normalize: info.embedding.normalize,
             is_only_output: info.embedding.is_only_output,
         }),
+        special_tokens: special_tokens
+            .into_iter()
+            .map(|(id, text)| v1::SpecialToken { id: id.0, text })
+            .collect(),
+        tool_call_parser: tools.map(|format| format.to_string()).unwrap_or_default(),
+        reasoning_parser: reasoning.map(|format| format.to_string()).unwrap_or_default(),
     }
 }

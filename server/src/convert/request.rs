@@ -1,5 +1,7 @@
 //! Requests from the wire.
 
+use std::sync::Arc;
+
 use tidemill_engine::{
     RequestError,
     ids::{RequestId, TenantId, TokenId},
@@ -37,12 +39,28 @@ pub fn generate_request(
         }),
         token_ids_only: output.token_ids_only,
         include_special_tokens: output.include_special_tokens,
-        model: Some(request.model),
+        model: Some(request.model).filter(|model| !model.is_empty()),
         priority: request.priority,
         tenant: TenantId::new(request.tenant),
+        credential: end_client(request.end_client)?,
         cache_salt: request.cache_salt,
         ..GenerateRequest::new(prompt)
     })
+}
+
+/// Longest name of an end client in bytes.
+const MAX_END_CLIENT_BYTES: usize = 128;
+
+/// Whom a request is for, as a credential. The door adds that of the connection.
+///
+/// # Errors
+/// When it is too long.
+pub fn end_client(name: String) -> Result<Arc<str>, RequestError> {
+    if name.len() > MAX_END_CLIENT_BYTES {
+        let message = format!("longer than {MAX_END_CLIENT_BYTES} bytes");
+        return Err(RequestError::invalid("end_client", message));
+    }
+    Ok(name.into())
 }
 
 /// Bare numbers as token ids; the engine checks them.

@@ -8,7 +8,7 @@ use tonic::{Code, Response, Status, metadata::MetadataMap};
 use crate::convert::{code_name, finish_reason_name};
 
 /// The header that carries a request's id, both ways of failing included.
-const REQUEST_ID: &str = "x-request-id";
+pub const REQUEST_ID: &str = "x-request-id";
 
 /// What scrapers, pages and gateways ask every second or so.
 const POLLED: [&str; 5] = ["GetStats", "Explain", "vllm.HealthCheck", "vllm.GetLoads", "vllm.GetServerInfo"];

@@ -37,12 +37,14 @@ pub struct Admitted {
     pub first_prompt_token: TokenId,
     /// The prompt's log-probabilities were asked for.
     pub prompt_logprobs: bool,
+    /// The prompt ends within the model's thoughts.
+    pub opens_thinking: bool,
 }
 
 impl Door {
     /// The door to the server's engine.
     pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
-        Self { lifecycle, texts: TextWorkers::new() }
+        Self { lifecycle, texts: TextWorkers::default() }
     }
 
     /// Where the server is in its life.
@@ -74,7 +76,7 @@ impl Door {
             request.deadline = origin.deadline;
             request.tenant = origin.tenant(request.tenant);
             request.trace_parent = origin.trace_parent;
-            request.credential = origin.credential.0;
+            request.credential = origin.credential.speaking_for(&request.credential);
             engine.validate(request)
         };
         let (engine, validated) = self.check(id, check).await?;
@@ -82,7 +84,8 @@ impl Door {
         let (prompt_tokens, first_prompt_token) = (prompt.len(), prompt[0]);
         let prompt_logprobs = validated.sampling().prompt_logprobs.is_some();
         let generation = engine.submit(validated).map_err(refused)?;
-        Ok(Admitted { generation, prompt_tokens, first_prompt_token, prompt_logprobs })
+        let opens_thinking = false;
+        Ok(Admitted { generation, prompt_tokens, first_prompt_token, prompt_logprobs, opens_thinking })
     }
 
     /// Checks a request for an embedding, hands it to the engine and waits for the answer. When the client goes away this future is
@@ -103,7 +106,7 @@ impl Door {
             request.deadline = origin.deadline;
             request.tenant = origin.tenant(request.tenant);
             request.trace_parent = origin.trace_parent;
-            request.credential = origin.credential.0;
+            request.credential = origin.credential.speaking_for(&request.credential);
             engine.validate_embed(request)
         };
         let (engine, validated) = self.check(&id, check).await?;

@@ -8,19 +8,30 @@ use super::{
     call::Call,
     door::{Door, Origin, request_id},
     stream::{Answer, ResponseStream},
+    vocabulary,
 };
-use crate::convert::{self, ResponseWriter};
+use crate::{
+    convert::{self, ResponseWriter},
+    http::answer::Parsers,
+};
+
+/// How many tokens a prompt has, in the headers of its response: known before its first output.
+pub const PROMPT_TOKENS: &str = "x-prompt-tokens";
+/// Whether it ends within the model's thoughts: 1 or 0.
+pub const OPENS_THINKING: &str = "x-opens-thinking";
 
 /// Turns prompts into tokens, or into embeddings.
 #[derive(Debug)]
 pub struct InferenceService {
     door: Door,
+    /// How answers are to be read, for those who ask what is loaded.
+    parsers: Parsers,
 }
 
 impl InferenceService {
     /// A service over the server's engine.
-    pub fn new(door: Door) -> Self {
-        Self { door }
+    pub fn new(door: Door, parsers: Parsers) -> Self {
+        Self { door, parsers }
     }
 }
 
@@ -41,7 +52,10 @@ impl Inference for InferenceService {
         match self.door.admit(&id, origin, read).await {
             Ok(admitted) => {
                 call.prompt_tokens(admitted.prompt_tokens);
-                let response = call.respond(());
+                let mut response = call.respond(());
+                let metadata = response.metadata_mut();
+                metadata.insert(PROMPT_TOKENS, admitted.prompt_tokens.into());
+                metadata.insert(OPENS_THINKING, u32::from(admitted.opens_thinking).into());
                 let writer = ResponseWriter::new(id, admitted.prompt_logprobs);
                 let answer = Answer::new(admitted.generation, writer, call);
                 Ok(response.map(|()| answer.into_stream()))
@@ -87,8 +101,22 @@ impl Inference for InferenceService {
         _: Request<v1::GetModelRequest>,
     ) -> Result<Response<v1::GetModelResponse>, Status> {
         let call = Call::start("GetModel", RequestId::random());
-        let model = self.door.engine().map(|engine| convert::model_response(engine.info()));
+        let model = self.door.engine().map(|engine| {
+            let formats = self.parsers.resolve(engine.text().chat_template_source());
+            convert::model_response(engine.info(), engine.text().special_tokens(), formats)
+        });
         call.end(model)
+    }
+
+    type GetVocabularyStream = ResponseStream<v1::GetVocabularyResponse>;
+
+    async fn get_vocabulary(
+        &self,
+        _: Request<v1::GetVocabularyRequest>,
+    ) -> Result<Response<Self::GetVocabularyStream>, Status> {
+        let call = Call::start("GetVocabulary", RequestId::random());
+        let chunks = self.door.engine().map(|engine| vocabulary::chunks(engine.text().clone()));
+        call.end(chunks)
     }
 }
 

@@ -15,7 +15,10 @@ mod server;
 mod stream;
 mod texts;
 mod vllm;
+mod vocabulary;
 
+pub use call::REQUEST_ID;
+pub use inference::{OPENS_THINKING, PROMPT_TOKENS};
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::Server;
 pub use texts::TextWorkers;

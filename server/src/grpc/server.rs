@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     config::{GrpcConfig, TlsConfig},
-    exit::{Exit, Failure},
+    exit::{Exit, Failure, with_causes},
 };
 
 /// Largest request in bytes.
@@ -69,7 +69,10 @@ impl Server {
             .max_connection_age(MAX_CONNECTION_AGE);
         if let Some(tls) = &config.tls {
             let wrong = |error| {
-                Failure::usage(format_args!("--tls-cert, --tls-key or --tls-client-ca: {}", chain(&error)))
+                Failure::usage(format_args!(
+                    "--tls-cert, --tls-key or --tls-client-ca: {}",
+                    with_causes(&error)
+                ))
             };
             builder = builder.tls_config(tls_config(tls)).map_err(wrong)?;
         }
@@ -129,7 +132,7 @@ fn routes(
 ) -> Result<Routes, Failure> {
     let health = tonic_health::server::HealthService::from_health_reporter(reporter);
     let door = Door::new(lifecycle.clone());
-    let inference = InferenceServer::new(InferenceService::new(door.clone()));
+    let inference = InferenceServer::new(InferenceService::new(door.clone(), config.parsers));
     let vllm = VllmEngineServer::new(VllmService::new(door));
     let control = ControlServer::new(ControlService::new(lifecycle.clone(), config.shutdown_timeout));
     let reflection = || {
@@ -171,10 +174,4 @@ fn cannot_bind(config: &GrpcConfig, error: &std::io::Error) -> Failure {
             "cannot listen on {addresses}: {error}; choose another --grpc-port (0 takes a free one) or --host"
         ),
     )
-}
-
-/// An error and its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

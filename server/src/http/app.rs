@@ -3,8 +3,9 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use tidemill_engine::ids::RequestId;
+use tidemill_engine::{RequestError, ids::RequestId};
 
+use super::openai::responses::Store;
 use crate::{
     auth::ApiKeys,
     client::{CallError, EngineClient, ModelCard},
@@ -24,6 +25,8 @@ pub struct AppState {
     pub live_page: bool,
     /// Requests of HTTP that are several of the engine.
     pub groups: Groups,
+    /// Responses that clients can come back to.
+    pub responses: Store,
 }
 
 /// Requests of HTTP that are several of the engine: an abort of one name must end all of them.
@@ -33,9 +36,11 @@ pub struct Groups(Arc<Mutex<HashMap<RequestId, usize>>>);
 impl Groups {
     /// Notes a request of `members` prompts until the group is dropped. A request of one prompt has the engine's own name.
     pub fn enter(&self, id: &RequestId, members: usize) -> Group {
-        let entered = members > 1;
+        let mut groups = self.0.lock();
+        // A second request of the same name is about to be refused, and the first one must stay.
+        let entered = members > 1 && !groups.contains_key(id);
         if entered {
-            self.0.lock().insert(id.clone(), members);
+            groups.insert(id.clone(), members);
         }
         Group(entered.then(|| (self.clone(), id.clone())))
     }
@@ -70,6 +75,7 @@ impl AppState {
             max_body_bytes: config.max_body_bytes,
             live_page: config.live_page,
             groups: Groups::default(),
+            responses: Store::default(),
         }
     }
 
@@ -79,5 +85,20 @@ impl AppState {
     /// UNAVAILABLE while nothing is.
     pub fn model(&self) -> Result<Arc<ModelCard>, CallError> {
         self.engine.model()
+    }
+
+    /// The same, if it has the name that a client asked for.
+    ///
+    /// # Errors
+    /// As [`Self::model`]; NOT_FOUND for another name.
+    pub fn model_named(&self, asked: Option<&str>) -> Result<Arc<ModelCard>, CallError> {
+        let card = self.model()?;
+        match asked.filter(|asked| !asked.is_empty() && **asked != card.served_model_name) {
+            None => Ok(card),
+            Some(asked) => {
+                let served = card.served_model_name.clone();
+                Err(RequestError::ModelNotFound { asked: asked.to_owned(), served }.into())
+            }
+        }
     }
 }

@@ -19,6 +19,9 @@ use crate::client::TokenizeInput;
 /// One of `prompt` and `messages`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct TokenizeRequest {
+    /// The model's name; absent for whatever is served.
+    #[serde(default)]
+    pub model: Option<String>,
     /// A text.
     #[serde(default)]
     pub prompt: Option<String>,
@@ -59,7 +62,7 @@ pub async fn tokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
         }),
         _ => return Err(ApiError::invalid("prompt", "give one of `prompt` and `messages`")),
     };
-    let card = app.model()?;
+    let card = app.model_named(request.model.as_deref())?;
     let tokenized = app.engine.tokenize(input).await?;
     let texts = request.return_token_strs.unwrap_or(false).then(|| {
         let text = |id: &TokenId| String::from_utf8_lossy(card.tokens.bytes(*id)).into_owned();
@@ -76,6 +79,9 @@ pub async fn tokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
 /// Token ids.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct DetokenizeRequest {
+    /// The model's name; absent for whatever is served.
+    #[serde(default)]
+    pub model: Option<String>,
     /// The ids.
     pub tokens: Vec<u32>,
     /// True leaves special tokens out.
@@ -86,6 +92,7 @@ pub struct DetokenizeRequest {
 /// Token ids as text.
 pub async fn detokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let request: DetokenizeRequest = call.json().await?;
+    app.model_named(request.model.as_deref())?;
     let ids = request.tokens.into_iter().map(TokenId).collect();
     let text = app.engine.detokenize(ids, request.skip_special_tokens != Some(true)).await?;
     Ok(json_response(&json!({ "prompt": text })))
@@ -105,6 +112,10 @@ const PREFIXES: [&str; 4] = ["chatcmpl-", "cmpl-", "msg_", "resp_"];
 pub async fn abort(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let request: AbortRequest = call.json().await?;
     let asked = request.request_id.as_str();
+    if asked.is_empty() || asked.len() > RequestId::MAX_BYTES {
+        let message = format!("must have 1 to {} bytes", RequestId::MAX_BYTES);
+        return Err(ApiError::invalid("request_id", message));
+    }
     let mut receipts = receipts(&app, asked).await?;
     let unknown =
         |receipts: &[AbortReceipt]| receipts.iter().all(|receipt| receipt.stage == AbortStage::Unknown);

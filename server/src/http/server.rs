@@ -71,7 +71,11 @@ impl HttpServer {
         let app = Arc::new(AppState::new(config, engine));
         let guard = middleware::from_fn_with_state(Door::new(app.clone()), door::guard);
         // The last layer is the first that a request meets. Browsers ask for permission without credentials.
-        let router = routes::router(app).layer(guard).layer(cors(&config.allowed_origins)?);
+        let router = routes::router(app).layer(guard);
+        let router = match cors(&config.allowed_origins)? {
+            Some(cors) => router.layer(cors),
+            None => router,
+        };
         let stopping = CancellationToken::new();
         let scheme = if tls.is_some() { "https" } else { "http" };
         let port = Port { router, tls, config: config.clone(), stopping: stopping.clone() };
@@ -218,7 +222,7 @@ impl Port {
 }
 
 /// Who may call from a browser's page: nobody unless the command line says so.
-fn cors(origins: &[String]) -> Result<CorsLayer, Failure> {
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, Failure> {
     let mut allowed = Vec::with_capacity(origins.len());
     for origin in origins {
         let value: HeaderValue = origin
@@ -227,17 +231,17 @@ fn cors(origins: &[String]) -> Result<CorsLayer, Failure> {
         allowed.push(value);
     }
     if allowed.is_empty() {
-        return Ok(CorsLayer::new());
+        return Ok(None);
     }
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([header::HeaderName::from_static(REQUEST_ID), header::RETRY_AFTER]);
-    Ok(if allowed.iter().any(|origin| origin == "*") {
+    Ok(Some(if allowed.iter().any(|origin| origin == "*") {
         layer.allow_origin(tower_http::cors::Any)
     } else {
         layer.allow_origin(allowed)
-    })
+    }))
 }
 
 fn cannot_bind(config: &HttpConfig, error: &io::Error) -> Failure {

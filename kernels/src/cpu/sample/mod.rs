@@ -9,7 +9,24 @@ use super::{
     pool::{Pool, Shared},
     simd::{Simd, exp},
 };
-use crate::sampling::{RowTask, SampleSpec, Sampled, gumbel, noise_bits};
+use crate::{
+    KernelError,
+    sampling::{RowTask, SampleSpec, Sampled, gumbel, noise_bits},
+};
+
+/// A mask has a bit for each token, and no other length than that makes.
+pub(super) fn check_masks(tasks: &[RowTask], vocab: usize) -> Result<(), KernelError> {
+    let expected = vocab.div_ceil(32);
+    for task in tasks {
+        if let RowTask::Sample(SampleSpec { allowed: Some(mask), .. }, _) = task
+            && mask.len() != expected
+        {
+            let (what, got, expected) = ("words of allowed tokens".into(), vec![mask.len()], vec![expected]);
+            return Err(KernelError::Shape { op: "sample", what, got, expected });
+        }
+    }
+    Ok(())
+}
 
 /// `Ops::sample`.
 pub(super) fn run(
@@ -48,7 +65,7 @@ fn one(host: Host, row: &mut [f32], task: &RowTask) -> Sampled {
     }
 }
 
-/// Bias, penalties and forbidden tokens.
+/// Bias, penalties, forbidden tokens and those that are not allowed.
 fn adjust(row: &mut [f32], spec: &SampleSpec) {
     for &(token, bias) in &spec.logit_bias {
         row[token as usize] += bias;
@@ -62,6 +79,22 @@ fn adjust(row: &mut [f32], spec: &SampleSpec) {
     }
     for &token in &spec.forbidden {
         row[token as usize] = f32::NEG_INFINITY;
+    }
+    if let Some(allowed) = &spec.allowed {
+        for (row, word) in row.chunks_mut(32).zip(allowed.iter()) {
+            if *word != u32::MAX {
+                keep(row, *word);
+            }
+        }
+    }
+}
+
+/// Keeps the logits whose bits are set.
+fn keep(row: &mut [f32], bits: u32) {
+    for (bit, x) in row.iter_mut().enumerate() {
+        if bits >> bit & 1 == 0 {
+            *x = f32::NEG_INFINITY;
+        }
     }
 }
 

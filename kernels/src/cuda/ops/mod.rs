@@ -33,8 +33,8 @@ pub use probe::{probe_copy_bandwidth, probe_read_bandwidth, probe_sums};
 pub use rmsnorm::{RmsNorm, rmsnorm};
 pub use rope_kv_write::{HeadNorm, PADDING_SLOT, RopeKvWrite, Rotary, rope_kv_write};
 pub use sampling::{
-    BlockShape, Encoded, MAX_TOP, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, list_words,
-    sample,
+    BlockShape, Encoded, MAX_TOP, Needs, RESULT_WORDS, Sample, Sampler, decode_results, encode, is_masked,
+    list_words, mask_words, sample,
 };
 
 use super::driver::Kernel;

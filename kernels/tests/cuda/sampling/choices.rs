@@ -156,9 +156,8 @@ fn a_mask_is_the_same_as_all_other_tokens_forbidden() {
         for vocab in [31, 1000] {
             let row = &rows(vocab, 9)[1];
             let mut mask: Vec<u32> = (0..vocab.div_ceil(32)).map(|i| 0x1010_8421 << (i % 3)).collect();
-            let with = |spec: SampleSpec, mask: &[u32]| Case {
-                allowed: Some(mask.to_vec()),
-                ..case(row, RowTask::Sample(spec, Some(3)))
+            let with = |spec: SampleSpec, mask: &[u32]| {
+                case(row, RowTask::Sample(SampleSpec { allowed: Some(mask.into()), ..spec }, Some(3)))
             };
             let mut cases: Vec<Case> = [
                 greedy(),

@@ -148,7 +148,7 @@ fn a_captured_graph_serves_other_tasks() {
     let graph = driver.end_capture().unwrap();
     for cases in [&first, &second] {
         bench.tasks = cases.iter().map(|c| c.task.clone()).collect();
-        copy_in(&driver, &bench.block, &encode(shape, &bench.tasks, &[]).unwrap().words);
+        copy_in(&driver, &bench.block, &encode(shape, &bench.tasks).unwrap().words);
         let words: Vec<u32> = row.iter().chain(row).map(|x| x.to_bits()).collect();
         // SAFETY: the logits hold two rows; the graph's memory lives.
         unsafe {

@@ -41,6 +41,7 @@ fn spec(seed: u64) -> SampleSpec {
         token_counts: vec![],
         logit_bias: vec![],
         forbidden: vec![],
+        allowed: None,
     }
 }
 
@@ -48,16 +49,15 @@ fn greedy() -> SampleSpec {
     SampleSpec { temperature: 0.0, ..spec(0) }
 }
 
-/// A row of logits, what is asked of it, and the tokens that a grammar allows.
+/// A row of logits and what is asked of it.
 #[derive(Clone)]
 struct Case {
     logits: Vec<f32>,
     task: RowTask,
-    allowed: Option<Vec<u32>>,
 }
 
 fn case(logits: &[f32], task: RowTask) -> Case {
-    Case { logits: logits.to_vec(), task, allowed: None }
+    Case { logits: logits.to_vec(), task }
 }
 
 fn drawn(logits: &[f32], spec: SampleSpec) -> Case {
@@ -86,10 +86,9 @@ impl Bench {
     /// Memory for `cases` and `padding` rows more.
     fn new(device: &Device, driver: &Arc<dyn Driver>, cases: &[Case], padding: usize) -> Self {
         let tasks: Vec<RowTask> = cases.iter().map(|c| c.task.clone()).collect();
-        let allowed: Vec<Option<&[u32]>> = cases.iter().map(|c| c.allowed.as_deref()).collect();
         let (rows, vocab) = (cases.len() + padding, cases[0].logits.len());
-        let shape = BlockShape { rows, vocab, list_words: list_words(&tasks, &allowed) };
-        let encoded = encode(shape, &tasks, &allowed).unwrap();
+        let shape = BlockShape { rows, vocab, list_words: list_words(&tasks) };
+        let encoded = encode(shape, &tasks).unwrap();
         let sampler = Sampler::new(device, shape).unwrap();
         let mut words = encoded.words;
         assert!(words.len() <= shape.words());
@@ -143,7 +142,9 @@ fn cpu() -> CpuOps {
 /// The reference; a mask is the same as all other tokens forbidden.
 fn expected(ops: &CpuOps, case: &Case) -> Sampled {
     let mut task = case.task.clone();
-    if let (RowTask::Sample(spec, _), Some(mask)) = (&mut task, &case.allowed) {
+    if let RowTask::Sample(spec, _) = &mut task
+        && let Some(mask) = spec.allowed.take()
+    {
         let refused = |t: &u32| mask[*t as usize / 32] >> (t % 32) & 1 == 0;
         spec.forbidden.extend((0..case.logits.len() as u32).filter(refused));
     }

@@ -99,13 +99,14 @@ mod tests {
 
     fn unpacked(archive: &Archive) -> Vec<(String, Vec<u8>)> {
         let mut zip = ZipArchive::new(Cursor::new(&archive.bytes)).unwrap();
+        let count = zip.len();
         let read = |index| {
             let mut file = zip.by_index(index).unwrap();
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).unwrap();
             (file.name().to_owned(), bytes)
         };
-        (0..zip.len()).map(read).collect()
+        (0..count).map(read).collect()
     }
 
     #[test]

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tidemill_engine::{
-    request::{GenerateRequest, Prompt},
+    request::{GenerateRequest, Prompt, limits},
     text::chat::ChatPrompt,
 };
 
@@ -118,6 +118,11 @@ impl ChatFields {
             self.top_logprobs.is_some() && self.logprobs != Some(true),
             "top_logprobs",
             "can only be given with `logprobs: true`",
+        )?;
+        refuse(
+            self.top_logprobs.is_some_and(|top| top > limits::MAX_LOGPROBS),
+            "top_logprobs",
+            "must be 20 or less",
         )
     }
 }

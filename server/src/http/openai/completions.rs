@@ -24,6 +24,8 @@ use crate::{
 
 /// Most prompts of a request.
 const MAX_PROMPTS: usize = 256;
+/// Length of an answer whose length nobody named: OpenAI's for this route, where a text may go on for ever.
+const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// What is of completions alone.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -115,6 +117,7 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let echo = fields.echo.unwrap_or(false);
     let mut request = GenerateRequest::new(Prompt::Text(String::new()));
     sampling.apply(&mut request)?;
+    request.sampling.max_tokens.get_or_insert(DEFAULT_MAX_TOKENS);
     request.model = fields.model.clone();
     request.sampling.logprobs = fields.logprobs;
     if echo && request.sampling.prompt_logprobs.is_none() {

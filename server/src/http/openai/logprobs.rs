@@ -10,7 +10,7 @@ use crate::client::ModelCard;
 #[derive(Debug, Serialize)]
 pub struct ChatLogprob {
     token: String,
-    logprob: f32,
+    logprob: f64,
     bytes: Vec<u8>,
     top_logprobs: Vec<TopLogprob>,
 }
@@ -18,8 +18,13 @@ pub struct ChatLogprob {
 #[derive(Debug, Serialize)]
 struct TopLogprob {
     token: String,
-    logprob: f32,
+    logprob: f64,
     bytes: Vec<u8>,
+}
+
+/// The number with as few digits as tell it from its neighbours: whichever way it is written into JSON, it looks the same.
+fn shortest(logprob: f32) -> f64 {
+    logprob.to_string().parse().unwrap_or(f64::from(logprob))
 }
 
 fn text(card: &ModelCard, id: TokenId) -> String {
@@ -30,7 +35,7 @@ fn text(card: &ModelCard, id: TokenId) -> String {
 pub fn chat(card: &ModelCard, logprobs: &[TokenLogprobs], top: u32) -> Vec<ChatLogprob> {
     let one = |entry: &TokenLogprobs| ChatLogprob {
         token: text(card, entry.token),
-        logprob: entry.logprob,
+        logprob: shortest(entry.logprob),
         bytes: card.tokens.bytes(entry.token).to_vec(),
         top_logprobs: entry
             .top
@@ -38,7 +43,7 @@ pub fn chat(card: &ModelCard, logprobs: &[TokenLogprobs], top: u32) -> Vec<ChatL
             .take(top as usize)
             .map(|&(id, logprob)| TopLogprob {
                 token: text(card, id),
-                logprob,
+                logprob: shortest(logprob),
                 bytes: card.tokens.bytes(id).to_vec(),
             })
             .collect(),
@@ -50,7 +55,7 @@ pub fn chat(card: &ModelCard, logprobs: &[TokenLogprobs], top: u32) -> Vec<ChatL
 #[derive(Debug, Default, Serialize)]
 pub struct CompletionLogprobs {
     text_offset: Vec<usize>,
-    token_logprobs: Vec<Option<f32>>,
+    token_logprobs: Vec<Option<f64>>,
     tokens: Vec<String>,
     top_logprobs: Vec<Option<Map<String, Value>>>,
 }
@@ -65,11 +70,11 @@ impl CompletionLogprobs {
     pub fn push(&mut self, card: &ModelCard, entry: &TokenLogprobs, top: u32, offset: &mut usize) {
         let mut best: Map<String, Value> = Map::new();
         for &(id, logprob) in entry.top.iter().take(top as usize) {
-            best.insert(text(card, id), json!(logprob));
+            best.insert(text(card, id), json!(shortest(logprob)));
         }
         // The token itself is always among them, as in the original.
-        best.entry(text(card, entry.token)).or_insert_with(|| json!(entry.logprob));
-        self.push_token(text(card, entry.token), Some(entry.logprob), Some(best), offset);
+        best.entry(text(card, entry.token)).or_insert_with(|| json!(shortest(entry.logprob)));
+        self.push_token(text(card, entry.token), Some(shortest(entry.logprob)), Some(best), offset);
     }
 
     /// Whether nothing is said.
@@ -88,7 +93,7 @@ impl CompletionLogprobs {
     fn push_token(
         &mut self,
         token: String,
-        logprob: Option<f32>,
+        logprob: Option<f64>,
         top: Option<Map<String, Value>>,
         offset: &mut usize,
     ) {
@@ -108,11 +113,11 @@ pub fn prompt(card: &ModelCard, logprobs: &[TokenLogprobs]) -> Vec<Value> {
         for (rank, &(id, logprob)) in (1..).zip(&entry.top) {
             map.insert(
                 id.to_string(),
-                json!({"logprob": logprob, "rank": rank, "decoded_token": text(card, id)}),
+                json!({"logprob": shortest(logprob), "rank": rank, "decoded_token": text(card, id)}),
             );
         }
         map.entry(entry.token.to_string()).or_insert_with(|| {
-            json!({"logprob": entry.logprob, "rank": entry.rank, "decoded_token": text(card, entry.token)})
+            json!({"logprob": shortest(entry.logprob), "rank": entry.rank, "decoded_token": text(card, entry.token)})
         });
         list.push(Value::Object(map));
     }

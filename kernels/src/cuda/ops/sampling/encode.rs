@@ -70,36 +70,41 @@ pub struct Encoded {
     pub needs: Needs,
 }
 
-/// Words that the lists of `tasks` take; `allowed` as for [`encode`].
-pub fn list_words(tasks: &[RowTask], allowed: &[Option<&[u32]>]) -> usize {
+/// Words that the lists of `tasks` take, masks included.
+pub fn list_words(tasks: &[RowTask]) -> usize {
     let lists = |task: &RowTask| match task {
         RowTask::Score(..) => 0,
         RowTask::Sample(spec, _) => {
-            2 * spec.logit_bias.len() + 2 * spec.token_counts.len() + spec.forbidden.len()
+            let mask = spec.allowed.as_ref().map_or(0, |mask| mask.len());
+            2 * spec.logit_bias.len() + 2 * spec.token_counts.len() + spec.forbidden.len() + mask
         }
     };
-    tasks.iter().map(lists).sum::<usize>() + allowed.iter().flatten().map(|mask| mask.len()).sum::<usize>()
+    tasks.iter().map(lists).sum()
 }
 
-/// Encodes `tasks`, at most `shape.rows` of them.
-///
-/// `allowed` is empty, or holds for each task the bits of the tokens that may be chosen (a grammar's), `ceil(V / 32)` words; others
-/// count as forbidden. A task's `logit_bias` and `token_counts` name each token once.
+/// Words of one row's mask.
+pub fn mask_words(vocab: usize) -> usize {
+    vocab.div_ceil(32)
+}
+
+/// Whether a task has a mask.
+pub fn is_masked(task: &RowTask) -> bool {
+    matches!(task, RowTask::Sample(SampleSpec { allowed: Some(_), .. }, _))
+}
+
+/// Encodes `tasks`, at most `shape.rows` of them. A task's `logit_bias` and `token_counts` name each token once.
 ///
 /// # Errors
 /// [`KernelError::Shape`] when there are more tasks than rows, the lists have no room, or a mask has another length;
 /// [`KernelError::Unsupported`] when a token is not below V, or more than [`MAX_TOP`] log-probabilities are asked for.
-pub fn encode(shape: BlockShape, tasks: &[RowTask], allowed: &[Option<&[u32]>]) -> Result<Encoded> {
+pub fn encode(shape: BlockShape, tasks: &[RowTask]) -> Result<Encoded> {
     let refuse = |what: &str, got: usize, expected: usize| {
         Err(KernelError::Shape { op: OP, what: what.into(), got: vec![got], expected: vec![expected] })
     };
     if tasks.len() > shape.rows {
         return refuse("tasks", tasks.len(), shape.rows);
     }
-    if !allowed.is_empty() && allowed.len() != tasks.len() {
-        return refuse("allowed", allowed.len(), tasks.len());
-    }
-    let lists = list_words(tasks, allowed);
+    let lists = list_words(tasks);
     if lists > shape.list_words {
         return refuse("lists of the tasks", lists, shape.list_words);
     }
@@ -111,15 +116,14 @@ pub fn encode(shape: BlockShape, tasks: &[RowTask], allowed: &[Option<&[u32]>]) 
     };
     block.words.reserve_exact(lists);
     for (row, task) in tasks.iter().enumerate() {
-        let mask = allowed.get(row).copied().flatten();
-        if let Some(mask) = mask
-            && mask.len() != shape.vocab.div_ceil(32)
+        if let RowTask::Sample(SampleSpec { allowed: Some(mask), .. }, _) = task
+            && mask.len() != mask_words(shape.vocab)
         {
-            return refuse("words of allowed tokens", mask.len(), shape.vocab.div_ceil(32));
+            return refuse("words of allowed tokens", mask.len(), mask_words(shape.vocab));
         }
         let record = match task {
             RowTask::Score(token, top) => block.score(*token, *top)?,
-            RowTask::Sample(spec, top) => block.sample(spec, *top, mask)?,
+            RowTask::Sample(spec, top) => block.sample(spec, *top)?,
         };
         block.words[row * TASK_WORDS..][..TASK_WORDS].copy_from_slice(&record);
     }
@@ -159,12 +163,8 @@ impl Block {
         Ok(record)
     }
 
-    fn sample(
-        &mut self,
-        spec: &SampleSpec,
-        top: Option<u32>,
-        mask: Option<&[u32]>,
-    ) -> Result<[u32; TASK_WORDS]> {
+    fn sample(&mut self, spec: &SampleSpec, top: Option<u32>) -> Result<[u32; TASK_WORDS]> {
+        let mask = spec.allowed.as_deref();
         // As many as there are tokens, or more, are all of them.
         let top_k = if (spec.top_k as usize) < self.vocab { spec.top_k } else { 0 };
         let filtered = top_k > 0 || spec.top_p < 1.0 || spec.min_p > 0.0;
@@ -252,15 +252,20 @@ mod tests {
             token_counts: vec![(3, 2), (4, 0)],
             logit_bias: vec![(5, 1.5)],
             forbidden: vec![9, 1, 9],
+            allowed: None,
         }
+    }
+
+    fn masked(allowed: &[u32]) -> SampleSpec {
+        SampleSpec { allowed: Some(allowed.into()), ..spec() }
     }
 
     const SHAPE: BlockShape = BlockShape { rows: 3, vocab: 40, list_words: 12 };
 
     #[test]
     fn lists_follow_the_records_and_padding_rows_are_zeros() {
-        let tasks = [RowTask::Score(8, 4), RowTask::Sample(spec(), None)];
-        let Encoded { words, needs } = encode(SHAPE, &tasks, &[None, Some(&[6, 7])]).unwrap();
+        let tasks = [RowTask::Score(8, 4), RowTask::Sample(masked(&[6, 7]), None)];
+        let Encoded { words, needs } = encode(SHAPE, &tasks).unwrap();
         assert_eq!(needs, Needs { filters: false, logprobs: true });
         assert_eq!(words[..3], [ACTIVE | SCORE | LOGPROBS, 8, 4]);
         assert_eq!(words[20], ACTIVE | EDITED | MASKED);
@@ -273,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_top_k_of_the_whole_vocabulary_is_no_filter() {
-        let needs = |spec: SampleSpec| encode(SHAPE, &[RowTask::Sample(spec, None)], &[]).unwrap().needs;
+        let needs = |spec: SampleSpec| encode(SHAPE, &[RowTask::Sample(spec, None)]).unwrap().needs;
         assert!(!needs(SampleSpec { top_k: 40, ..spec() }).filters);
         assert!(needs(SampleSpec { top_k: 39, ..spec() }).filters);
         assert!(needs(SampleSpec { top_p: 0.9, ..spec() }).filters);
@@ -283,17 +288,16 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let one = [RowTask::Sample(spec(), Some(20))];
-        assert_eq!(list_words(&one, &[Some(&[0, 0])]), 11);
+        let one = [RowTask::Sample(masked(&[0, 0]), Some(20))];
+        assert_eq!(list_words(&one), 11);
         let shape = |list_words| BlockShape { list_words, ..SHAPE };
-        assert!(encode(shape(11), &one, &[Some(&[0, 0])]).is_ok());
+        assert!(encode(shape(11), &one).is_ok());
         let refused = |result| matches!(result, Err(KernelError::Shape { op: "sample", .. }));
-        assert!(refused(encode(shape(10), &one, &[Some(&[0, 0])])));
-        assert!(refused(encode(SHAPE, &one, &[Some(&[0])])));
-        assert!(refused(encode(SHAPE, &one, &[None, None])));
-        assert!(refused(encode(SHAPE, &vec![RowTask::Score(0, 0); 4], &[])));
+        assert!(refused(encode(shape(10), &one)));
+        assert!(refused(encode(SHAPE, &[RowTask::Sample(masked(&[0]), None)])));
+        assert!(refused(encode(SHAPE, &vec![RowTask::Score(0, 0); 4])));
         let unsupported =
-            |task| matches!(encode(SHAPE, &[task], &[]), Err(KernelError::Unsupported { op: "sample", .. }));
+            |task| matches!(encode(SHAPE, &[task]), Err(KernelError::Unsupported { op: "sample", .. }));
         assert!(unsupported(RowTask::Score(40, 0)));
         assert!(unsupported(RowTask::Score(0, 21)));
         assert!(unsupported(RowTask::Sample(SampleSpec { forbidden: vec![40], ..spec() }, None)));

@@ -9,7 +9,7 @@ mod launch;
 mod results;
 mod scratch;
 
-pub use encode::{BlockShape, Encoded, Needs, encode, list_words};
+pub use encode::{BlockShape, Encoded, Needs, encode, is_masked, list_words, mask_words};
 pub use launch::{Sample, sample};
 pub use results::{RESULT_WORDS, decode_results};
 pub use scratch::Sampler;

@@ -92,7 +92,12 @@ pub fn conversation(messages: &[MessageField]) -> Result<Vec<ChatMessage>, ApiEr
     let convert = |(at, message): (usize, &MessageField)| {
         let content = match &message.content {
             Some(content) => content.text(&format!("messages[{at}].content"))?,
-            None => String::new(),
+            // An assistant may have called tools without a word.
+            None if message.role == "assistant" => String::new(),
+            None => {
+                let message = "is missing; only an assistant's message can do without";
+                return Err(ApiError::invalid(format!("messages[{at}].content"), message));
+            }
         };
         let calls = message.tool_calls.as_deref().filter(|calls| !calls.is_empty());
         Ok(ChatMessage {
