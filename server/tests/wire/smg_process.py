@@ -94,16 +94,8 @@ class Smg:
         except ValueError:
             return answer.status, text
 
-    def stop(self):
-        """Ends it the polite way."""
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        finally:
-            self.kill()
-
     def kill(self):
-        """Ends it for certain."""
+        """Ends it: it would take some seconds to do so by itself, whatever it has to do."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()

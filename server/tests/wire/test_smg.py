@@ -25,7 +25,7 @@ def fleet():
     servers = [Server(EVENTS, http=False) for _ in range(2)]
     smg = Smg(servers, "--policy", "round_robin")
     yield smg, servers
-    smg.stop()
+    smg.kill()
     for server in servers:
         assert server.stop() == 0
         assert not server.complaints()
@@ -261,7 +261,7 @@ def test_when_a_server_is_killed_the_other_goes_on(start_server):
         servers[1].wait_for_stats(lambda s: s.requests_finished_total == before + 6, "all went there")
         smg.wait_until(lambda: len(smg.workers()) == 1, "it knows that one is gone")
     finally:
-        smg.stop()
+        smg.kill()
 
 
 def test_a_server_that_drains_gets_nothing_new_and_finishes_what_it_has(start_server):
@@ -278,7 +278,7 @@ def test_a_server_that_drains_gets_nothing_new_and_finishes_what_it_has(start_se
         assert finished[-1] == "length", "nothing was cut off"
         assert busy.wait_for_exit() == 0
     finally:
-        smg.stop()
+        smg.kill()
 
 
 # Routing by what is cached
@@ -317,7 +317,7 @@ def test_requests_go_to_where_their_beginning_is_cached(start_server):
             assert sorted(asked)[0] == 0, "one server had all of this conversation"
             assert max(gained) >= 5 * (prompt - 48)
     finally:
-        smg.stop()
+        smg.kill()
 
 
 def test_what_was_cached_before_the_gateway_came_is_found(start_server):
@@ -333,4 +333,4 @@ def test_what_was_cached_before_the_gateway_came_is_found(start_server):
             assert smg.post("/v1/chat/completions", conversation(topic, 7))[0] == 200
             assert hits(servers[place]) > before, f"{topic} is cached in {place}"
     finally:
-        smg.stop()
+        smg.kill()
