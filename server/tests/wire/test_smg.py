@@ -4,11 +4,13 @@ import http.client
 import json
 import re
 import signal
+import subprocess
+from pathlib import Path
 
 import jsonschema
 import pytest
 from client import chat
-from smg_process import Smg
+from smg_process import SMG, Smg
 
 MODEL = "tidemill-demo"
 HELLO = dict(model=MODEL, messages=[dict(role="user", content="Hello!")], temperature=0, max_tokens=30)
@@ -281,6 +283,20 @@ def test_a_server_that_drains_gets_nothing_new_and_finishes_what_it_has(start_se
         smg.kill()
 
 
+# Servers that want a key
+
+
+def test_over_http_the_gateway_shows_its_key(start_server):
+    """Over gRPC it has no way to."""
+    server = start_server("--api-key", "s3cret", api_key="s3cret")
+    smg = Smg([server], api_key="s3cret")
+    try:
+        status, answer = smg.post("/v1/chat/completions", HELLO)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, ours(server).text)
+    finally:
+        smg.kill()
+
+
 # Routing by what is cached
 
 
@@ -334,3 +350,15 @@ def test_what_was_cached_before_the_gateway_came_is_found(start_server):
             assert hits(servers[place]) > before, f"{topic} is cached in {place}"
     finally:
         smg.kill()
+
+
+# What we tell users
+
+
+def test_the_options_that_we_recommend_exist():
+    readme = (Path(__file__).parents[2] / "deploy" / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for line in readme.splitlines() if line.startswith("smg launch ")]
+    assert len(lines) >= 4
+    known = subprocess.run([SMG, "launch", "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+    options = {word for line in lines for word in line.split() if word.startswith("--")}
+    assert {option for option in options if not re.search(rf"{option}\b", known)} == set()
