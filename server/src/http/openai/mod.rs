@@ -2,8 +2,10 @@
 
 pub mod chat;
 pub mod completions;
+pub mod embeddings;
 mod logprobs;
 pub mod models;
+pub mod responses;
 pub mod tools;
 
 use serde::Serialize;
