@@ -19,8 +19,8 @@ use tidemill_engine::{
     EngineStats, ErrorCode, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, AbortStage},
-    request::GenerateRequest,
+    output::{AbortReceipt, AbortStage, Embedding},
+    request::{EmbedRequest, GenerateRequest},
 };
 use tidemill_proto::v1::{
     self, control_client::ControlClient, inference_client::InferenceClient, tokenize_request::Input,
@@ -107,7 +107,8 @@ impl EngineClient for RemoteEngine {
         self.link.card()?;
         let completions = request.sampling.n.unwrap_or(1);
         let (given, deadline) = (request.id.clone(), request.deadline);
-        let call = generate_call(request)?;
+        let trace_parent = request.trace_parent.clone();
+        let call = call(convert::generate_message(request), deadline, trace_parent)?;
         let response = self.inference.clone().generate(call).await;
         let response = response.map_err(|status| failure(&status, deadline))?;
         let number = |name| -> Result<usize, CallError> {
@@ -123,6 +124,17 @@ impl EngineClient for RemoteEngine {
         let id = id.ok_or_else(|| CallError::internal("the engine's answer has no id"))?;
         let answer = Answer::new(response.into_inner(), completions, deadline, place);
         Ok(Accepted { id, prompt_tokens, opens_thinking, outputs: Box::pin(answer) })
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError> {
+        let _place = self.drain.enter().ok_or(RequestError::Draining)?;
+        self.link.card()?;
+        let (deadline, trace_parent) = (request.deadline, request.trace_parent.clone());
+        let call = call(convert::embed_message(request)?, deadline, trace_parent)?;
+        // A future that is dropped takes the call with it, and the engine aborts the request.
+        let response = self.inference.clone().embed(call).await;
+        let response = response.map_err(|status| failure(&status, deadline))?;
+        Ok(convert::embedding(response.into_inner()))
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {
@@ -182,9 +194,12 @@ impl EngineClient for RemoteEngine {
 }
 
 /// A message with what travels in headers.
-fn generate_call(mut request: GenerateRequest) -> Result<Request<v1::GenerateRequest>, CallError> {
-    let (deadline, trace_parent) = (request.deadline.take(), request.trace_parent.take());
-    let mut call = Request::new(convert::generate_message(request));
+fn call<T>(
+    message: T,
+    deadline: Option<Instant>,
+    trace_parent: Option<Arc<str>>,
+) -> Result<Request<T>, CallError> {
+    let mut call = Request::new(message);
     if let Some(deadline) = deadline {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
