@@ -19,8 +19,8 @@ pub use control::{abort_receipt, engine_stats};
 pub use embed::{embed_message, embedding};
 pub use error::{call_error, call_error_of};
 pub use model::model_card;
-pub use request::{chat_message, generate_message};
-pub use response::output;
+pub use request::{chat_message, embed_message, generate_message};
+pub use response::{embedding, output};
 
 use std::time::Duration;
 
