@@ -136,11 +136,20 @@ mod tests {
     fn whom_a_gateway_speaks_for_cannot_pass_for_the_client_of_another() {
         let (gateway, other) = (Credential::of(b"gateway"), Credential::of(b"other"));
         assert_eq!(gateway.speaking_for(""), gateway.0);
-        let names = [gateway.speaking_for("a"), gateway.speaking_for("b"), other.speaking_for("a"), gateway.0.clone()];
+        let names = [
+            gateway.speaking_for("a"),
+            gateway.speaking_for("b"),
+            other.speaking_for("a"),
+            gateway.0.clone(),
+        ];
         for (at, name) in names.iter().enumerate() {
             assert!(!names[..at].contains(name), "{name}");
         }
-        assert_ne!(Credential("".into()).speaking_for(&gateway.0), gateway.0, "an open server's clients name themselves only");
+        assert_ne!(
+            Credential("".into()).speaking_for(&gateway.0),
+            gateway.0,
+            "an open server's clients name themselves only"
+        );
     }
 
     #[test]

@@ -18,11 +18,7 @@ use crate::{
 ///
 /// # Errors
 /// Each with its exit code.
-pub async fn gateway(
-    address: EngineAddress,
-    http: HttpConfig,
-    grace: Duration,
-) -> Result<(), Failure> {
+pub async fn gateway(address: EngineAddress, http: HttpConfig, grace: Duration) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let engine = Arc::new(RemoteEngine::new(&address)?);
     let server = HttpServer::bind(&http, engine.clone()).await?;

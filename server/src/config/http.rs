@@ -119,6 +119,11 @@ impl GatewayConfig {
         let http = HttpConfig::new(args.http, &args.network, &listen)?;
         let shutdown_timeout = args.network.shutdown_timeout;
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
-        Ok(Self { engine: EngineAddress { url, api_key: args.engine_api_key, tls_ca }, http, shutdown_timeout, log })
+        Ok(Self {
+            engine: EngineAddress { url, api_key: args.engine_api_key, tls_ca },
+            http,
+            shutdown_timeout,
+            log,
+        })
     }
 }

@@ -14,8 +14,8 @@ mod readings;
 mod server;
 mod stream;
 mod texts;
-mod vocabulary;
 mod vllm;
+mod vocabulary;
 
 pub use call::REQUEST_ID;
 pub use inference::{OPENS_THINKING, PROMPT_TOKENS};

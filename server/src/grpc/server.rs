@@ -69,7 +69,10 @@ impl Server {
             .max_connection_age(MAX_CONNECTION_AGE);
         if let Some(tls) = &config.tls {
             let wrong = |error| {
-                Failure::usage(format_args!("--tls-cert, --tls-key or --tls-client-ca: {}", with_causes(&error)))
+                Failure::usage(format_args!(
+                    "--tls-cert, --tls-key or --tls-client-ca: {}",
+                    with_causes(&error)
+                ))
             };
             builder = builder.tls_config(tls_config(tls)).map_err(wrong)?;
         }

@@ -9,7 +9,10 @@ use tonic::{
     transport::{self, Certificate, ClientTlsConfig, Endpoint},
 };
 
-use crate::{config::EngineAddress, exit::{Failure, with_causes}};
+use crate::{
+    config::EngineAddress,
+    exit::{Failure, with_causes},
+};
 
 /// What a connection may take to be made. Requests that need it wait as long.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);

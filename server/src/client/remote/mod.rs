@@ -63,8 +63,7 @@ impl RemoteEngine {
     /// Wrong usage when the address, the key or the certificate cannot be used.
     pub fn new(address: &EngineAddress) -> Result<Self, Failure> {
         let channel = connect(address)?;
-        let inference =
-            InferenceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let inference = InferenceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let control = ControlClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let link = Arc::new(Link::default());
         let watch = Watch::new(channel, inference.clone(), link.clone());
@@ -114,7 +113,9 @@ impl EngineClient for RemoteEngine {
         let number = |name| -> Result<usize, CallError> {
             let value = text(response.metadata(), name).and_then(|value| value.parse().ok());
             value.ok_or_else(|| {
-                CallError::internal(&format!("the engine's answer has no {name}; run the gateway's version of it"))
+                CallError::internal(&format!(
+                    "the engine's answer has no {name}; run the gateway's version of it"
+                ))
             })
         };
         let (prompt_tokens, opens_thinking) = (number(PROMPT_TOKENS)?, number(OPENS_THINKING)? == 1);

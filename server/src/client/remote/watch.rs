@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tidemill_proto::v1::{self, inference_client::InferenceClient, inference_server::SERVICE_NAME};
 use tokio::time;
 use tonic::Status;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 
 use super::{channel::Channel, link::Link};
 use crate::{client::ModelCard, convert::remote as convert};

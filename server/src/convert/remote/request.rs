@@ -105,11 +105,13 @@ fn structured_form(structured: Structured) -> v1::Structured {
 
 /// A conversation as a message.
 pub fn chat_message(chat: ChatPrompt) -> v1::ChatPrompt {
-    let ChatPrompt { messages, tools, add_generation_prompt, template_kwargs } = chat;
+    let ChatPrompt { messages, tools, add_generation_prompt, continue_final_message, template_kwargs } = chat;
     v1::ChatPrompt {
         messages: messages.into_iter().map(turn).collect(),
         tools_json: json(tools),
-        add_generation_prompt: Some(add_generation_prompt),
+        // Absent is true; said aloud, it would contradict `continue_final_message`, which simply wins in the engine.
+        add_generation_prompt: (!add_generation_prompt).then_some(false),
+        continue_final_message,
         template_kwargs_json: json(Some(template_kwargs).filter(|map| !map.is_empty()).map(Value::Object)),
     }
 }
