@@ -88,6 +88,9 @@ pub enum RequestError {
         /// How long it was parked.
         unread: Duration,
     },
+    /// Too many grammars are being compiled.
+    #[error("the server is compiling as many grammars as it may; try again soon")]
+    CompilerBusy,
     /// The server is going down and takes no new work.
     #[error("the server is draining; send the request to another replica")]
     Draining,
@@ -142,9 +145,10 @@ impl RequestError {
             Self::Unsupported(_) | Self::Unformed { .. } => ErrorCode::FailedPrecondition,
             Self::ModelNotFound { .. } => ErrorCode::NotFound,
             Self::DuplicateId(_) => ErrorCode::AlreadyExists,
-            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::SlowReader { .. } => {
-                ErrorCode::ResourceExhausted
-            }
+            Self::QueueFull { .. }
+            | Self::Overloaded { .. }
+            | Self::SlowReader { .. }
+            | Self::CompilerBusy => ErrorCode::ResourceExhausted,
             Self::Draining | Self::EngineStopped(_) => ErrorCode::Unavailable,
             Self::DeviceLost(_) => ErrorCode::DeviceLost,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,

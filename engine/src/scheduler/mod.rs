@@ -13,6 +13,10 @@
 //! a token that is being sampled there is an input that the host need not know ([`TokenInput::Sampled`]). Steps run in the order
 //! in which they were planned, and that order is the fence for the blocks: a block that is freed while a step in flight
 //! still writes to it is given to a later step only, which writes after it.
+//!
+//! The tokens of a sequence may be constrained ([`Constraint`](crate::constraint::Constraint)). What its newest token allows is found out when that token is
+//! known, in [`Scheduler::resolve`]; so such a sequence sits the step out that is planned meanwhile, unless its next token is free
+//! whatever comes. Tokens that are forced are appended at once, handed out like any others, and computed by the next step in one row.
 
 mod activity;
 mod admit;

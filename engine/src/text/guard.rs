@@ -64,3 +64,17 @@ fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic").to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_too_long_or_panics_gives_no_result() {
+        let soon = Duration::from_millis(50);
+        assert_eq!(within(Duration::from_secs(60), "test", || 7), Ok(7));
+        assert_eq!(within(soon, "test", || thread::sleep(Duration::from_secs(2))), Err(NoResult::TooLong));
+        let failed = within(Duration::from_secs(60), "test", || panic!("on purpose"));
+        assert_eq!(failed, Err::<(), _>(NoResult::Failed("on purpose".to_owned())));
+    }
+}

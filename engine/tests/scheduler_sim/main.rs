@@ -7,6 +7,8 @@
 //! alone and in company, and leave rubbish behind. After every event everything that must hold is checked: the invariants I1 to I10, which are
 //! named where they are checked (`check.rs`, `sim.rs`, `results.rs`, `fairness.rs`).
 //!
+//! Some sequences are constrained by chance (`forms.rs`): tokens are masked, forced, promised to be free; sequences are complete, or cannot go on.
+//!
 //! A seed that fails is printed with the line that replays it, and then shrunk (`shrink.rs`): the smallest scenario found is printed as a
 //! test function's body, for `regressions.rs`.
 //!

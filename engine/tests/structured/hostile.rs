@@ -17,6 +17,7 @@ fn is_refused(form: Structured, words: &str) {
     let start = Instant::now();
     let (field, message) = refusal(request(&form, None));
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    println!("refused in {:?}: {message}", start.elapsed());
     assert_eq!(field, "structured");
     assert!(message.contains(words) && message.len() < 600, "{message:?} does not say {words:?}");
     assert_eq!(canary(), "alive");
@@ -28,8 +29,12 @@ fn is_survived(form: Structured) {
     let mut request = request(&form, Some(1));
     request.sampling.max_tokens = Some(8);
     match ENGINE.handle().validate(request.clone()) {
-        Ok(_) => drop(ask(&ENGINE, request)),
-        Err(error) => println!("{error}"),
+        Ok(_) => {
+            println!("compiled in {:?}", start.elapsed());
+            let answer = ask(&ENGINE, request);
+            println!("answered after {:?}: {:?}", start.elapsed(), answer.map(|answer| answer.text));
+        }
+        Err(error) => println!("refused in {:?}: {error}", start.elapsed()),
     }
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     assert_eq!(canary(), "alive");

@@ -5,6 +5,7 @@
 mod chat;
 mod detokenize;
 mod folder;
+mod forms;
 mod hostile;
 mod stop;
 mod tokenizer;

@@ -6,7 +6,7 @@ import { at, call, element, events } from "./wire.js";
 export const newId = (kind) => `page-${kind}-${crypto.getRandomValues(new Uint32Array(1))[0].toString(16).padStart(8, "0")}`;
 
 const HISTORY = [];
-const IDEAS = ["Tell me a story about a mill by the sea.", "Why does the tide come in?", "Write a short poem about rain."];
+const IDEAS = ["Tell me a story about a fox and a lantern.", "What is a KV cache?", "Write a short story about Mia and a dragon."];
 
 let running = null;
 
@@ -142,6 +142,8 @@ async function ask(text, receiptOf) {
     const body = { model: await modelName(), messages, ...stream, ...settings() };
     const response = await call("v1/chat/completions", { body, signal: turn.abort.signal });
     for await (const data of events(response)) {
+      // What has been received already is not shown after a stop.
+      turn.abort.signal.throwIfAborted();
       if (data === "[DONE]") break;
       const follow = following();
       answer.take(JSON.parse(data));

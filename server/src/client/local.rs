@@ -11,8 +11,8 @@ use tidemill_engine::{
     EngineHandle, EngineStats, Generation, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::AbortReceipt,
-    request::GenerateRequest,
+    output::{AbortReceipt, Embedding},
+    request::{EmbedRequest, GenerateRequest},
 };
 
 use super::{
@@ -40,7 +40,7 @@ pub struct LocalEngine {
 impl LocalEngine {
     /// The engine that `lifecycle` will have or has.
     pub fn new(lifecycle: Arc<Lifecycle>, parsers: Parsers) -> Self {
-        Self { lifecycle, texts: TextWorkers::new(), parsers, card: OnceLock::new() }
+        Self { lifecycle, texts: TextWorkers::default(), parsers, card: OnceLock::new() }
     }
 
     fn engine(&self) -> Result<&EngineHandle, CallError> {
@@ -75,6 +75,16 @@ impl EngineClient for LocalEngine {
         let opens_thinking = validated.opens_thinking();
         let outputs = outputs(engine.submit(validated)?);
         Ok(Accepted { id, prompt_tokens, opens_thinking, outputs })
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError> {
+        let engine = self.engine()?.clone();
+        if self.phase() > Phase::Ready {
+            return Err(RequestError::Draining.into());
+        }
+        let (engine, validated) =
+            self.texts.run(move || engine.validate_embed(request).map(|valid| (engine, valid))).await?;
+        Ok(engine.submit_embed(validated)?.wait().await?)
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {

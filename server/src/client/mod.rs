@@ -12,8 +12,8 @@ use tidemill_engine::{
     EngineStats,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, Output},
-    request::GenerateRequest,
+    output::{AbortReceipt, Embedding, Output},
+    request::{EmbedRequest, GenerateRequest},
     text::{TextModel, chat::ChatPrompt},
 };
 
@@ -137,6 +137,12 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// Why it was not taken.
     async fn generate(&self, request: GenerateRequest) -> Result<Accepted, CallError>;
+
+    /// The embedding of a prompt. Dropping the future aborts the request.
+    ///
+    /// # Errors
+    /// Why there is none; CANCELLED when it was aborted by its id.
+    async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError>;
 
     /// Text or a conversation as token ids.
     ///

@@ -44,7 +44,7 @@ pub struct Admitted {
 impl Door {
     /// The door to the server's engine.
     pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
-        Self { lifecycle, texts: TextWorkers::new() }
+        Self { lifecycle, texts: TextWorkers::default() }
     }
 
     /// Where the server is in its life.

@@ -9,13 +9,15 @@ use tokio::{sync::Semaphore, task};
 #[derive(Debug, Clone)]
 pub struct TextWorkers(Arc<Semaphore>);
 
-impl TextWorkers {
+impl Default for TextWorkers {
     /// One place per core.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let cores = thread::available_parallelism().map_or(1, Into::into);
         Self(Arc::new(Semaphore::new(cores)))
     }
+}
 
+impl TextWorkers {
     /// Runs `work` as soon as there is a place. A panic ends this piece of work alone.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use parking_lot::Mutex;
 use tidemill_engine::{RequestError, ids::RequestId};
 
+use super::openai::responses::Store;
 use crate::{
     auth::ApiKeys,
     client::{CallError, EngineClient, ModelCard},
@@ -24,6 +25,8 @@ pub struct AppState {
     pub live_page: bool,
     /// Requests of HTTP that are several of the engine.
     pub groups: Groups,
+    /// Responses that clients can come back to.
+    pub responses: Store,
 }
 
 /// Requests of HTTP that are several of the engine: an abort of one name must end all of them.
@@ -33,9 +36,11 @@ pub struct Groups(Arc<Mutex<HashMap<RequestId, usize>>>);
 impl Groups {
     /// Notes a request of `members` prompts until the group is dropped. A request of one prompt has the engine's own name.
     pub fn enter(&self, id: &RequestId, members: usize) -> Group {
-        let entered = members > 1;
+        let mut groups = self.0.lock();
+        // A second request of the same name is about to be refused, and the first one must stay.
+        let entered = members > 1 && !groups.contains_key(id);
         if entered {
-            self.0.lock().insert(id.clone(), members);
+            groups.insert(id.clone(), members);
         }
         Group(entered.then(|| (self.clone(), id.clone())))
     }
@@ -70,6 +75,7 @@ impl AppState {
             max_body_bytes: config.max_body_bytes,
             live_page: config.live_page,
             groups: Groups::default(),
+            responses: Store::default(),
         }
     }
 

@@ -56,9 +56,10 @@ impl ApiError {
 
     /// The same in the words of a family that calls fields otherwise: pairs of our name, or the end of one, and theirs.
     pub fn renamed(mut self, names: &[(&str, &str)]) -> Self {
-        for (ours, theirs) in names {
+        for &(ours, theirs) in names {
             if let Some(param) = self.param.as_deref()
                 && let Some(place) = param.strip_suffix(ours)
+                && (place.is_empty() || ours.starts_with('.'))
             {
                 self.param = Some(format!("{place}{theirs}"));
             }

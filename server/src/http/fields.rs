@@ -88,6 +88,8 @@ pub struct SamplingFields {
     pub stop_token_ids: Option<Vec<u32>>,
     /// Goes on past the model's end.
     pub ignore_eos: Option<bool>,
+    /// Not supported: `stop_reason` names the string that ended the answer.
+    pub include_stop_str_in_output: Option<bool>,
     /// False lets special tokens stand in the text.
     pub skip_special_tokens: Option<bool>,
     /// Log-probabilities of the prompt's tokens.
@@ -168,6 +170,11 @@ impl SamplingFields {
     /// # Errors
     /// What is wrong with them, beyond what the engine checks.
     pub fn apply(self, request: &mut GenerateRequest) -> Result<(), ApiError> {
+        if self.include_stop_str_in_output == Some(true) {
+            let message =
+                "is not supported; append the answer's `stop_reason`, which is the string that ended it";
+            return Err(ApiError::invalid("include_stop_str_in_output", message));
+        }
         request.structured = self.structured()?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).or(self.max_new_tokens);
         let top_k = self.top_k.map(|k| match k {
@@ -207,6 +214,20 @@ impl SamplingFields {
         request.priority = self.priority.unwrap_or(0);
         request.tenant = TenantId::new(self.user.unwrap_or_default());
         request.cache_salt = self.cache_salt.unwrap_or_default();
+        Ok(())
+    }
+
+    /// For routes that have one answer and say nothing about the prompt's tokens; `instead` is a route that does.
+    ///
+    /// # Errors
+    /// 400 when more is asked for.
+    pub fn check_single(&self, instead: &str) -> Result<(), ApiError> {
+        if self.n.is_some_and(|n| n != 1) {
+            return Err(ApiError::invalid("n", format!("must be 1 here; use {instead} for several answers")));
+        }
+        if self.prompt_logprobs.is_some() {
+            return Err(ApiError::invalid("prompt_logprobs", format!("are not given here; use {instead}")));
+        }
         Ok(())
     }
 

@@ -78,9 +78,11 @@ fn responses(route: &Route, keyed: bool) -> Value {
     let good: Map<String, Value> = route.answers.iter().map(|kind| ((*kind).to_owned(), json!({}))).collect();
     let mut responses = json!({ "200": {"description": "The answer.", "content": good} });
     let mut failures = vec![("503", "Loading, draining or stopped.")];
+    if route.checks || !route.request.is_empty() {
+        failures.push(("400", "The request is wrong; the message says what is accepted."));
+    }
     if !route.request.is_empty() {
         failures.extend([
-            ("400", "The request is wrong; the message says what is accepted."),
             ("409", "A live request has this id."),
             ("413", "The body is too large."),
             ("415", "The body is not JSON."),

@@ -42,6 +42,8 @@ pub struct Route {
     pub request: Vec<fn(&mut SchemaGenerator) -> Schema>,
     /// Media types of its answers.
     pub answers: &'static [&'static str],
+    /// Whether it answers 400 although it takes no body: for query parameters, or for the state of what it names.
+    pub checks: bool,
     handler: Handler,
 }
 
@@ -50,12 +52,18 @@ const JSON_OR_EVENTS: &[&str] = &["application/json", "text/event-stream"];
 
 impl Route {
     fn new(method: Method, path: &str, family: Family, summary: &'static str, handler: Handler) -> Self {
-        let (access, answers) = (Access::Key, JSON);
-        Self { method, path: path.to_owned(), family, access, summary, request: Vec::new(), answers, handler }
+        let (path, request, answers) = (path.to_owned(), Vec::new(), JSON);
+        let access = Access::Key;
+        Self { method, path, family, access, summary, request, answers, checks: false, handler }
     }
 
     fn open(mut self) -> Self {
         self.access = Access::Open;
+        self
+    }
+
+    fn checks(mut self) -> Self {
+        self.checks = true;
         self
     }
 
@@ -91,6 +99,8 @@ pub fn table() -> Vec<Route> {
             .takes::<openai::completions::CompletionFields>()
             .takes::<SamplingFields>()
             .answers(JSON_OR_EVENTS),
+        post("/v1/embeddings", OpenAi, "Embeddings of texts.", handler!(openai::embeddings::create))
+            .takes::<openai::embeddings::EmbeddingFields>(),
         post("/v1/messages", Anthropic, "An answer to a conversation.", handler!(anthropic::create))
             .takes::<SamplingFields>()
             .takes::<anthropic::PromptFields>()
@@ -106,6 +116,7 @@ pub fn table() -> Vec<Route> {
         get("/v1/models", OpenAi, "The model that is served.", handler!(openai::models::list)),
         get("/v1/models/{id}", OpenAi, "One model.", handler!(openai::models::retrieve)),
     ];
+    routes.extend(responses());
     let aliases: Vec<Route> = routes.iter().map(environment_alias).collect();
     routes.extend(aliases);
     for path in ["/predict", "/production/predict"] {
@@ -136,6 +147,24 @@ pub fn table() -> Vec<Route> {
         get(asset.path, Plain, what, asset.handler).open().answers(asset.content_types)
     }));
     routes
+}
+
+fn responses() -> [Route; 5] {
+    use openai::responses;
+    let route = |method, path, summary, handler| Route::new(method, path, Family::OpenAi, summary, handler);
+    let (create, one) = ("/v1/responses", "/v1/responses/{id}");
+    let (cancel, items) = ("/v1/responses/{id}/cancel", "/v1/responses/{id}/input_items");
+    [
+        route(Method::POST, create, "An answer that is kept.", handler!(responses::create))
+            .takes::<SamplingFields>()
+            .takes::<responses::ResponseFields>()
+            .answers(JSON_OR_EVENTS),
+        route(Method::GET, one, "A kept answer.", handler!(responses::retrieve)).checks(),
+        route(Method::DELETE, one, "Forgets a kept answer.", handler!(responses::delete)),
+        route(Method::POST, cancel, "Ends an answer in the background.", handler!(responses::cancel))
+            .checks(),
+        route(Method::GET, items, "What a kept answer answered.", handler!(responses::input_items)).checks(),
+    ]
 }
 
 /// Truss names deployments by environment and passes what follows `sync/` on.

@@ -36,16 +36,17 @@ def ask_for_long_answers(page):
     page.route("**/v1/chat/completions", lengthen)
 
 
-def once_begun(page, action):
-    """Does something in the page as soon as the answer has begun: from out here it might come too late."""
+def once_begun(page, action, length=10):
+    """Does something in the page as soon as the newest answer has so many characters: from out here it might come too late."""
     page.evaluate(
-        """(action) => new MutationObserver((_, observer) => {
-            if ((document.querySelector(".assistant .text")?.textContent.length ?? 0) < 10) return;
+        """([action, length]) => new MutationObserver((_, observer) => {
+            const newest = [...document.querySelectorAll(".assistant .text")].at(-1);
+            if (!newest || newest.textContent.length < length) return;
             observer.disconnect();
             if (action === "click") document.getElementById("stop").click();
             else document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: action, bubbles: true}));
         }).observe(document.getElementById("log"), {subtree: true, childList: true, characterData: true})""",
-        action,
+        [action, length],
     )
 
 
@@ -130,7 +131,7 @@ def test_escape_stops_too(page):
     nothing_in_use(page)
 
 
-def test_a_crowd_fills_the_batch_and_stop_all_empties_it(page, server, request):
+def test_a_crowd_fills_the_batch_and_stop_all_empties_it(page, server):
     say(page, "Why does the tide come in?")
     answered(page)
     before = number(page, "#aborted")
@@ -145,8 +146,6 @@ def test_a_crowd_fills_the_batch_and_stop_all_empties_it(page, server, request):
     expect(page.locator("#owned")).to_have_text(re.compile(r"^([7-9]|[1-9]\d)"))
     colours = page.evaluate("[...document.querySelectorAll('#rows i')].map((dot) => dot.style.background)")
     assert len(set(colours)) == 6, f"each row has its own colour: {colours}"
-    if path := request.config.getoption("--screenshot"):
-        page.screenshot(path=path)
     assert kv_usage(server) > 0
     page.click("#stop-all")
     nothing_in_use(page)
@@ -307,3 +306,31 @@ def test_the_page_is_strict_and_can_be_left_out(server, start_server):
             urllib.request.urlopen(f"{without.url}{path}", timeout=10)
         assert refused.value.code == 404
         assert "--disable-live-page" in refused.value.read().decode()
+
+
+def test_picture(start_server, visit, request):
+    """Not a test: the page as it looks after half a minute of use, for the README."""
+    server = start_server("--max-num-seqs", "8", "--threads", "1", "--block-size", "16", "--kv-cache-memory", "24MiB")
+    page = visit(server).live()
+    page.click(".settings summary")
+    page.fill("#temperature", "0")
+    page.click(".settings summary")
+    say(page, "What is a KV cache?")
+    answered(page)
+    ask_for_long_answers(page)
+    for _ in range(3):
+        page.click("#crowd")
+        page.wait_for_timeout(1500)
+    once_begun(page, "click", length=210)
+    say(page, "Tell me a story about a fox and a lantern.")
+    page.locator(".assistant .receipt[data-known]").wait_for()
+    for _ in range(3):
+        expect(page.locator("#stop-all")).to_be_disabled(timeout=60_000)
+        page.wait_for_timeout(700)
+        page.click("#crowd")
+        page.click("#crowd")
+        page.wait_for_timeout(1500)
+    page.mouse.click(640, 300)
+    page.screenshot(path=request.config.getoption("--screenshot"))
+    page.click("#stop-all")
+    nothing_in_use(page)

@@ -44,6 +44,8 @@ class Smg:
         )
         try:
             self.wait_until(lambda: len(self.workers()) == len(workers), "it knows its workers", START_SECONDS)
+            # It fetches the tokenizer afterwards; until then it answers 503.
+            self.wait_until(lambda: self.get("/v1/tokenizers")["tokenizers"], "it has the tokenizer", START_SECONDS)
         except BaseException:
             self.kill()
             raise
@@ -64,11 +66,15 @@ class Smg:
     def workers(self):
         """The workers that it would send requests to."""
         try:
-            with urllib.request.urlopen(f"{self.url}/workers", timeout=5) as answer:
-                workers = json.load(answer)["workers"]
+            workers = self.get("/workers")["workers"]
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return []
         return [worker for worker in workers if worker.get("is_healthy")]
+
+    def get(self, path):
+        """The parsed answer to a GET."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as answer:
+            return json.load(answer)
 
     def open(self, path, body, timeout=60):
         """The answer to a POST, to be read by the caller; also that of a refused one."""

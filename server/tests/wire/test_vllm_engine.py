@@ -3,16 +3,17 @@
 import hashlib
 import io
 import json
+import re
 import zipfile
 
 import grpc
 import pytest
 from client import Client, chat, refusal
-from conftest import API_KEY
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from server_process import API_KEY
 from smg_grpc_proto.generated import mlx_engine_pb2, sglang_scheduler_pb2, tokenspeed_scheduler_pb2, trtllm_service_pb2
-from stages import LONG_DECODE, STAGES, fresh_prompt, in_stage, is_gone, options_in
+from stages import LONG_DECODE, fresh_prompt, in_stage, is_gone, options_in
 from tidemill.v1 import tidemill_pb2 as pb
 from vllm_client import VllmClient, common, generate, vllm
 
@@ -198,6 +199,37 @@ def test_the_models_own_end(wide, gateway):
     assert completion.ids == wide.client.run(list(prompt), temperature=0, max_tokens=200).ids
 
 
+CONSTRAINTS = {
+    "json schema": (
+        dict(json_schema='{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}'),
+        lambda text: isinstance(json.loads(text)["age"], int),
+    ),
+    "regex": (dict(regex="[0-9]{3}-[a-c]{2}"), re.compile("[0-9]{3}-[a-c]{2}").fullmatch),
+    "choice": (dict(choice=vllm.ChoiceConstraint(choices=["high water", "low water"])), lambda text: "water" in text),
+    "lark": (dict(grammar='start: "tide" /[0-9]/'), re.compile("tide[0-9]").fullmatch),
+    "ebnf": (dict(grammar='root ::= ("ebb" | "flow") "!"'), re.compile("(ebb|flow)!").fullmatch),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_answers_have_the_form_that_was_asked_for(wide, gateway, name):
+    constraint, holds = CONSTRAINTS[name]
+    for seed in range(3):
+        sampling = dict(temperature=1, seed=seed, max_tokens=200, **constraint)
+        (completion,) = gateway.run("The tide", **sampling, grammar_from_first_token=True)
+        text = wide.client.detokenize(completion.ids)
+        assert completion.finish == "stop" and holds(text), text
+
+
+def test_any_object_is_begun_as_one(wide, gateway):
+    (completion,) = gateway.run("The tide", temperature=1, seed=1, max_tokens=40, json_object=True)
+    assert re.match(r'\s*{\s*("|})', wide.client.detokenize(completion.ids))
+
+
+def test_a_constraint_that_asks_for_nothing(wide, gateway):
+    assert gateway.run([72, 73], **GREEDY, json_object=False)[0].ids == wide.client.run([72, 73], **GREEDY).ids
+
+
 def test_embeddings_are_those_of_tidemill_v1(wide, gateway):
     prompt = [72, 73, 74]
     message = pb.EmbedRequest(token_ids=pb.TokenIds(ids=prompt))
@@ -289,6 +321,11 @@ BAD = {
     "min_tokens": dict(prompt=[5], min_tokens=9, max_tokens=8),
     "truncation": dict(prompt=[5], truncate_prompt_tokens=3),
     "structural tag": dict(prompt=[5], structural_tag="{}"),
+    "no schema": dict(prompt=[5], json_schema="{"),
+    "no regex": dict(prompt=[5], regex="("),
+    "no grammar": dict(prompt=[5], grammar="start: ("),
+    "no EBNF": dict(prompt=[5], grammar="root ::= ("),
+    "no choice": dict(prompt=[5], choice=vllm.ChoiceConstraint()),
     "images": dict(prompt=[5], request=dict(mm_inputs=vllm.MultimodalInputs(im_token_id=3))),
     "more images": dict(prompt=[5], request=dict(extra_mm_inputs=[vllm.MultimodalInputs()])),
     "media": dict(prompt=[5], request=dict(media_refs=vllm.MediaRefs())),
@@ -500,8 +537,3 @@ def test_no_history_is_kept(start_server):
 def test_events_that_are_off_are_not_implemented(gateway):
     error = refusal(lambda: next(gateway.ask("SubscribeKvEvents")))
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED and "--enable-kv-cache-events" in error.details()
-
-
-def test_every_stage_is_known():
-    """The stages that are cancelled above are some of those that the other protocol is put through."""
-    assert {"queued", "mid-chunk", "decode"} <= set(STAGES)

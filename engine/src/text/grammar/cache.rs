@@ -24,11 +24,12 @@ struct Kept<K: Hash + Eq, V> {
 }
 
 /// Why nothing was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// It never will be.
     Final(String),
-    /// Another try may do better.
-    ForNow(String),
+    /// Others are at it; another try may do better.
+    Busy,
 }
 
 impl From<String> for Refusal {
@@ -50,19 +51,19 @@ impl<K: Hash + Eq + Clone, V> Cache<K, V> {
         key: &K,
         bytes: usize,
         make: impl FnOnce() -> Result<V, Refusal>,
-    ) -> Result<Arc<V>, String> {
+    ) -> Result<Arc<V>, Refusal> {
         let slot = self.slot(key, bytes);
         let mut value = slot.lock();
         if let Some(made) = &*value {
-            return made.clone();
+            return made.clone().map_err(Refusal::Final);
         }
         let made = match make() {
             Ok(made) => Ok(Arc::new(made)),
             Err(Refusal::Final(error)) => Err(error),
-            Err(Refusal::ForNow(error)) => return Err(error),
+            Err(Refusal::Busy) => return Err(Refusal::Busy),
         };
         *value = Some(made.clone());
-        made
+        made.map_err(Refusal::Final)
     }
 
     fn slot(&self, key: &K, bytes: usize) -> Slot<V> {
@@ -155,10 +156,9 @@ mod tests {
     #[test]
     fn what_is_refused_for_now_is_tried_again_and_other_refusals_are_kept() {
         let cache = Cache::<usize, usize>::default();
-        let busy = cache.get_or_make(&1, 1, || Err(Refusal::ForNow("busy".into())));
-        assert_eq!(busy.unwrap_err(), "busy");
-        let wrong = cache.get_or_make(&1, 1, || Err(Refusal::Final("wrong".into())));
-        assert_eq!(wrong.unwrap_err(), "wrong");
-        assert_eq!(cache.get_or_make(&1, 1, || Ok(1)).unwrap_err(), "wrong");
+        let wrong = Refusal::Final("wrong".into());
+        assert_eq!(cache.get_or_make(&1, 1, || Err(Refusal::Busy)).unwrap_err(), Refusal::Busy);
+        assert_eq!(cache.get_or_make(&1, 1, || Err(wrong.clone())).unwrap_err(), wrong);
+        assert_eq!(cache.get_or_make(&1, 1, || Ok(1)).unwrap_err(), wrong);
     }
 }

@@ -54,8 +54,7 @@ impl Compiler {
     pub fn compile(&self, structured: &Structured) -> Result<Grammar, Refusal> {
         let until = Instant::now() + limits::STRUCTURED_COMPILE_TIME;
         let Some(pass) = self.gate.enter(until) else {
-            let busy = "too many other grammars are being compiled; try again";
-            return Err(Refusal::ForNow(busy.into()));
+            return Err(Refusal::Busy);
         };
         let (shared, structured) = (self.shared.clone(), structured.clone());
         let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));

@@ -12,7 +12,7 @@ mod tokens;
 
 use std::sync::{Arc, OnceLock};
 
-use cache::Cache;
+use cache::{Cache, Refusal};
 use compile::Compiler;
 use matcher::Grammar;
 use thoughts::{Marks, Thoughts};
@@ -75,7 +75,7 @@ impl Forms {
     /// thread that must stay responsive.
     ///
     /// # Errors
-    /// [`RequestError::Invalid`] on `structured` or `thinking`.
+    /// [`RequestError::Invalid`] on `structured` or `thinking`; [`RequestError::CompilerBusy`].
     pub fn compile(&self, request: FormRequest<'_>) -> Result<Form, RequestError> {
         let marks = request.thinking.map(|thinking| self.marks(thinking)).transpose()?;
         let grammar = request.structured.map(|structured| self.grammar(structured)).transpose()?;
@@ -97,15 +97,21 @@ impl Forms {
             .as_ref()
             .map_err(|error| invalid(format!("this model's tokens cannot be constrained: {error}")))?;
         let compile = || compiler.compile(structured);
-        self.grammars.get_or_make(structured, source::bytes(structured), compile).map_err(invalid)
+        let compiled = self.grammars.get_or_make(structured, source::bytes(structured), compile);
+        compiled.map_err(|refusal| refused("structured", refusal))
     }
 
     fn marks(&self, thinking: &Thinking) -> Result<Arc<Marks>, RequestError> {
         let key = [thinking.start.clone(), thinking.end.clone()];
         let make = || Ok(Marks::new(thinking, &self.text, &self.eos_token_ids)?);
         let bytes = thinking.start.len() + thinking.end.len();
-        self.marks
-            .get_or_make(&key, bytes, make)
-            .map_err(|message| RequestError::invalid("thinking", message))
+        self.marks.get_or_make(&key, bytes, make).map_err(|refusal| refused("thinking", refusal))
+    }
+}
+
+fn refused(field: &'static str, refusal: Refusal) -> RequestError {
+    match refusal {
+        Refusal::Final(message) => RequestError::invalid(field, message),
+        Refusal::Busy => RequestError::CompilerBusy,
     }
 }

@@ -19,8 +19,8 @@ use tidemill_engine::{
     EngineStats, ErrorCode, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, AbortStage},
-    request::GenerateRequest,
+    output::{AbortReceipt, AbortStage, Embedding},
+    request::{EmbedRequest, GenerateRequest},
 };
 use tidemill_proto::v1::{
     self, control_client::ControlClient, inference_client::InferenceClient, tokenize_request::Input,
@@ -106,8 +106,9 @@ impl EngineClient for RemoteEngine {
         let place = self.drain.enter().ok_or(RequestError::Draining)?;
         self.link.card()?;
         let completions = request.sampling.n.unwrap_or(1);
-        let (given, deadline) = (request.id.clone(), request.deadline);
-        let call = generate_call(request)?;
+        let (given, deadline, trace_parent) =
+            (request.id.clone(), request.deadline, request.trace_parent.clone());
+        let call = with_headers(convert::generate_message(request), deadline, trace_parent)?;
         let response = self.inference.clone().generate(call).await;
         let response = response.map_err(|status| failure(&status, deadline))?;
         let number = |name| -> Result<usize, CallError> {
@@ -123,6 +124,15 @@ impl EngineClient for RemoteEngine {
         let id = id.ok_or_else(|| CallError::internal("the engine's answer has no id"))?;
         let answer = Answer::new(response.into_inner(), completions, deadline, place);
         Ok(Accepted { id, prompt_tokens, opens_thinking, outputs: Box::pin(answer) })
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError> {
+        let _place = self.drain.enter().ok_or(RequestError::Draining)?;
+        self.link.card()?;
+        let (deadline, trace_parent) = (request.deadline, request.trace_parent.clone());
+        let call = with_headers(convert::embed_message(request)?, deadline, trace_parent)?;
+        let response = self.inference.clone().embed(call).await;
+        Ok(convert::embedding(response.map_err(|status| failure(&status, deadline))?.into_inner()))
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {
@@ -182,9 +192,12 @@ impl EngineClient for RemoteEngine {
 }
 
 /// A message with what travels in headers.
-fn generate_call(mut request: GenerateRequest) -> Result<Request<v1::GenerateRequest>, CallError> {
-    let (deadline, trace_parent) = (request.deadline.take(), request.trace_parent.take());
-    let mut call = Request::new(convert::generate_message(request));
+fn with_headers<T>(
+    message: T,
+    deadline: Option<Instant>,
+    trace_parent: Option<Arc<str>>,
+) -> Result<Request<T>, CallError> {
+    let mut call = Request::new(message);
     if let Some(deadline) = deadline {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {

@@ -6,6 +6,7 @@
 
 mod activity;
 mod control;
+mod embed;
 mod error;
 mod model;
 mod request;
@@ -15,6 +16,7 @@ mod tests;
 
 pub use activity::activity;
 pub use control::{abort_receipt, engine_stats};
+pub use embed::{embed_message, embedding};
 pub use error::{call_error, call_error_of};
 pub use model::model_card;
 pub use request::{chat_message, generate_message};

@@ -83,6 +83,8 @@ pub struct Step {
     pub logprobs: Vec<TokenLogprobs>,
     /// Of the prompt, where asked for; on the first step of choice 0.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Tokens that came with it, also those whose text is still held back.
+    pub new_tokens: usize,
     /// Present on the choice's last step.
     pub end: Option<(StopReason, Usage)>,
     /// Tokens of the choice's thoughts so far.
@@ -157,6 +159,7 @@ impl Answer {
                 index: output.index,
                 logprobs: output.logprobs,
                 prompt_logprobs: output.prompt_logprobs,
+                new_tokens,
                 ..Step::default()
             };
             let finish = output.finish;

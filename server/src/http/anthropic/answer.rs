@@ -58,12 +58,16 @@ struct BlockDelta<'a> {
 }
 
 #[derive(Serialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type")]
 enum Delta<'a> {
-    TextDelta { text: &'a str },
-    ThinkingDelta { thinking: &'a str },
-    SignatureDelta { signature: String },
-    InputJsonDelta { partial_json: &'a str },
+    #[serde(rename = "text_delta")]
+    Text { text: &'a str },
+    #[serde(rename = "thinking_delta")]
+    Thinking { thinking: &'a str },
+    #[serde(rename = "signature_delta")]
+    Signature { signature: String },
+    #[serde(rename = "input_json_delta")]
+    InputJson { partial_json: &'a str },
 }
 
 /// Where a stream is.
@@ -144,12 +148,12 @@ impl MessageWriter {
             }
             let index = self.blocks.len().saturating_sub(1);
             let delta = match &piece {
-                Piece::Text(text) => Some(Delta::TextDelta { text }),
+                Piece::Text(text) => Some(Delta::Text { text }),
                 Piece::Reasoning(_) if self.display == Display::Omitted => None,
-                Piece::Reasoning(thinking) => Some(Delta::ThinkingDelta { thinking }),
+                Piece::Reasoning(thinking) => Some(Delta::Thinking { thinking }),
                 Piece::ToolCallStart { .. } => None,
                 Piece::ToolCallArguments { fragment, .. } => {
-                    Some(Delta::InputJsonDelta { partial_json: fragment })
+                    Some(Delta::InputJson { partial_json: fragment })
                 }
             };
             if let Some(delta) = delta {
@@ -216,7 +220,7 @@ impl MessageWriter {
         self.open = false;
         let index = self.blocks.len() - 1;
         if let Some(Block::Thinking(thoughts)) = self.blocks.last() {
-            let delta = Delta::SignatureDelta { signature: signature(thoughts) };
+            let delta = Delta::Signature { signature: signature(thoughts) };
             let delta = BlockDelta { kind: "content_block_delta", index, delta };
             sse::event(buffer, "content_block_delta", &delta);
         }

@@ -65,7 +65,10 @@ impl Conversation {
     /// Text and results of tools, in their order.
     fn user(&mut self, content: &Content, field: &str) -> Result<(), ApiError> {
         let blocks = match content {
-            Content::Text(text) => return Ok(self.say("user", text)),
+            Content::Text(text) => {
+                self.say("user", text);
+                return Ok(());
+            }
             Content::Blocks(blocks) => blocks,
         };
         let mut text: Option<String> = None;
@@ -113,7 +116,10 @@ impl Conversation {
     /// Thoughts, text and calls of one turn.
     fn assistant(&mut self, content: &Content, field: &str) -> Result<(), ApiError> {
         let blocks = match content {
-            Content::Text(text) => return Ok(self.say("assistant", text)),
+            Content::Text(text) => {
+                self.say("assistant", text);
+                return Ok(());
+            }
             Content::Blocks(blocks) => blocks,
         };
         let (mut text, mut thoughts, mut calls) = (String::new(), String::new(), Vec::new());

@@ -30,7 +30,8 @@ use crate::client::{ModelCard, TokenizeInput};
 pub use fields::{MessageFields, PromptFields};
 
 /// What this family calls otherwise than the engine does.
-const NAMES: [(&str, &str); 5] = [
+const NAMES: [(&str, &str); 6] = [
+    ("prompt.chat", "messages"),
     ("stop", "stop_sequences"),
     ("response_format", "output_config.format"),
     (".function.name", ".name"),
@@ -53,11 +54,9 @@ async fn message(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let prompt: PromptFields = part(&body)?;
     let fields: MessageFields = part(&body)?;
     let mut sampling: SamplingFields = part(&body)?;
-    if sampling.n.is_some_and(|n| n != 1) {
-        return Err(ApiError::invalid("n", "must be 1 here; use /v1/chat/completions for several answers"));
-    }
+    sampling.check_single("/v1/chat/completions")?;
     fields.refuse_unsupported()?;
-    let card = app.model()?;
+    let card = app.model_named(prompt.model.as_deref())?;
     let request_id = sampling.request_id.take();
     sampling.max_tokens = Some(fields.max_tokens);
     (sampling.max_completion_tokens, sampling.max_new_tokens) = (None, None);
@@ -92,12 +91,7 @@ async fn message(app: App, call: &mut Call) -> Result<Response, ApiError> {
 
 async fn count(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let prompt: PromptFields = part(&call.json::<Value>().await?)?;
-    let card = app.model()?;
-    if let Some(asked) = prompt.model.as_ref().filter(|asked| **asked != card.served_model_name) {
-        let served = &card.served_model_name;
-        let message = format!("model {asked:?} is not served here; this server has {served:?}");
-        return Err(ApiError::not_found(message));
-    }
+    let card = app.model_named(prompt.model.as_deref())?;
     // The same way as for an answer: the tools stand in the prompt where the answer could call them.
     let request = prepared(&prompt)?;
     let Prompt::Chat(chat) = ask(&card, request, prompt)?.request.prompt else {

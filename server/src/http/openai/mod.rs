@@ -2,8 +2,10 @@
 
 pub mod chat;
 pub mod completions;
+pub mod embeddings;
 mod logprobs;
 pub mod models;
+pub mod responses;
 pub mod tools;
 
 use serde::Serialize;
@@ -19,11 +21,17 @@ pub struct Usage {
     completion_tokens: usize,
     total_tokens: usize,
     prompt_tokens_details: PromptDetails,
+    completion_tokens_details: CompletionDetails,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 struct PromptDetails {
     cached_tokens: usize,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+struct CompletionDetails {
+    reasoning_tokens: usize,
 }
 
 impl Usage {
@@ -32,12 +40,17 @@ impl Usage {
         Self { prompt_tokens, total_tokens: prompt_tokens, ..Self::default() }
     }
 
-    /// Adds a choice. The prompt counts once.
-    pub fn add(&mut self, usage: &EngineUsage) {
-        self.completion_tokens += usage.completion_tokens;
-        self.total_tokens += usage.completion_tokens;
+    /// Adds tokens of a choice as they come.
+    pub fn add(&mut self, new_tokens: usize) {
+        self.completion_tokens += new_tokens;
+        self.total_tokens += new_tokens;
+    }
+
+    /// Adds what is known at a choice's end. The prompt counts once.
+    pub fn end(&mut self, usage: &EngineUsage, reasoning_tokens: usize) {
         self.prompt_tokens_details.cached_tokens =
             self.prompt_tokens_details.cached_tokens.max(usage.cached_tokens);
+        self.completion_tokens_details.reasoning_tokens += reasoning_tokens;
     }
 
     /// Adds another prompt and its choices.

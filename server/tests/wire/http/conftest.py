@@ -1,16 +1,8 @@
 """HTTP fronts of the servers that all tests of the wire share."""
 
-import functools
-
 import pytest
-from front import Front
+from fronts import front_of
 from server_process import Gateway
-
-
-@functools.cache
-def front_of(process):
-    """One front per process, so that its connections are used again."""
-    return Front(process.url, process.api_key)
 
 
 @pytest.fixture

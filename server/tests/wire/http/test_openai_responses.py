@@ -251,9 +251,9 @@ def test_function_calls(api):
         call.model_dump(exclude_none=True),
         {"type": "function_call_output", "call_id": call.call_id, "output": WEATHER_RESULT},
     ]
-    assert respond(api, items, tools=[WEATHER]).output_text == WEATHER_ANSWER
+    assert respond(api, items, tools=[WEATHER]).output_text.startswith(WEATHER_ANSWER)
     continued = respond(api, items[-1:], tools=[WEATHER], previous_response_id=response.id)
-    assert continued.output_text == WEATHER_ANSWER
+    assert continued.output_text.startswith(WEATHER_ANSWER)
 
 
 def test_function_calls_streamed(api):

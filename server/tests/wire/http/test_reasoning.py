@@ -80,11 +80,12 @@ def test_a_form_concerns_the_answer_alone(thinker):
 
 def test_messages_have_a_block_of_thoughts(thinker):
     with thinker.anthropic() as client:
-        options = dict(model=MODEL, messages=user(), max_tokens=1000, thinking={"type": "enabled", "budget_tokens": 8})
-        message = client.messages.create(**options, temperature=1, extra_body={"top_k": 1})
+        options = dict(model=MODEL, messages=user(), max_tokens=100, thinking={"type": "enabled", "budget_tokens": 8})
+        extra = {"temperature": 0, "guided_choice": ["ebb", "flood"]}
+        message = client.messages.create(**options, extra_body=extra)
         assert [block.type for block in message.content] == ["thinking", "text"]
-        assert message.content[0].thinking.strip()
-        with client.messages.stream(**options, temperature=1, extra_body={"top_k": 1}) as stream:
+        assert message.content[0].thinking.strip() and message.content[1].text.strip() in ("ebb", "flood")
+        with client.messages.stream(**options, extra_body=extra) as stream:
             events = list(stream)
             final = stream.get_final_message()
         assert [block.type for block in final.content] == ["thinking", "text"]

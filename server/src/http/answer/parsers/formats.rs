@@ -34,8 +34,9 @@ impl ToolFormat {
         match self {
             Self::Hermes => &["<tool_call>", "</tool_call>"],
             Self::Llama3Json => &["<|python_tag|>"],
-            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]"],
-            Self::Pythonic | Self::Json => &[],
+            Self::Pythonic => &["<|python_start|>", "<|python_end|>"],
+            Self::Mistral => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"],
+            Self::Json => &[],
         }
     }
 }
@@ -47,11 +48,6 @@ impl ReasoningFormat {
     pub const MISTRAL: Self = Self { name: "mistral", start: "[THINK]", end: "[/THINK]" };
     /// `<seed:think>…</seed:think>`: Seed-OSS.
     pub const SEED_OSS: Self = Self { name: "seed_oss", start: "<seed:think>", end: "</seed:think>" };
-
-    /// Whether a prompt ends within thoughts that it opened itself, so that the answer begins with thought.
-    pub fn is_opened_by(&self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(self.start)
-    }
 }
 
 /// What a flag such as `--tool-call-parser` asks for.

@@ -64,7 +64,7 @@ pub enum Piece {
 pub struct ParserConfig {
     /// How the model marks its thoughts; `None` takes everything as text.
     pub reasoning: Option<ReasoningFormat>,
-    /// Whether the prompt already began the thoughts (see [`ReasoningFormat::is_opened_by`]).
+    /// Whether the prompt already began the thoughts, so that the answer begins within them.
     pub starts_in_reasoning: bool,
     /// How the model calls tools; `None`, or no names, leaves calls in the text.
     pub tools: Option<ToolFormat>,

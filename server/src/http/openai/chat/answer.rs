@@ -182,9 +182,7 @@ impl ChatWriter {
     }
 
     fn step(&mut self, buffer: &mut Vec<u8>, step: Step, options: StreamOptions) {
-        if let Some((_, usage)) = &step.end {
-            self.usage.add(usage);
-        }
+        self.count(&step);
         let logprobs = self.top_logprobs.map(|top| logprobs::chat(&self.card, &step.logprobs, top));
         let mut owed = logprobs.as_deref().filter(|list| !list.is_empty());
         let index = step.index;
@@ -208,6 +206,13 @@ impl ChatWriter {
             let stop_reason = step.end.as_ref().and_then(|(reason, _)| stop_reason(reason));
             let choice = ChunkChoice { index, delta: Delta::default(), logprobs, finish_reason, stop_reason };
             self.choice(buffer, choice, options);
+        }
+    }
+
+    fn count(&mut self, step: &Step) {
+        self.usage.add(step.new_tokens);
+        if let Some((_, usage)) = &step.end {
+            self.usage.end(usage, step.reasoning_tokens);
         }
     }
 
@@ -242,6 +247,7 @@ impl ChatWriter {
         let mut prompt_logprobs = None;
         while let Some(step) = self.answer.next().await {
             let step = step?;
+            self.count(&step);
             if !step.prompt_logprobs.is_empty() {
                 prompt_logprobs = Some(logprobs::prompt(&self.card, &step.prompt_logprobs));
             }
@@ -250,10 +256,7 @@ impl ChatWriter {
                 choice.logprobs.extend(logprobs::chat(&self.card, &step.logprobs, top));
             }
             step.pieces.into_iter().for_each(|piece| choice.piece(piece));
-            if let Some((reason, usage)) = step.end {
-                self.usage.add(&usage);
-                choice.end = Some(reason);
-            }
+            choice.end = step.end.map(|(reason, _)| reason).or(choice.end.take());
         }
         let choices: Vec<Value> = choices
             .into_iter()

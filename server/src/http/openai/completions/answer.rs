@@ -160,9 +160,7 @@ impl CompletionWriter {
     }
 
     fn line(&mut self, buffer: &mut Vec<u8>, line: &Line, options: StreamOptions) {
-        if let Some((_, _, usage)) = &line.end {
-            self.usage.add(usage);
-        }
+        self.count(line);
         if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() {
             return;
         }
@@ -179,6 +177,13 @@ impl CompletionWriter {
             _ => None,
         };
         self.chunk(buffer, &[choice], usage);
+    }
+
+    fn count(&mut self, line: &Line) {
+        self.usage.add(line.new_tokens);
+        if let Some((_, _, usage)) = &line.end {
+            self.usage.end(usage, 0);
+        }
     }
 
     fn chunk(&self, buffer: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Option<Usage>>) {
@@ -212,8 +217,8 @@ impl CompletionWriter {
             let mut prompt_logprobs =
                 Some(std::mem::take(&mut writing.prompt_logprobs)).filter(|list| !list.is_empty());
             for line in lines {
-                let (finish_reason, stop_reason, usage) = line.end.unwrap_or_default();
-                self.usage.add(&usage);
+                self.count(&line);
+                let (finish_reason, stop_reason, _) = line.end.unwrap_or_default();
                 let mut choice = json!({
                     "index": line.index,
                     "text": line.text,
@@ -245,12 +250,14 @@ struct Line {
     index: usize,
     text: String,
     logprobs: Option<CompletionLogprobs>,
+    new_tokens: usize,
     end: Option<(&'static str, Option<Value>, EngineUsage)>,
 }
 
 impl Line {
     fn append(&mut self, line: Self) {
         self.text.push_str(&line.text);
+        self.new_tokens += line.new_tokens;
         match (&mut self.logprobs, line.logprobs) {
             (Some(all), Some(more)) => all.append(more),
             (all, more) => *all = all.take().or(more),
@@ -262,7 +269,7 @@ impl Line {
 impl Writing {
     fn line(&mut self, card: &ModelCard, top: Option<u32>, step: Step, first: usize) -> Line {
         let at = step.index as usize;
-        let mut line = Line { index: first + at, ..Line::default() };
+        let mut line = Line { index: first + at, new_tokens: step.new_tokens, ..Line::default() };
         let mut logprobs = top.map(|_| CompletionLogprobs::default());
         let offset = &mut self.offsets[at];
         let begins = std::mem::take(offset);
