@@ -150,8 +150,8 @@ pub fn chat_message(chat: ChatPrompt) -> v1::ChatPrompt {
     v1::ChatPrompt {
         messages: messages.into_iter().map(turn).collect(),
         tools_json: json(tools),
-        // The wire refuses the two together, and the second alone counts.
-        add_generation_prompt: (!continue_final_message).then_some(add_generation_prompt),
+        // Absent is true; said aloud, it would contradict `continue_final_message`, which simply wins in the engine.
+        add_generation_prompt: (!add_generation_prompt).then_some(false),
         continue_final_message,
         template_kwargs_json: json(Some(template_kwargs).filter(|map| !map.is_empty()).map(Value::Object)),
     }
