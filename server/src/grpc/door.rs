@@ -83,8 +83,8 @@ impl Door {
         let prompt = validated.prompt();
         let (prompt_tokens, first_prompt_token) = (prompt.len(), prompt[0]);
         let prompt_logprobs = validated.sampling().prompt_logprobs.is_some();
+        let opens_thinking = validated.opens_thinking();
         let generation = engine.submit(validated).map_err(refused)?;
-        let opens_thinking = false;
         Ok(Admitted { generation, prompt_tokens, first_prompt_token, prompt_logprobs, opens_thinking })
     }
 
