@@ -328,10 +328,12 @@ def test_picture(start_server, visit, request):
         expect(page.locator("#stop-all")).to_be_disabled(timeout=60_000)
         page.wait_for_timeout(700)
         page.click("#crowd")
-        page.click("#crowd")
-        page.wait_for_timeout(1500)
         if stopped:
+            page.wait_for_timeout(700)
             page.click("#stop-all")
+        else:
+            page.click("#crowd")
+            page.wait_for_timeout(1500)
     page.mouse.click(640, 300)
     page.screenshot(path=request.config.getoption("--screenshot"))
     page.click("#stop-all")
