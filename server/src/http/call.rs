@@ -1,6 +1,9 @@
 //! One HTTP request under way: its id, who sent it, its body.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::{Body, Bytes},
@@ -14,6 +17,7 @@ use tidemill_engine::{
     ids::{RequestId, TenantId},
     request::GenerateRequest,
 };
+use tokio::time;
 
 use super::{ApiError, Family};
 use crate::auth::Credential;
@@ -24,6 +28,8 @@ pub const REQUEST_ID: &str = "x-request-id";
 const ANTHROPIC_REQUEST_ID: &str = "request-id";
 /// Longest `traceparent` that is kept. Version 00 has 55 bytes; later ones may have more.
 const MAX_TRACE_PARENT_BYTES: usize = 128;
+/// What a client may take to send a body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A request that came through the door.
 #[derive(Debug)]
@@ -79,8 +85,8 @@ impl Call {
     /// The body as JSON.
     ///
     /// # Errors
-    /// 415 for another content type (so that no web page can send requests without asking first), 413 for a body over the limit, 400 for
-    /// what is not the JSON that the route takes.
+    /// 415 for another content type (so that no web page can send requests without asking first), 413 for a body over the limit, 408 for
+    /// one that does not come, 400 for what is not the JSON that the route takes.
     pub async fn json<T: DeserializeOwned>(&mut self) -> Result<T, ApiError> {
         if !is_json(&self.headers) {
             return Err(ApiError::new(
@@ -113,10 +119,17 @@ impl Call {
         if announced.is_some_and(|length| length > limit) {
             return Err(too_large());
         }
-        match Limited::new(std::mem::take(&mut self.body), limit).collect().await {
-            Ok(body) => Ok(body.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
-            Err(_) => Err(ApiError::new(StatusCode::BAD_REQUEST, "the body ended before it was complete")),
+        let whole = Limited::new(std::mem::take(&mut self.body), limit).collect();
+        match time::timeout(BODY_TIMEOUT, whole).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+            Ok(Err(_)) => {
+                Err(ApiError::new(StatusCode::BAD_REQUEST, "the body ended before it was complete"))
+            }
+            Err(_) => {
+                let message = format!("the body did not come within {} seconds", BODY_TIMEOUT.as_secs());
+                Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
+            }
         }
     }
 

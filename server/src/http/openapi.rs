@@ -83,6 +83,7 @@ fn responses(route: &Route, keyed: bool) -> Value {
     }
     if !route.request.is_empty() {
         failures.extend([
+            ("408", "The body did not come in time."),
             ("409", "A live request has this id."),
             ("413", "The body is too large."),
             ("415", "The body is not JSON."),

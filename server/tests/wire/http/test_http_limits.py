@@ -1,7 +1,9 @@
 """Bytes that no SDK would send: answered, or their connection is closed, and everybody else is served on."""
 
+import contextlib
 import json
 import time
+from concurrent import futures
 
 import pytest
 from front import ANSWER, MODEL, Front, request_bytes, user
@@ -230,24 +232,32 @@ def test_a_refused_request_is_not_asked_to_continue(keyed_front):
         assert wire.reply().status == 401
 
 
-def test_heads_that_never_end_are_closed(front):
-    """One byte a second keeps a connection alive; the head as a whole has a limit too."""
-    with front.wire() as wire:
-        wire.send(b"GET /health HTTP/1.1\r\nHost: a\r\n")
-        start = time.monotonic()
-        wire.socket.settimeout(1)
-        closed = False
-        while not closed and time.monotonic() - start < 25:
-            try:
-                closed = not wire.socket.recv(4096)
-            except TimeoutError:
-                try:
-                    wire.send(b"X")
-                except OSError:
-                    closed = True
-            except OSError:
-                closed = True
-        assert closed, "an unfinished head is not waited for for ever"
+def seconds_until_closed(wire, drip, seconds):
+    """How long the server waits for a client that sends `drip` once a second; what it says at last stays in `wire.rest`."""
+    start = time.monotonic()
+    wire.socket.settimeout(1)
+    while time.monotonic() - start < seconds:
+        try:
+            if not wire.read_some():
+                return time.monotonic() - start
+        except TimeoutError:
+            with contextlib.suppress(OSError):
+                wire.send(drip)
+    raise AssertionError(f"still open after {seconds} s")
+
+
+def test_requests_that_never_end_are_closed(front):
+    """A byte a second keeps a connection alive; a head and a body as a whole have limits too."""
+    with front.wire() as head, front.wire() as body, front.wire() as chunks:
+        head.send(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+        body.send(request_bytes("POST", CHAT, b"", "Content-Type: application/json", "Content-Length: 1000") + b"{")
+        chunks.send(request_bytes("POST", CHAT, b"", "Content-Type: application/json", "Transfer-Encoding: chunked"))
+        waits = [(head, b"X", 25), (body, b" ", 45), (chunks, b"1\r\n \r\n", 45)]
+        with futures.ThreadPoolExecutor() as pool:
+            for waited in [pool.submit(seconds_until_closed, *wait) for wait in waits]:
+                assert waited.result() > 5
+        for slow in (body, chunks):
+            assert slow.rest.startswith(b"HTTP/1.1 408 "), slow.rest[:200]
 
 
 def test_many_connections_that_say_nothing(front):
