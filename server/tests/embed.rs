@@ -131,7 +131,8 @@ async fn a_deadline_that_passes_in_the_queue_ends_it() {
     let mut request = Request::new(named("waiting"));
     request.set_timeout(Duration::from_millis(150));
     let status = spawn(&harness, request).await.unwrap().unwrap_err();
-    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    // The server answers some milliseconds before the client's own timer; on a busy machine either may be the first.
+    assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
     harness.until("gone", |stats| stats.num_requests_waiting == 0).await;
     drop(running);
     harness.at_rest().await;

@@ -8,7 +8,7 @@ use common::{Harness, text};
 use serde_json::{Value, json};
 use tidemill_proto::v1::{
     FinishReason, GenerateRequest, SamplingParams, Structured, Thinking,
-    structured::{Choice, Form},
+    structured::{AnyJsonObject, Choice, Form},
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -57,7 +57,7 @@ async fn every_form_is_kept() {
         let bs = answer.text.strip_prefix('a').unwrap();
         assert!(bs.trim_end_matches('c').bytes().all(|byte| byte == b'b'), "{}", answer.text);
     }
-    let answer = harness.complete(asked(Form::JsonObject(true), drawn(1))).await;
+    let answer = harness.complete(asked(Form::JsonObject(AnyJsonObject {}), drawn(1))).await;
     assert!(answer.text.starts_with('{'), "{}", answer.text);
     harness.at_rest().await;
 }
@@ -92,7 +92,7 @@ async fn what_is_no_form_is_refused_by_name_and_nobody_else_notices() {
             asked(Form::JsonSchema(json!({ "type": "array", "contains": {} }).to_string()), plain()),
         ),
         ("structured", asked(Form::JsonSchema("[".repeat(1 << 20)), plain())),
-        ("sampling.ignore_eos", asked(Form::JsonObject(true), endless)),
+        ("sampling.ignore_eos", asked(Form::JsonObject(AnyJsonObject {}), endless)),
         ("thinking", GenerateRequest { thinking: Some(marks), ..text("Once", plain()) }),
     ];
     let canary = || asked(choice(&["alive"]), plain());

@@ -180,7 +180,8 @@ fn hidden_states_are_those_of_transformers_and_chunks_do_not_change_their_bits()
             let width = whole.len() / prompt.len();
             let mean = |h: usize| whole.iter().skip(h).step_by(width).sum::<f32>() / prompt.len() as f32;
             let last = &whole[whole.len() - width..];
-            let got = [last, &(0..width).map(mean).collect::<Vec<_>>(), &whole[..width]].concat();
+            let mean: Vec<f32> = (0..width).map(mean).collect();
+            let got = [last, &mean[..], &whole[..width]].concat();
             let expected: Vec<f32> =
                 embeddings[&format!("embeddings.{i}")].iter().map(|&bits| f32::from_bits(bits)).collect();
             assert_eq!(got.len(), expected.len());

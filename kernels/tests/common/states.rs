@@ -2,16 +2,11 @@
 
 use std::sync::Arc;
 
-use tidemill_kernels::{
-    DType, Ops,
-    ops::{BatchMeta, HeadShape},
-};
+use tidemill_kernels::{DType, Ops, ops::BatchMeta};
 
 use crate::common::tensor;
 
 pub const VOCAB: usize = 24;
-#[allow(dead_code, reason = "the CPU has no use for it")]
-pub const HEADS: HeadShape = HeadShape { num_heads: 2, num_kv_heads: 1, head_dim: 64 };
 pub const MAX_TOKENS: usize = 16;
 const WIDTH: usize = 64;
 

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use tidemill_kernels::cuda::{CudaConfig, CudaOps, Device, driver::Driver};
+use tidemill_kernels::{
+    cuda::{CudaConfig, CudaOps, Device, driver::Driver},
+    ops::HeadShape,
+};
 use tidemill_kernels_emu::{EmuDriver, Live, Schedule};
 
 use crate::{
-    common_states::{HEADS, MAX_TOKENS, VOCAB, states_come_with_their_step},
+    common_states::{MAX_TOKENS, VOCAB, states_come_with_their_step},
     harness::{driver, schedules},
 };
 
@@ -16,7 +19,7 @@ fn ops(driver: &Arc<dyn Driver>) -> CudaOps {
         max_rows: 2,
         max_model_len: MAX_TOKENS,
         block_size: 16,
-        heads: HEADS,
+        heads: HeadShape { num_heads: 2, num_kv_heads: 1, head_dim: 64 },
         vocab: VOCAB,
         graphs: false,
     };

@@ -9,6 +9,7 @@ use axum::{
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tidemill_engine::{
     ids::{RequestId, TenantId},
     request::GenerateRequest,
@@ -88,19 +89,18 @@ impl Call {
             ));
         }
         let bytes = self.bytes().await?;
-        let mut deserializer = serde_json::Deserializer::from_slice(&bytes);
-        let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        // All of it is read, what the route does not know included: what is no JSON is refused wherever it stands.
+        let value: Value = serde_json::from_slice(&bytes).map_err(|error| {
+            ApiError::new(StatusCode::BAD_REQUEST, format!("the body is not JSON: {error}"))
+        })?;
+        serde_path_to_error::deserialize(value).map_err(|error| {
             let path = error.path().to_string();
             let message = format!("the body is not what this route takes: {}", error.inner());
             match path.as_str() {
                 "." | "?" => ApiError::new(StatusCode::BAD_REQUEST, message),
                 _ => ApiError::invalid(path, message),
             }
-        })?;
-        deserializer.end().map_err(|error| {
-            ApiError::new(StatusCode::BAD_REQUEST, format!("something follows the JSON: {error}"))
-        })?;
-        Ok(value)
+        })
     }
 
     async fn bytes(&mut self) -> Result<Bytes, ApiError> {

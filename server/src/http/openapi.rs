@@ -88,6 +88,7 @@ fn responses(route: &Route, keyed: bool) -> Value {
             ("415", "The body is not JSON."),
             ("429", "Overloaded; `retry-after` says when to try again."),
             ("504", "The deadline passed."),
+            ("499", "Somebody aborted it."),
         ]);
     }
     failures.push(("404", "There is no such thing."));

@@ -324,12 +324,16 @@ def test_picture(start_server, visit, request):
     once_begun(page, "click", length=210)
     say(page, "Tell me a story about a fox and a lantern.")
     page.locator(".assistant .receipt[data-known]").wait_for()
-    for _ in range(3):
+    for stopped in (True, False):
         expect(page.locator("#stop-all")).to_be_disabled(timeout=60_000)
         page.wait_for_timeout(700)
         page.click("#crowd")
-        page.click("#crowd")
-        page.wait_for_timeout(1500)
+        if stopped:
+            page.wait_for_timeout(700)
+            page.click("#stop-all")
+        else:
+            page.click("#crowd")
+            page.wait_for_timeout(1500)
     page.mouse.click(640, 300)
     page.screenshot(path=request.config.getoption("--screenshot"))
     page.click("#stop-all")

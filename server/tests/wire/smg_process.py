@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 START_SECONDS = 60
+SMG = Path(sys.executable).with_name("smg")
 
 
 def free_ports(count):
@@ -26,14 +27,22 @@ def free_ports(count):
 class Smg:
     """One gateway. Nothing of it leaves this machine: the tokenizer comes from the workers."""
 
-    def __init__(self, workers, *options):
-        """Starts it in front of these servers and waits until it serves their model."""
+    def __init__(self, workers, *options, api_key=None):
+        """Starts it in front of these servers and waits until it serves their model.
+
+        It sends a key to workers over HTTP alone, and wants the same one of its clients; without a key it speaks gRPC.
+        """
         self.port, metrics = free_ports(2)
+        self.headers = {"content-type": "application/json"}
+        urls = [f"grpc://{worker.address}" for worker in workers]
+        if api_key:
+            self.headers["authorization"] = f"Bearer {api_key}"
+            urls, options = [worker.url for worker in workers], (*options, "--api-key", api_key)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = tempfile.TemporaryFile("w+", prefix="smg-wire-")
-        command = [Path(sys.executable).with_name("smg"), "launch", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [SMG, "launch", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
-        command += ["--worker-urls", *(f"grpc://{worker.address}" for worker in workers)]
+        command += ["--worker-urls", *urls]
         command += ["--worker-startup-check-interval", "1", "--health-check-interval-secs", "1", "--log-level", "info"]
         # What would look for a model on the network finds that it must not.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
@@ -44,8 +53,9 @@ class Smg:
         )
         try:
             self.wait_until(lambda: len(self.workers()) == len(workers), "it knows its workers", START_SECONDS)
-            # It fetches the tokenizer afterwards; until then it answers 503.
-            self.wait_until(lambda: self.get("/v1/tokenizers")["tokenizers"], "it has the tokenizer", START_SECONDS)
+            if not api_key:
+                # It fetches the tokenizer afterwards; until then it answers 503.
+                self.wait_until(lambda: self.get("/v1/tokenizers")["tokenizers"], "it has the tokenizer", START_SECONDS)
         except BaseException:
             self.kill()
             raise
@@ -73,13 +83,13 @@ class Smg:
 
     def get(self, path):
         """The parsed answer to a GET."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", headers=self.headers), timeout=5) as answer:
             return json.load(answer)
 
     def open(self, path, body, timeout=60):
         """The answer to a POST, to be read by the caller; also that of a refused one."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"content-type": "application/json"})
+        request = urllib.request.Request(f"{self.url}{path}", data, self.headers)
         try:
             return urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as refused:
@@ -94,16 +104,8 @@ class Smg:
         except ValueError:
             return answer.status, text
 
-    def stop(self):
-        """Ends it the polite way."""
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        finally:
-            self.kill()
-
     def kill(self):
-        """Ends it for certain."""
+        """Ends it: it would take some seconds to do so by itself, whatever it has to do."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()

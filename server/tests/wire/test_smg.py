@@ -4,11 +4,13 @@ import http.client
 import json
 import re
 import signal
+import subprocess
+from pathlib import Path
 
 import jsonschema
 import pytest
 from client import chat
-from smg_process import Smg
+from smg_process import SMG, Smg
 
 MODEL = "tidemill-demo"
 HELLO = dict(model=MODEL, messages=[dict(role="user", content="Hello!")], temperature=0, max_tokens=30)
@@ -25,7 +27,7 @@ def fleet():
     servers = [Server(EVENTS, http=False) for _ in range(2)]
     smg = Smg(servers, "--policy", "round_robin")
     yield smg, servers
-    smg.stop()
+    smg.kill()
     for server in servers:
         assert server.stop() == 0
         assert not server.complaints()
@@ -261,7 +263,7 @@ def test_when_a_server_is_killed_the_other_goes_on(start_server):
         servers[1].wait_for_stats(lambda s: s.requests_finished_total == before + 6, "all went there")
         smg.wait_until(lambda: len(smg.workers()) == 1, "it knows that one is gone")
     finally:
-        smg.stop()
+        smg.kill()
 
 
 def test_a_server_that_drains_gets_nothing_new_and_finishes_what_it_has(start_server):
@@ -278,7 +280,21 @@ def test_a_server_that_drains_gets_nothing_new_and_finishes_what_it_has(start_se
         assert finished[-1] == "length", "nothing was cut off"
         assert busy.wait_for_exit() == 0
     finally:
-        smg.stop()
+        smg.kill()
+
+
+# Servers that want a key
+
+
+def test_over_http_the_gateway_shows_its_key(start_server):
+    """Over gRPC it has no way to."""
+    server = start_server("--api-key", "s3cret", api_key="s3cret")
+    smg = Smg([server], api_key="s3cret")
+    try:
+        status, answer = smg.post("/v1/chat/completions", HELLO)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, ours(server).text)
+    finally:
+        smg.kill()
 
 
 # Routing by what is cached
@@ -317,7 +333,7 @@ def test_requests_go_to_where_their_beginning_is_cached(start_server):
             assert sorted(asked)[0] == 0, "one server had all of this conversation"
             assert max(gained) >= 5 * (prompt - 48)
     finally:
-        smg.stop()
+        smg.kill()
 
 
 def test_what_was_cached_before_the_gateway_came_is_found(start_server):
@@ -333,4 +349,16 @@ def test_what_was_cached_before_the_gateway_came_is_found(start_server):
             assert smg.post("/v1/chat/completions", conversation(topic, 7))[0] == 200
             assert hits(servers[place]) > before, f"{topic} is cached in {place}"
     finally:
-        smg.stop()
+        smg.kill()
+
+
+# What we tell users
+
+
+def test_the_options_that_we_recommend_exist():
+    readme = (Path(__file__).parents[2] / "deploy" / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for line in readme.splitlines() if line.startswith("smg launch ")]
+    assert len(lines) >= 4
+    known = subprocess.run([SMG, "launch", "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+    options = {word for line in lines for word in line.split() if word.startswith("--")}
+    assert {option for option in options if not re.search(rf"{option}\b", known)} == set()

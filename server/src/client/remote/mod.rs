@@ -107,9 +107,9 @@ impl EngineClient for RemoteEngine {
         let place = self.drain.enter().ok_or(RequestError::Draining)?;
         self.link.card()?;
         let completions = request.sampling.n.unwrap_or(1);
-        let (given, deadline, trace_parent) =
-            (request.id.clone(), request.deadline, request.trace_parent.clone());
-        let call = with_headers(convert::generate_message(request), deadline, trace_parent)?;
+        let (given, deadline) = (request.id.clone(), request.deadline);
+        let trace_parent = request.trace_parent.clone();
+        let call = call(convert::generate_message(request), deadline, trace_parent)?;
         let response = self.inference.clone().generate(call).await;
         let response = response.map_err(|status| failure(&status, deadline))?;
         let number = |name| -> Result<usize, CallError> {
@@ -131,9 +131,11 @@ impl EngineClient for RemoteEngine {
         let _place = self.drain.enter().ok_or(RequestError::Draining)?;
         self.link.card()?;
         let (deadline, trace_parent) = (request.deadline, request.trace_parent.clone());
-        let call = with_headers(convert::embed_message(request)?, deadline, trace_parent)?;
+        let call = call(convert::embed_message(request)?, deadline, trace_parent)?;
+        // A future that is dropped takes the call with it, and the engine aborts the request.
         let response = self.inference.clone().embed(call).await;
-        Ok(convert::embedding(response.map_err(|status| failure(&status, deadline))?.into_inner()))
+        let response = response.map_err(|status| failure(&status, deadline))?;
+        Ok(convert::embedding(response.into_inner()))
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {
@@ -193,7 +195,7 @@ impl EngineClient for RemoteEngine {
 }
 
 /// A message with what travels in headers.
-fn with_headers<T>(
+fn call<T>(
     message: T,
     deadline: Option<Instant>,
     trace_parent: Option<Arc<str>>,

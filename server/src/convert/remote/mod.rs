@@ -6,7 +6,6 @@
 
 mod activity;
 mod control;
-mod embed;
 mod error;
 mod model;
 mod request;
@@ -16,11 +15,10 @@ mod tests;
 
 pub use activity::activity;
 pub use control::{abort_receipt, engine_stats};
-pub use embed::{embed_message, embedding};
 pub use error::{call_error, call_error_of};
 pub use model::model_card;
-pub use request::{chat_message, generate_message};
-pub use response::output;
+pub use request::{chat_message, embed_message, generate_message};
+pub use response::{embedding, output};
 
 use std::time::Duration;
 

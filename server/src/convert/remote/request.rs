@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 use tidemill_engine::{
-    request::{GenerateRequest, Prompt},
+    RequestError,
+    request::{EmbedRequest, GenerateRequest, Prompt},
     sampling::SamplingParams,
     structured::{Structured, Thinking},
     text::chat::{ChatMessage, ChatPrompt},
@@ -48,6 +49,46 @@ pub fn generate_message(request: GenerateRequest) -> v1::GenerateRequest {
         // The engine has a credential too: the gateway's.
         end_client: (*credential).to_owned(),
     }
+}
+
+/// A request for an embedding as a message. Its deadline and its trace parent travel in headers.
+///
+/// # Errors
+/// For a conversation, which has no embedding on the wire.
+pub fn embed_message(request: EmbedRequest) -> Result<v1::EmbedRequest, RequestError> {
+    use v1::embed_request::Prompt as Wire;
+    let EmbedRequest {
+        id,
+        prompt,
+        model,
+        deadline: _,
+        priority,
+        tenant,
+        credential,
+        cache_salt,
+        trace_parent: _,
+        dimensions,
+        normalize,
+    } = request;
+    Ok(v1::EmbedRequest {
+        request_id: id.map(|id| id.as_str().to_owned()).unwrap_or_default(),
+        prompt: Some(match prompt {
+            Prompt::Text(text) => Wire::Text(text),
+            Prompt::TokenIds(ids) => {
+                Wire::TokenIds(v1::TokenIds { ids: ids.into_iter().map(|id| id.0).collect() })
+            }
+            Prompt::Chat(_) => {
+                return Err(RequestError::invalid("prompt", "is a conversation; embed a text or token ids"));
+            }
+        }),
+        model: model.unwrap_or_default(),
+        priority,
+        tenant: tenant.as_str().to_owned(),
+        cache_salt,
+        dimensions,
+        normalize,
+        end_client: (*credential).to_owned(),
+    })
 }
 
 fn sampling_params(sampling: SamplingParams) -> v1::SamplingParams {

@@ -2,7 +2,7 @@
 
 use tidemill_engine::{
     ids::TokenId,
-    output::{Finish, FinishReason, MatchedStop, Output, TokenLogprobs, Usage},
+    output::{Embedding, Finish, FinishReason, MatchedStop, Output, TokenLogprobs, Usage},
 };
 use tidemill_proto::v1;
 
@@ -50,6 +50,12 @@ pub fn output(message: v1::GenerateResponse, n: u32) -> Result<Output, CallError
         prompt_logprobs: prompt_logprobs.into_iter().skip(1).map(token_logprobs).collect(),
         finish,
     })
+}
+
+/// An embedding from its message.
+pub fn embedding(response: v1::EmbedResponse) -> Embedding {
+    let v1::EmbedResponse { request_id: _, values, prompt_tokens, cached_tokens } = response;
+    Embedding { values, prompt_tokens: prompt_tokens as usize, cached_tokens: cached_tokens as usize }
 }
 
 fn finish_reason(reason: v1::FinishReason) -> Option<FinishReason> {

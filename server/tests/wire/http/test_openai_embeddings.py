@@ -58,15 +58,6 @@ def test_dimensions(api):
     assert cut == pytest.approx([x / scale for x in whole[:16]], abs=1e-3)
 
 
-def test_likeness_means_something(api):
-    one, same, other = embed(api, ["The tide comes in.", "The tide comes in!", '{"name": "Rosa", "age": 31}'])
-
-    def likeness(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True))
-
-    assert likeness(one, same) > likeness(one, other)
-
-
 def test_long_inputs_and_short(api):
     (short, long) = embed(api, ["a", "and so on " * 300])
     assert len(short) == len(long)

@@ -207,3 +207,5 @@ def test_schemas_made_to_hurt(api, front):
             timeout=20,
         )
         assert answer.status_code in (200, 400), answer.text
+    regex = {"model": MODEL, "messages": user(), "guided_regex": "((a{0,999}){0,999}){0,999}", "max_tokens": 5}
+    assert front.post("/v1/chat/completions", regex, timeout=20).status_code in (200, 400)

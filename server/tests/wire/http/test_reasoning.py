@@ -9,6 +9,8 @@ from server_process import Server
 
 TEMPLATE = Path(__file__).with_name("template_thinking.jinja")
 BUDGET = {"thinking_token_budget": 8}
+# It would say nothing more once it has thought.
+SPEAKS = {**BUDGET, "guided_choice": ["ebb", "flood"]}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_budget_is_kept(thinker):
 
 
 def test_reasoning_tokens_are_counted(thinker):
-    body = {"model": MODEL, "messages": user(), "temperature": 0, "max_tokens": 60, **BUDGET}
+    body = {"model": MODEL, "messages": user(), "temperature": 0, "max_tokens": 60, **SPEAKS}
     usage = thinker.post("/v1/chat/completions", body).json()["usage"]
     assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] < usage["completion_tokens"]
 
@@ -73,7 +75,7 @@ def test_without_thinking(thinker):
 
 
 def test_a_form_concerns_the_answer_alone(thinker):
-    choice = ask(thinker, guided_choice=["ebb", "flood"])
+    choice = ask(thinker, **SPEAKS)
     assert choice["message"]["content"].strip() in ("ebb", "flood")
     assert choice["message"]["reasoning_content"].strip()
 
@@ -96,7 +98,7 @@ def test_messages_have_a_block_of_thoughts(thinker):
 
 def test_responses_have_an_item_of_thoughts(thinker):
     with thinker.openai() as client:
-        response = client.responses.create(model=MODEL, input=user(), temperature=0, max_output_tokens=60, extra_body=BUDGET)
+        response = client.responses.create(model=MODEL, input=user(), temperature=0, max_output_tokens=60, extra_body=SPEAKS)
         assert [item.type for item in response.output] == ["reasoning", "message"]
         assert response.usage.output_tokens_details.reasoning_tokens > 0
 

@@ -93,7 +93,7 @@ def test_prompts(front, wide, kind):
     assert over_http(front, "/v1/completions", prompt=prompt, **options) == over_grpc(wide, prompt, **options)
 
 
-@pytest.mark.parametrize("request_id", ["a", "x" * 256, "x" * 257, "line\nbreak", "\x00"], ids=show)
+@pytest.mark.parametrize("request_id", ["a", "y" * 256, "y" * 257, "line\nbreak", "\x00"], ids=show)
 def test_request_ids(front, wide, request_id):
     options = dict(temperature=0, max_tokens=2, request_id=request_id)
     assert over_http(front, "/v1/completions", prompt="The tide", **options) == over_grpc(wide, "The tide", **options)
