@@ -2,7 +2,7 @@
 
 import pytest
 from fronts import front_of
-from server_process import Gateway
+from server_process import GRPC_BOUND, HTTP_BOUND, Gateway, Process
 
 
 @pytest.fixture
@@ -49,3 +49,18 @@ def start_gateway():
     yield start
     for gateway in started:
         gateway.kill()
+
+
+@pytest.fixture
+def start_process():
+    """Starts processes that our own gRPC client cannot talk to."""
+    started = []
+
+    def start(command, *options):
+        bound = {"address": GRPC_BOUND, "url": HTTP_BOUND}
+        started.append(Process([command], "--port", "0", *options, bound=bound))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
