@@ -22,6 +22,7 @@ pub async fn gateway(address: EngineAddress, http: HttpConfig, grace: Duration) 
     let mut signals = Signals::new()?;
     let engine = Arc::new(RemoteEngine::new(&address)?);
     let server = HttpServer::bind(&http, engine.clone()).await?;
+    warn_of_open_keys(&address, &http, &server);
     tracing::info!(engine = address.url, "looking for the engine");
     let mut stdout = io::stdout();
     // A closed stdout is no reason not to serve.
@@ -41,4 +42,16 @@ pub async fn gateway(address: EngineAddress, http: HttpConfig, grace: Duration) 
     }
     server.stop(FLUSH).await;
     Ok(())
+}
+
+/// Keys that others on the network can read are worth a word, on either side.
+fn warn_of_open_keys(engine: &EngineAddress, http: &HttpConfig, server: &HttpServer) {
+    if http.tls.is_none() && !http.keys.is_empty() && !server.address().ip().is_loopback() {
+        tracing::warn!(
+            "API keys travel unencrypted; set --tls-cert and --tls-key, or let a proxy in front do TLS"
+        );
+    }
+    if engine.api_key.is_some() && !engine.is_private() {
+        tracing::warn!("the engine's key travels unencrypted; reach the engine by https://HOST:PORT");
+    }
 }

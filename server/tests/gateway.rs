@@ -11,12 +11,13 @@ use std::{
 };
 
 use common::{Harness, engine_config, narrow};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
 use tidemill::{
     auth::ApiKeys,
     client::{EngineClient, LocalEngine, ModelCard, RemoteEngine},
-    config::{EngineAddress, GrpcConfig, HttpConfig},
-    grpc::Phase,
+    config::{EngineAddress, GrpcConfig, HttpConfig, TlsConfig},
+    grpc::{Phase, Server},
     http::{HttpServer, answer::Parsers},
 };
 use tidemill_engine::{Engine, ids::TokenId};
@@ -312,4 +313,29 @@ async fn the_engine_lets_in_who_has_its_key() {
     let refused = Front::of(bad, &[]).await.post("/v1/chat/completions", question(json!({}))).await;
     assert_eq!(refused.status, 503, "the client is not to blame: {refused:?}");
     assert!(with("with space").is_err() && with("").is_err());
+}
+
+#[tokio::test]
+async fn an_engine_with_a_certificate_is_believed_by_who_trusts_its_authority() {
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let certificate =
+        CertificateParams::new(vec!["localhost".into()]).unwrap().signed_by(&key, &authority).unwrap();
+    let tls =
+        TlsConfig { certificate: certificate.pem().into(), key: key.serialize_pem().into(), client_ca: None };
+    let server = Server::bind(&GrpcConfig { tls: Some(tls), ..GrpcConfig::loopback() }).await.unwrap();
+    let engine = Engine::start(engine_config(), |_| ()).unwrap();
+    server.ready(engine.handle()).await;
+    let reach = |tls_ca| {
+        let url = format!("https://localhost:{}", server.address().port());
+        Arc::new(RemoteEngine::new(&EngineAddress { url, api_key: None, tls_ca }).unwrap())
+    };
+    let (believing, doubting) = (reach(Some(authority.pem().into())), reach(None));
+    until("found", || believing.is_healthy()).await;
+    let front = Front::of(believing, &[]).await;
+    assert_eq!(front.post("/v1/chat/completions", question(json!({}))).await.status, 200);
+    let front = Front::of(doubting, &[]).await;
+    assert_eq!(front.post("/v1/chat/completions", question(json!({}))).await.status, 503);
 }

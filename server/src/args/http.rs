@@ -17,7 +17,7 @@ pub struct HttpArgs {
     /// Largest body of a request: bytes, or with KiB, MiB, GiB, KB, MB, GB.
     #[arg(long, value_name = "SIZE", default_value = "4MiB", env = "TIDEMILL_MAX_BODY_BYTES")]
     pub max_body_bytes: ByteSize,
-    /// Origins whose pages may call from a browser, such as https://chat.example.com; `*` lets all of them. May be given several times; the variable
+    /// Origins whose pages may call from a browser, such as <https://chat.example.com>; `*` lets all of them. May be given several times; the variable
     /// takes a comma-separated list. Default: none.
     #[arg(long, value_name = "ORIGIN", env = "TIDEMILL_ALLOWED_ORIGINS", value_delimiter = ',')]
     pub allowed_origins: Vec<String>,

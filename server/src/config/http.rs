@@ -1,6 +1,10 @@
 //! What the HTTP port and the gateway need.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use super::serve::{Keepalive, ListenConfig, TlsConfig, addresses, listen_config};
 use crate::{
@@ -84,6 +88,16 @@ pub struct EngineAddress {
     pub tls_ca: Option<Vec<u8>>,
 }
 
+impl EngineAddress {
+    /// Whether nobody on the way can read what is sent there: by TLS, or because it does not leave the machine.
+    pub fn is_private(&self) -> bool {
+        let Some(authority) = self.url.strip_prefix("http://") else { return true };
+        let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+        let ip = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
+    }
+}
+
 impl std::fmt::Debug for EngineAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("EngineAddress").field("url", &self.url).finish_non_exhaustive()
@@ -125,5 +139,27 @@ impl GatewayConfig {
             shutdown_timeout,
             log,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_on_the_machine_or_is_encrypted_is_private() {
+        let private = |url: &str| EngineAddress { url: url.into(), api_key: None, tls_ca: None }.is_private();
+        for url in [
+            "https://gpu1:1",
+            "http://localhost:1",
+            "http://127.0.0.1:1",
+            "http://[::1]:1",
+            "http://127.1.2.3:1",
+        ] {
+            assert!(private(url), "{url}");
+        }
+        for url in ["http://gpu1:1", "http://10.0.0.1:1", "http://[2001:db8::1]:1", "http://0.0.0.0:1"] {
+            assert!(!private(url), "{url}");
+        }
     }
 }

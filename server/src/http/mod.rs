@@ -11,6 +11,7 @@ mod door;
 mod engine_routes;
 mod error;
 mod fields;
+mod gather;
 mod live;
 mod metrics;
 mod openai;

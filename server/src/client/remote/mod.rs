@@ -57,7 +57,8 @@ pub struct RemoteEngine {
 }
 
 impl RemoteEngine {
-    /// The engine at this address, which need not be there yet. It is looked for from now on, and again whenever it is lost.
+    /// The engine at this address, which need not be there yet. It is looked for from now on, and again whenever it is lost, by a task of
+    /// the runtime in which this is called.
     ///
     /// # Errors
     /// Wrong usage when the address, the key or the certificate cannot be used.

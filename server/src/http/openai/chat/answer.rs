@@ -34,6 +34,8 @@ pub struct ChatWriter {
     top_logprobs: Option<u32>,
     include_reasoning: bool,
     usage: Usage,
+    /// Chunks that are nothing but text.
+    texts: sse::Templates,
 }
 
 #[derive(Serialize)]
@@ -91,6 +93,13 @@ struct FunctionDelta<'a> {
     arguments: &'a str,
 }
 
+impl<'a> ChunkChoice<'a> {
+    /// A choice that goes on.
+    fn of(index: u32, delta: Delta<'a>, logprobs: Option<Content<'a>>) -> Self {
+        Self { index, delta, logprobs, finish_reason: None, stop_reason: None }
+    }
+}
+
 impl<'a> Delta<'a> {
     fn of(piece: &'a Piece) -> Self {
         let call = |index, id, kind, name, arguments| {
@@ -134,7 +143,8 @@ impl ChatWriter {
     ) -> Self {
         let id = format!("chatcmpl-{}", answer.id);
         let usage = Usage::of_prompt(answer.prompt_tokens);
-        Self { answer, card, id, created: now(), top_logprobs, include_reasoning, usage }
+        let texts = sse::Templates::default();
+        Self { answer, card, id, created: now(), top_logprobs, include_reasoning, usage, texts }
     }
 
     /// The answer as chunks.
@@ -174,11 +184,7 @@ impl ChatWriter {
 
     fn role(&self, buffer: &mut Vec<u8>, index: u32, options: StreamOptions) {
         let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
-        self.choice(
-            buffer,
-            ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None },
-            options,
-        );
+        self.choice(buffer, ChunkChoice::of(index, delta, None), options);
     }
 
     fn step(&mut self, buffer: &mut Vec<u8>, step: Step, options: StreamOptions) {
@@ -190,15 +196,14 @@ impl ChatWriter {
             if matches!(piece, Piece::Reasoning(_)) && !self.include_reasoning {
                 continue;
             }
+            if let (Piece::Text(text), None) = (piece, owed)
+                && !options.continuous_usage_stats
+            {
+                self.text(buffer, index, text, options);
+                continue;
+            }
             let logprobs = owed.take().map(|content| Content { content });
-            let choice = ChunkChoice {
-                index,
-                delta: Delta::of(piece),
-                logprobs,
-                finish_reason: None,
-                stop_reason: None,
-            };
-            self.choice(buffer, choice, options);
+            self.choice(buffer, ChunkChoice::of(index, Delta::of(piece), logprobs), options);
         }
         let logprobs = owed.take().map(|content| Content { content });
         if step.end.is_some() || logprobs.is_some() {
@@ -207,6 +212,16 @@ impl ChatWriter {
             let choice = ChunkChoice { index, delta: Delta::default(), logprobs, finish_reason, stop_reason };
             self.choice(buffer, choice, options);
         }
+    }
+
+    /// Most chunks by far.
+    fn text(&mut self, buffer: &mut Vec<u8>, index: u32, text: &str, options: StreamOptions) {
+        let mut texts = std::mem::take(&mut self.texts);
+        texts.write(buffer, index as usize, text, |buffer, text| {
+            let delta = Delta { content: Some(text), ..Delta::default() };
+            self.choice(buffer, ChunkChoice::of(index, delta, None), options);
+        });
+        self.texts = texts;
     }
 
     fn count(&mut self, step: &Step) {

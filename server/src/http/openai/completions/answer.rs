@@ -64,6 +64,8 @@ pub struct CompletionWriter {
     prompts: Vec<Writing>,
     usage: Usage,
     group: Group,
+    /// Chunks that are nothing but text.
+    texts: sse::Templates,
 }
 
 /// One prompt's choices.
@@ -96,6 +98,19 @@ struct Choice<'a> {
     stop_reason: Option<Value>,
 }
 
+impl<'a> Choice<'a> {
+    /// What is new of a choice, with this text.
+    fn of(line: &'a Line, text: &'a str) -> Self {
+        Self {
+            index: line.index,
+            text,
+            logprobs: line.logprobs.as_ref(),
+            finish_reason: line.end.as_ref().map(|end| end.0),
+            stop_reason: line.end.as_ref().and_then(|end| end.1.clone()),
+        }
+    }
+}
+
 impl CompletionWriter {
     /// A writer for these answers.
     pub fn new(
@@ -114,7 +129,8 @@ impl CompletionWriter {
             prompt_logprobs: Vec::new(),
         };
         let prompts = answers.into_iter().map(writing).collect();
-        Self { id: format!("cmpl-{id}"), created: now(), card, top_logprobs, prompts, usage, group }
+        let (id, texts) = (format!("cmpl-{id}"), sse::Templates::default());
+        Self { id, created: now(), card, top_logprobs, prompts, usage, group, texts }
     }
 
     /// The answers as chunks, in the order in which they come.
@@ -164,13 +180,18 @@ impl CompletionWriter {
         if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() {
             return;
         }
-        let choice = Choice {
-            index: line.index,
-            text: &line.text,
-            logprobs: line.logprobs.as_ref(),
-            finish_reason: line.end.as_ref().map(|end| end.0),
-            stop_reason: line.end.as_ref().and_then(|end| end.1.clone()),
-        };
+        if line.logprobs.is_none() && line.end.is_none() && !options.continuous_usage_stats {
+            let mut texts = std::mem::take(&mut self.texts);
+            texts.write(buffer, line.index, &line.text, |buffer, text| {
+                self.choice(buffer, Choice::of(line, text), options);
+            });
+            self.texts = texts;
+            return;
+        }
+        self.choice(buffer, Choice::of(line, &line.text), options);
+    }
+
+    fn choice(&self, buffer: &mut Vec<u8>, choice: Choice<'_>, options: StreamOptions) {
         let usage = match options {
             StreamOptions { continuous_usage_stats: true, .. } => Some(Some(self.usage)),
             StreamOptions { include_usage: true, .. } => Some(None),

@@ -87,7 +87,7 @@ struct Rule {
 /// vLLM, one with `::=` is EBNF, which Lark has no such sign in; any other is passed on as it is.
 ///
 /// # Errors
-/// Those of [`lark_from_ebnf`].
+/// Those of a grammar in EBNF that is malformed or too large.
 pub fn lark_from_grammar(grammar: &str) -> Result<String, String> {
     if grammar.contains("::=") { lark_from_ebnf(grammar) } else { Ok(grammar.to_owned()) }
 }
