@@ -98,3 +98,19 @@ def test_of_an_sdks_request_by_the_id_of_its_answer(narrow, narrow_front):
         assert receipt["stage"] in ("prefill", "decode") and receipt["rows_freed"] == 1
         reasons = [c.finish_reason for chunk in stream for c in chunk.choices if c.finish_reason]
     assert reasons == ["abort"]
+
+
+def test_of_several_prompts_that_are_one_request(narrow, narrow_front):
+    """By the name of the request, and by the id of its answer, all of them end."""
+    for name in ("several", "cmpl-several"):
+        with narrow_front.wire() as wire:
+            body = {"model": MODEL, "prompt": ["a", "b", "c"], "max_tokens": 900, "ignore_eos": True, "stream": True}
+            wire.post("/v1/completions", {**body, "request_id": "several"})
+            wire.read_until(b"data: ")
+            # A second one of the same name is refused, and does not hide the first.
+            again = narrow_front.post("/v1/completions", {**body, "request_id": "several", "stream": False})
+            assert again.status_code == 409
+            receipt = narrow_front.post("/abort", {"request_id": name}).json()
+            assert receipt["stage"] in ("prefill", "decode") and receipt["rows_freed"] == 1
+            assert wire.read_until(b"[DONE]").count(b'"finish_reason":"abort"') == 3
+        narrow.wait_until_idle()

@@ -7,7 +7,7 @@ import hypothesis
 import jsonschema
 import pytest
 import schemathesis
-from front import ANSWER
+from front import ANSWER, user
 from schemathesis import GenerationMode
 from schemathesis.checks import (
     content_type_conformance,
@@ -92,3 +92,37 @@ def test_the_key_is_in_the_document(keyed_front):
         (operation,) = document["paths"][path].values()
         assert operation.get("security", document.get("security")), path
     assert "security" not in document and "security" not in document["paths"]["/health"]["get"]
+
+
+ODD = [None, True, False, 0, -1, 1.5, 2**31, 2**63, 2**64, 1e308, "", "a", "\u0000", "x" * 300, [], [None], [[]], ["a"],
+       [-1], [{}], {}, {"a": None}, {"type": "a"}, {"": {}}]
+GOOD = {
+    "/v1/chat/completions": {"messages": user(), "max_tokens": 1},
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/responses": {"input": "a", "max_output_tokens": 16, "store": False},
+    "/v1/messages": {"messages": user(), "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": user()},
+    "/predict": {"prompt": "a", "max_new_tokens": 1},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/abort": {"request_id": "a"},
+}
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_every_field_with_values_of_every_kind(front, path):
+    """What a field does not take is refused by name or served as if it were absent; the server's own fault it never is."""
+    document = front.get("/openapi.json").json()
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    refused = 0
+    for field in schema["properties"]:
+        for value in ODD:
+            answer = front.post(path, {**GOOD[path], field: value})
+            assert answer.status_code in (200, 400, 404), (field, value, answer.status_code, answer.text)
+            if answer.status_code == 400:
+                refused += 1
+                error = answer.json()["error"]
+                assert (error if isinstance(error, str) else error["message"]), (field, value)
+    assert refused > 5
+    assert front.chat()["choices"][0]["message"]["content"] == ANSWER
