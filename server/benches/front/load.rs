@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -113,7 +114,9 @@ impl Load {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.runtime.take().into_iter().for_each(runtime::Runtime::shutdown_background);
+        // The clients are gone before the server is, or they would complain.
+        let runtime = self.runtime.take().into_iter();
+        runtime.for_each(|runtime| runtime.shutdown_timeout(Duration::from_secs(1)));
     }
 }
 
