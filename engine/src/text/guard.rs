@@ -74,7 +74,7 @@ mod tests {
         let soon = Duration::from_millis(50);
         assert_eq!(within(Duration::from_secs(60), "test", || 7), Ok(7));
         assert_eq!(within(soon, "test", || thread::sleep(Duration::from_secs(2))), Err(NoResult::TooLong));
-        let failed = within(Duration::from_secs(60), "test", || panic!("on purpose"));
-        assert_eq!(failed, Err::<(), _>(NoResult::Failed("on purpose".to_owned())));
+        let failed = within::<()>(Duration::from_secs(60), "test", || panic!("on purpose"));
+        assert_eq!(failed, Err(NoResult::Failed("on purpose".to_owned())));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use llguidance::{Matcher, api::StopReason};
+use llguidance::Matcher;
 use parking_lot::Mutex;
 
 use super::{compile::told, tokens::Tokens};
@@ -32,15 +32,9 @@ impl Grammar {
         if matcher.is_stopped() {
             return Err(empty());
         }
-        let mask = matcher.compute_mask();
-        if let Some(reason) = Some(matcher.stop_reason()).filter(|reason| *reason != StopReason::NotStopped) {
-            let error = mask.err().map(|error| told(&error.to_string())).unwrap_or_default();
-            return Err(match reason {
-                StopReason::NoExtensionBias => "matches nothing that this model can write".into(),
-                _ => format!("is too complex: {error}"),
-            });
-        }
-        let mask = words(mask.map_err(|error| told(&error.to_string()))?.as_slice(), tokens.vocab);
+        let mask = matcher.compute_mask().map_err(|error| no_mask(&error.to_string()))?;
+        let mask = words(mask.as_slice(), tokens.vocab);
+        try_only(&matcher, &mask)?;
         // Where a completion begins, tokens that are shown otherwise than within a text would be misread.
         let mask: Arc<[u32]> = mask.iter().zip(&*tokens.at_start).map(|(mask, start)| mask & start).collect();
         if mask.iter().all(|&word| word == 0) {
@@ -137,10 +131,7 @@ impl Matching {
 
     /// What may come next; nothing where only the end can.
     fn allowed(&mut self) -> Result<Option<Allowed>, String> {
-        let mask = self.matcher.compute_mask().map_err(|error| match self.matcher.stop_reason() {
-            StopReason::NoExtensionBias => "no token of this model fits".into(),
-            _ => told(&error.to_string()),
-        })?;
+        let mask = self.matcher.compute_mask().map_err(|error| no_mask(&error.to_string()))?;
         let allowed = Allowed::Among(words(mask.as_slice(), self.tokens.vocab).into());
         Ok(if allowed.leaves_only(self.tokens.eos.iter()) { None } else { Some(allowed) })
     }
@@ -149,6 +140,31 @@ impl Matching {
 impl fmt::Debug for Matching {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Matching").field("jump_ahead", &self.jump_ahead).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no mask, from llguidance's words.
+fn no_mask(error: &str) -> String {
+    match told(error).as_str() {
+        "NoExtensionBias" => "nothing that this model can write matches".into(),
+        said => format!("is too complex: {said}"),
+    }
+}
+
+/// Where only one token can be the first, tries what follows: a grammar that forces tokens without end shows there.
+fn try_only(matcher: &Matcher, mask: &[u32]) -> Result<(), String> {
+    let Some(word) = mask.iter().position(|&bits| bits != 0) else { return Ok(()) };
+    if mask.iter().map(|bits| bits.count_ones()).sum::<u32>() > 1 {
+        return Ok(());
+    }
+    let token = 32 * word as u32 + mask[word].trailing_zeros();
+    let mut ahead = matcher.deep_clone();
+    let consumed = ahead.consume_tokens(&[token]).map_err(|error| no_mask(&error.to_string()));
+    match consumed {
+        Ok(()) if !ahead.is_stopped() => {
+            ahead.compute_mask().map(drop).map_err(|error| no_mask(&error.to_string()))
+        }
+        consumed => consumed,
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use cache::{Cache, Refusal};
 use compile::Compiler;
 use matcher::Grammar;
-use thoughts::{Marks, Thoughts};
+use thoughts::{HowToThink, Marks, Thoughts};
 use tokens::Tokens;
 
 use crate::{
@@ -84,7 +84,8 @@ impl Forms {
             return Ok(Form { constraint: grammar, opens_thinking: false });
         };
         let opening = marks.opening(&self.text, request.prompt);
-        let thoughts = Thoughts::new(marks, thinking.budget, grammar, opening, request.jump_ahead);
+        let how = HowToThink { budget: thinking.budget, opening, jump_ahead: request.jump_ahead };
+        let thoughts = Thoughts::new(marks, how, grammar);
         Ok(Form { constraint: thoughts.constraint(), opens_thinking: opening.is_open() })
     }
 

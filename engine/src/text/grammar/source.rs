@@ -91,7 +91,7 @@ fn spaced(mut schema: Value) -> Value {
 fn whole(expression: &str) -> &str {
     let expression = expression.strip_prefix('^').unwrap_or(expression);
     match expression.strip_suffix('$') {
-        Some(rest) if rest.bytes().rev().take_while(|&byte| byte == b'\\').count() % 2 == 0 => rest,
+        Some(rest) if rest.bytes().rev().take_while(|&byte| byte == b'\\').count().is_multiple_of(2) => rest,
         _ => expression,
     }
 }

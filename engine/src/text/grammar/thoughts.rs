@@ -141,6 +141,17 @@ fn ids(which: &str, mark: &str, text: &TextModel) -> Result<Vec<TokenId>, String
     }
 }
 
+/// How a completion may think.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HowToThink {
+    /// Tokens of thought at most.
+    pub budget: Option<u32>,
+    /// Where it begins.
+    pub opening: Opening,
+    /// A mark is written without asking the model.
+    pub jump_ahead: bool,
+}
+
 /// A completion that may think before it answers.
 #[derive(Debug)]
 pub(super) struct Thoughts {
@@ -175,20 +186,14 @@ enum Stage {
 }
 
 impl Thoughts {
-    pub fn new(
-        marks: Arc<Marks>,
-        budget: Option<u32>,
-        form: Option<Box<dyn Constraint>>,
-        opening: Opening,
-        jump_ahead: bool,
-    ) -> Self {
-        let stage = match opening {
+    pub fn new(marks: Arc<Marks>, how: HowToThink, form: Option<Box<dyn Constraint>>) -> Self {
+        let stage = match how.opening {
             Opening::Open => Stage::Thinking { came: 0, tokens: 0 },
             Opening::Closed => Stage::Answer,
             Opening::Unknown => Stage::Opening { came: Vec::new() },
         };
-        let budget = budget.map(|budget| budget as usize);
-        let mut thoughts = Self { marks, budget, form, stage, jump_ahead };
+        let budget = how.budget.map(|budget| budget as usize);
+        let mut thoughts = Self { marks, budget, form, stage, jump_ahead: how.jump_ahead };
         thoughts.spend();
         thoughts
     }

@@ -46,10 +46,11 @@ impl Usage {
         self.total_tokens += new_tokens;
     }
 
-    /// Adds what is known at a choice's end. The prompt counts once.
-    pub fn end(&mut self, usage: &EngineUsage, reasoning_tokens: usize) {
-        self.prompt_tokens_details.cached_tokens =
-            self.prompt_tokens_details.cached_tokens.max(usage.cached_tokens);
+    /// Adds what is known at a choice's end. A prompt counts once: with its `first` choice, which has read it.
+    pub fn end(&mut self, usage: &EngineUsage, first: bool, reasoning_tokens: usize) {
+        if first {
+            self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
+        }
         self.completion_tokens_details.reasoning_tokens += reasoning_tokens;
     }
 

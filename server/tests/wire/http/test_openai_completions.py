@@ -3,6 +3,7 @@
 import openai
 import pytest
 from front import MODEL
+from fronts import front_of
 
 PROMPT = "Once upon a time"
 GREEDY = dict(model=MODEL, temperature=0, max_tokens=12)
@@ -72,6 +73,26 @@ def test_several_choices_of_several_prompts(api):
     assert [c.text for c in answer.choices[:2]] == [c.text for c in complete(api, PROMPT, **options).choices]
     stream = list(complete(api, [PROMPT, "The tide"], stream=True, **options))
     assert [joined(stream, index) for index in range(4)] == [choice.text for choice in answer.choices]
+
+
+def test_what_was_cached_counts_for_each_prompt(api):
+    prompts = [text * 12 for text in ("The tide comes in. ", "The mill turns. ")]
+    single = [complete(api, prompt).usage for prompt in prompts]
+    cached = [complete(api, prompt).usage.prompt_tokens_details.cached_tokens for prompt in prompts]
+    assert all(cached)
+    for options in ({}, {"n": 2, "seed": 1}):
+        usage = complete(api, prompts, **options).usage
+        assert usage.prompt_tokens == sum(one.prompt_tokens for one in single)
+        assert usage.prompt_tokens_details.cached_tokens == sum(cached)
+
+
+def test_long_answers_to_several_prompts_are_read_side_by_side(start_server):
+    # Whoever waits for its turn to be read would be parked, and given up after a second.
+    options = ("--max-stream-buffer", "16", "--slow-reader-timeout", "1", "--threads", "1", "--max-num-seqs", "2")
+    answer = front_of(start_server(*options)).openai().completions.create(
+        prompt=[PROMPT] * 4, model=MODEL, temperature=0, max_tokens=900, extra_body={"ignore_eos": True}
+    )
+    assert [c.finish_reason for c in answer.choices] == ["length"] * 4
 
 
 def test_echo(api):

@@ -227,7 +227,7 @@ impl ChatWriter {
     fn count(&mut self, step: &Step) {
         self.usage.add(step.new_tokens);
         if let Some((_, usage)) = &step.end {
-            self.usage.end(usage, step.reasoning_tokens);
+            self.usage.end(usage, step.index == 0, step.reasoning_tokens);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::response::Response;
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, future::try_join_all, stream};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tidemill_engine::{
@@ -62,6 +62,8 @@ pub struct CompletionWriter {
     card: Arc<ModelCard>,
     top_logprobs: Option<u32>,
     prompts: Vec<Writing>,
+    /// Of each prompt.
+    choices: usize,
     usage: Usage,
     group: Group,
     /// Chunks that are nothing but text.
@@ -128,15 +130,16 @@ impl CompletionWriter {
             echo,
             prompt_logprobs: Vec::new(),
         };
+        let choices = answers.first().map_or(1, |(answer, _)| answer.choices() as usize);
         let prompts = answers.into_iter().map(writing).collect();
         let (id, texts) = (format!("cmpl-{id}"), sse::Templates::default());
-        Self { id, created: now(), card, top_logprobs, prompts, usage, group, texts }
+        Self { id, created: now(), card, top_logprobs, prompts, choices, usage, group, texts }
     }
 
     /// The answers as chunks, in the order in which they come.
     pub fn stream(mut self, options: StreamOptions) -> Response {
         let prompts = std::mem::take(&mut self.prompts);
-        let choices = prompts.first().map_or(1, |prompt| prompt.answer.choices() as usize);
+        let choices = self.choices;
         let card = self.card.clone();
         let top = self.top_logprobs;
         let steps = stream::select_all(prompts.into_iter().enumerate().map(move |(at, writing)| {
@@ -203,7 +206,7 @@ impl CompletionWriter {
     fn count(&mut self, line: &Line) {
         self.usage.add(line.new_tokens);
         if let Some((_, _, usage)) = &line.end {
-            self.usage.end(usage, 0);
+            self.usage.end(usage, line.index.is_multiple_of(self.choices), 0);
         }
     }
 
@@ -224,19 +227,17 @@ impl CompletionWriter {
     /// # Errors
     /// Why the engine could not finish one of them.
     pub async fn whole(mut self) -> Result<Response, ApiError> {
+        let (card, top) = (self.card.clone(), self.top_logprobs);
+        let mut first = 0;
+        let collected = std::mem::take(&mut self.prompts).into_iter().map(|writing| {
+            let begins = first;
+            first += writing.answer.choices() as usize;
+            writing.collect(&card, top, begins)
+        });
         let mut choices = Vec::new();
-        for mut writing in std::mem::take(&mut self.prompts) {
-            let first = choices.len();
-            let count = writing.answer.choices() as usize;
-            let mut lines: Vec<Line> =
-                (0..count).map(|at| Line { index: first + at, ..Line::default() }).collect();
-            while let Some(step) = writing.answer.next().await {
-                let line = writing.line(&self.card, self.top_logprobs, step?, first);
-                let at = line.index - first;
-                lines[at].append(line);
-            }
-            let mut prompt_logprobs =
-                Some(std::mem::take(&mut writing.prompt_logprobs)).filter(|list| !list.is_empty());
+        // Side by side: an answer that is not read is parked.
+        for (lines, prompt_logprobs) in try_join_all(collected).await? {
+            let mut prompt_logprobs = Some(prompt_logprobs).filter(|list| !list.is_empty());
             for line in lines {
                 self.count(&line);
                 let (finish_reason, stop_reason, _) = line.end.unwrap_or_default();
@@ -288,6 +289,24 @@ impl Line {
 }
 
 impl Writing {
+    /// All of its choices, numbered from `first` on, and what is said of the prompt.
+    async fn collect(
+        mut self,
+        card: &ModelCard,
+        top: Option<u32>,
+        first: usize,
+    ) -> Result<(Vec<Line>, Vec<Value>), CallError> {
+        let count = self.answer.choices() as usize;
+        let mut lines: Vec<Line> =
+            (0..count).map(|at| Line { index: first + at, ..Line::default() }).collect();
+        while let Some(step) = self.answer.next().await {
+            let line = self.line(card, top, step?, first);
+            let at = line.index - first;
+            lines[at].append(line);
+        }
+        Ok((lines, self.prompt_logprobs))
+    }
+
     fn line(&mut self, card: &ModelCard, top: Option<u32>, step: Step, first: usize) -> Line {
         let at = step.index as usize;
         let mut line = Line { index: first + at, new_tokens: step.new_tokens, ..Line::default() };
