@@ -16,7 +16,7 @@ pub struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts the binary beside the running executable with `serve --grpc-port 0` and `args`, and reads its address from
+    /// Starts the binary beside the running executable with `serve --grpc-port 0 --no-http` and `args`, and reads its address from
     /// the line `listening on ADDRESS`.
     ///
     /// # Errors
@@ -31,7 +31,7 @@ impl ServerProcess {
     /// As [`ServerProcess::start`].
     pub fn start_binary(binary: &Path, args: &[&str]) -> io::Result<Self> {
         let mut child = Command::new(binary)
-            .args(["serve", "--grpc-port", "0"])
+            .args(["serve", "--grpc-port", "0", "--no-http"])
             .args(args)
             .stdout(Stdio::piped())
             .spawn()

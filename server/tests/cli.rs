@@ -22,6 +22,8 @@ fn tidemill(args: &[&str]) -> Command {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEMILL_")) {
         command.env_remove(name);
     }
+    // Tests run side by side, and the default port is one.
+    command.env("TIDEMILL_PORT", "0");
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -60,6 +62,12 @@ fn wrong_usage_is_2_and_says_what_to_do() {
     fails(&["serve", "--device", "cuda:99"], 2, &["--device cpu"]);
     fails(&["serve", "--device", "cuda:x"], 2, &["cuda:N"]);
     fails(&["serve", "--dtype", "int3"], 2, &["bfloat16", "float32"]);
+    fails(&["serve", "--tool-call-parser", "xml"], 2, &["hermes", "llama3_json", "mistral"]);
+    fails(&["serve", "--reasoning-parser", "deep"], 2, &["think", "deepseek_r1"]);
+    fails(&["serve", "--allowed-origins", "a\nb", "--grpc-port", "0"], 2, &["--allowed-origins"]);
+    fails(&["gateway"], 2, &["--engine"]);
+    fails(&["gateway", "--engine", "ftp://host:1"], 2, &["--engine", "https://HOST:PORT"]);
+    fails(&["gateway", "--engine", "host:1", "--host", "0.0.0.0"], 2, &["--api-key", "--insecure-bind"]);
     fails(&["serve", "--host", "0.0.0.0"], 2, &["--api-key", "--insecure-bind"]);
     fails(&["serve", "--host", "no.such.host.invalid"], 2, &["--host"]);
     fails(&["serve", "--api-key", "with space"], 2, &["--api-key"]);
@@ -123,11 +131,13 @@ fn a_taken_port_is_4() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     fails(&["serve", "--grpc-port", &port], 4, &[&port, "--grpc-port"]);
+    fails(&["serve", "--grpc-port", "0", "--port", &port], 4, &[&port, "--port", "--no-http"]);
+    fails(&["gateway", "--engine", "127.0.0.1:1", "--port", &port], 4, &[&port, "--port"]);
 }
 
 #[test]
 fn help_shows_options_examples_and_exit_codes() {
-    for args in [&["--help"][..], &["serve", "--help"], &["run", "--help"]] {
+    for args in [&["--help"][..], &["serve", "--help"], &["gateway", "--help"], &["run", "--help"]] {
         let output = output(args);
         let text = stdout(&output);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
@@ -229,6 +239,9 @@ impl Serving {
         stdout.read_line(&mut line).unwrap();
         let address =
             line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).trim().to_owned();
+        line.clear();
+        stdout.read_line(&mut line).unwrap();
+        assert!(line.starts_with("listening on http://127.0.0.1:"), "{line:?}");
         Self { child, stdout, address }
     }
 

@@ -32,7 +32,7 @@ fn a_weak_hash_alone_is_harmless() {
 
 #[test]
 fn leak_on_abort_in_prefill() {
-    is_found(Bug::LeakOnAbortInPrefill, &["I3"]);
+    is_found(Bug::LeakOnAbortInPrefill, &["I3", "owned by nobody"]);
 }
 
 #[test]

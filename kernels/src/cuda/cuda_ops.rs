@@ -447,17 +447,17 @@ impl Ops for CudaOps {
         if batch.graph.is_some() {
             self.steps.lock().fetch(&batch.slot, 0, batch.tasks.len())?;
         }
-        batch.slot.arrived.record()?;
+        batch.slot.sent()?;
         Ok(CudaPending { slot: batch.slot, states: batch.states.into_inner(), tasks: batch.tasks })
     }
 
     fn is_done(&self, pending: &CudaPending) -> bool {
         // An error is reported by the wait, which then returns at once.
-        pending.slot.arrived.is_reached().unwrap_or(true)
+        pending.slot.is_there().unwrap_or(true)
     }
 
     fn wait(&self, pending: CudaPending) -> Result<StepResults> {
-        pending.slot.arrived.wait()?;
+        pending.slot.wait()?;
         let words = pending.tasks.len() * RESULT_WORDS;
         // SAFETY: the slot holds the rows of the largest step; its copy was waited for; nobody else has the slot.
         let words = unsafe { std::slice::from_raw_parts(pending.slot.memory.ptr().cast::<u32>(), words) };

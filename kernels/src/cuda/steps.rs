@@ -1,6 +1,9 @@
 //! What the steps of a device share: where their metadata goes, what they sample with, how results come back.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use super::{
     CudaConfig, Device,
@@ -44,7 +47,29 @@ struct Staging {
 /// Pinned memory that a step's results come to.
 pub(super) struct Slot {
     pub memory: PinnedMemory,
-    pub arrived: Event,
+    arrived: Event,
+    /// The event was recorded and has not been waited for.
+    under_way: AtomicBool,
+}
+
+impl Slot {
+    /// Queues the event behind everything that the step writes.
+    pub fn sent(&self) -> Result<()> {
+        self.under_way.store(true, Relaxed);
+        self.arrived.record()
+    }
+
+    /// Waits until everything is there.
+    pub fn wait(&self) -> Result<()> {
+        self.arrived.wait()?;
+        self.under_way.store(false, Relaxed);
+        Ok(())
+    }
+
+    /// Whether everything is there.
+    pub fn is_there(&self) -> Result<bool> {
+        self.arrived.is_reached()
+    }
 }
 
 // SAFETY: a slot's memory is read by the one holder of its step's results, after the event; the device writes it before.
@@ -160,11 +185,19 @@ impl Steps {
     /// Memory for a step's results that no other step holds.
     pub fn slot(&mut self) -> Result<Arc<Slot>> {
         if let Some(slot) = self.slots.iter().find(|slot| Arc::strong_count(slot) == 1) {
+            // Its step was given up, and nobody has waited.
+            if slot.under_way.load(Relaxed) {
+                slot.wait()?;
+            }
             return Ok(slot.clone());
         }
         let driver = &self.device.driver;
         let memory = PinnedMemory::new(driver.clone(), 4 * self.slot_words, Pinned::Readback)?;
-        let slot = Arc::new(Slot { memory, arrived: Event::new(driver.clone())? });
+        let slot = Arc::new(Slot {
+            memory,
+            arrived: Event::new(driver.clone())?,
+            under_way: AtomicBool::new(false),
+        });
         self.slots.push(slot.clone());
         Ok(slot)
     }
