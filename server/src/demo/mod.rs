@@ -38,7 +38,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 const NEXT_STEPS: &str = "
   tidemill run \"What is prefill?\"   one prompt on the command line
-  tidemill serve                    a gRPC server on 127.0.0.1:50051
+  tidemill serve                    gRPC on 127.0.0.1:50051; HTTP and a live page on 127.0.0.1:8000
   tidemill serve --model DIR        the same with a model from the hub
   tidemill serve --help             every option, with examples";
 
