@@ -231,6 +231,18 @@ impl SamplingFields {
         Ok(())
     }
 
+    /// For routes that stream: the prompt's tokens have no place in a chunk.
+    ///
+    /// # Errors
+    /// 400 when a stream shall say something about them.
+    pub fn check_stream(&self, stream: bool) -> Result<(), ApiError> {
+        if stream && self.prompt_logprobs.is_some() {
+            let message = "are not given in streams; leave out `stream`, or use `echo` and `logprobs` of /v1/completions";
+            return Err(ApiError::invalid("prompt_logprobs", message));
+        }
+        Ok(())
+    }
+
     fn structured(&self) -> Result<Option<Structured>, ApiError> {
         let mut forms = Vec::new();
         match &self.response_format {

@@ -8,12 +8,11 @@ use serde::Serialize;
 use tidemill_engine::{
     EngineStats, Histogram,
     activity::{AbortCause, ActiveRow, Activity, BlockMap, PastAbort, Waiter},
-    output::AbortStage,
     scheduler::Stage,
 };
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
-use super::{ApiError, App, Call, page, sse};
+use super::{ApiError, App, Call, engine_routes::stage_name, page, sse};
 use crate::{client::CallError, grpc::Phase};
 
 /// Time between two readings.
@@ -233,13 +232,7 @@ fn abort(past: &PastAbort) -> LiveAbort {
             AbortCause::Dropped => "dropped",
         },
         request_id: receipt.id.as_str().to_owned(),
-        stage: match receipt.stage {
-            AbortStage::Unknown => "unknown",
-            AbortStage::Queued => "queued",
-            AbortStage::Prefill => "prefill",
-            AbortStage::Decode => "decode",
-            AbortStage::Finished => "finished",
-        },
+        stage: stage_name(receipt.stage),
         completion_tokens: receipt.completion_tokens,
         blocks_freed: receipt.blocks_freed,
         rows_freed: receipt.rows_freed,
@@ -254,7 +247,11 @@ fn histogram(histogram: &Histogram) -> LiveHistogram {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
-    use tidemill_engine::{ids::RequestId, kv::BlockCounts, output::AbortReceipt};
+    use tidemill_engine::{
+        ids::RequestId,
+        kv::BlockCounts,
+        output::{AbortReceipt, AbortStage},
+    };
 
     use super::*;
 

@@ -56,9 +56,7 @@ pub async fn predict(app: App, call: &mut Call) -> Result<Response, ApiError> {
         (None, Some(messages)) => Prompt::Chat(ChatPrompt::new(conversation(&messages)?)),
         _ => return Err(ApiError::invalid("prompt", "give one of `prompt` and `messages`")),
     };
-    if sampling.n.is_some_and(|n| n != 1) {
-        return Err(ApiError::invalid("n", "must be 1 here; use /v1/completions for several answers"));
-    }
+    sampling.check_single("/v1/completions")?;
     let request_id = sampling.request_id.take();
     let is_chat = matches!(prompt, Prompt::Chat(_));
     let mut request = GenerateRequest::new(prompt);

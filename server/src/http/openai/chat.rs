@@ -135,6 +135,7 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
     chat.refuse_unsupported()?;
     let stream = chat.stream.unwrap_or(false);
     let options = stream_options(stream, chat.stream_options)?;
+    sampling.check_stream(stream)?;
     let card = app.model()?;
     let request_id = sampling.request_id.take();
     let mut request = GenerateRequest::new(Prompt::Chat(prompt(&chat)?));
