@@ -3,6 +3,7 @@
 pub mod args;
 pub mod auth;
 pub mod client;
+mod clock;
 pub mod config;
 mod convert;
 mod demo;

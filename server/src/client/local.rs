@@ -3,7 +3,6 @@
 use std::{
     panic::AssertUnwindSafe,
     sync::{Arc, OnceLock},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use futures_util::{FutureExt, stream};
@@ -19,6 +18,7 @@ use super::{
     Accepted, CallError, EngineClient, ModelCard, OutputStream, TokenBytes, TokenizeInput, Tokenized,
 };
 use crate::{
+    clock::since_1970,
     grpc::{Lifecycle, Phase, TextWorkers},
     http::answer::Parsers,
 };
@@ -156,6 +156,6 @@ fn card(engine: &EngineHandle, parsers: &Parsers) -> ModelCard {
         special_tokens: text.special_tokens(),
         tool_format,
         reasoning,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        created: since_1970().as_secs(),
     }
 }

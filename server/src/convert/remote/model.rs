@@ -1,12 +1,11 @@
 //! What is loaded, from the wire.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use tidemill_engine::ids::TokenId;
 use tidemill_proto::v1;
 
 use crate::{
     client::{CallError, ModelCard, TokenBytes},
+    clock::since_1970,
     http::answer::parsers::ParserChoice,
 };
 
@@ -49,7 +48,7 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         special_tokens: special_tokens.into_iter().map(|token| (TokenId(token.id), token.text)).collect(),
         tool_format: format("tool_call_parser", &tool_call_parser)?,
         reasoning: format("reasoning_parser", &reasoning_parser)?,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        created: since_1970().as_secs(),
     })
 }
 

@@ -1,12 +1,12 @@
 //! Changes of the prefix cache for a gateway's index.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use tidemill_engine::kv::{self, BlockHash, KvEvent};
 use tidemill_proto::smg::grpc::common::{
     KvBlock, KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvCacheEvent, KvEventBatch, KvSnapshotChunk,
     kv_cache_event::Data,
 };
+
+use crate::clock::since_1970;
 
 /// Estimated size at which a part of a snapshot is full. Clients take 4 MiB by default.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -40,7 +40,12 @@ impl KvEventWriter {
             self.last_event += 1;
             events.push(KvCacheEvent { event_id: self.last_event, data: Some(data) });
         }
-        vec![KvEventBatch { sequence_number: sequence, timestamp: now(), events, snapshot: None }]
+        vec![KvEventBatch {
+            sequence_number: sequence,
+            timestamp: since_1970().as_secs_f64(),
+            events,
+            snapshot: None,
+        }]
     }
 
     /// What is stored, in chunks whose numbers end with the snapshot's own.
@@ -60,7 +65,7 @@ impl KvEventWriter {
             let events = cleared.into_iter().chain(self.data(part));
             KvEventBatch {
                 sequence_number: sequence - (count - 1 - index as u64),
-                timestamp: now(),
+                timestamp: since_1970().as_secs_f64(),
                 events: events.map(|data| KvCacheEvent { event_id: 0, data: Some(data) }).collect(),
                 snapshot: Some(KvSnapshotChunk {
                     index: index as u32,
@@ -113,10 +118,6 @@ impl KvEventWriter {
 fn number(hash: BlockHash) -> i64 {
     let [a, b, c, d, e, f, g, h, ..] = hash.0;
     i64::from_be_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::Instant,
 };
 
 use tidemill_engine::{
@@ -30,9 +30,12 @@ use super::{
     lifecycle::Phase,
     stream::{Answer, ResponseStream},
 };
-use crate::convert::{
-    self,
-    vllm::{CompletionWriter, ConfigFacts, KvEventWriter, Wanted},
+use crate::{
+    clock::since_1970,
+    convert::{
+        self,
+        vllm::{CompletionWriter, ConfigFacts, KvEventWriter, Wanted},
+    },
 };
 use loads::LoadMeter;
 use tokenizer::Archive;
@@ -157,8 +160,7 @@ impl VllmEngine for VllmService {
         &self,
         request: Request<vllm::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last_receive_ms.store(since_1970.as_millis() as u64, Relaxed);
+        self.last_receive_ms.store(since_1970().as_millis() as u64, Relaxed);
         let origin = Origin::of(&request);
         let request = request.into_inner();
         let (id, chunks) = (request_id(&request.request_id), request.stream);

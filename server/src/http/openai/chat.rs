@@ -23,7 +23,6 @@ use crate::http::{
     fields::{SamplingFields, part},
 };
 
-pub use answer::{now, stop_reason};
 pub use messages::{MessageField, conversation};
 
 /// What is of chats alone.

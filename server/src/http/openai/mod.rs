@@ -1,6 +1,7 @@
 //! OpenAI's API, with what vLLM adds to it.
 
 pub mod chat;
+mod chunks;
 pub mod completions;
 pub mod embeddings;
 mod logprobs;

@@ -1,9 +1,6 @@
 //! A chat's answer in OpenAI's shapes: one object, or chunks.
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use axum::response::Response;
 use futures_util::stream;
@@ -18,6 +15,7 @@ use crate::{
         json_response,
         openai::{
             StreamOptions, Usage,
+            chunks::{Head, stop_reason},
             logprobs::{self, ChatLogprob},
             stream_error,
         },
@@ -28,25 +26,12 @@ use crate::{
 /// Writes one chat's answer.
 pub struct ChatWriter {
     answer: Answer,
-    card: Arc<ModelCard>,
-    id: String,
-    created: u64,
+    head: Head,
     top_logprobs: Option<u32>,
     include_reasoning: bool,
     usage: Usage,
     /// Chunks that are nothing but text.
     texts: sse::Templates,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: &'a [ChunkChoice<'a>],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
 }
 
 #[derive(Serialize)]
@@ -119,20 +104,6 @@ impl<'a> Delta<'a> {
     }
 }
 
-/// vLLM's word for the client's stop condition that ended a choice.
-pub fn stop_reason(reason: &StopReason) -> Option<Value> {
-    match reason {
-        StopReason::StopString(text) => Some(json!(text)),
-        StopReason::StopToken(id) => Some(json!(id)),
-        _ => None,
-    }
-}
-
-/// Seconds since 1970.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
 impl ChatWriter {
     /// A writer for this answer.
     pub fn new(
@@ -141,10 +112,10 @@ impl ChatWriter {
         top_logprobs: Option<u32>,
         include_reasoning: bool,
     ) -> Self {
-        let id = format!("chatcmpl-{}", answer.id);
+        let head = Head::new(format!("chatcmpl-{}", answer.id), "chat.completion.chunk", card);
         let usage = Usage::of_prompt(answer.prompt_tokens);
         let texts = sse::Templates::default();
-        Self { answer, card, id, created: now(), top_logprobs, include_reasoning, usage, texts }
+        Self { answer, head, top_logprobs, include_reasoning, usage, texts }
     }
 
     /// The answer as chunks.
@@ -171,10 +142,7 @@ impl ChatWriter {
                     false
                 }
                 Some(None) => {
-                    if options.include_usage {
-                        writer.chunk(&mut buffer, &[], Some(Some(writer.usage)));
-                    }
-                    sse::done(&mut buffer);
+                    writer.head.end(&mut buffer, writer.usage, options);
                     false
                 }
             };
@@ -189,7 +157,7 @@ impl ChatWriter {
 
     fn step(&mut self, buffer: &mut Vec<u8>, step: Step, options: StreamOptions) {
         self.count(&step);
-        let logprobs = self.top_logprobs.map(|top| logprobs::chat(&self.card, &step.logprobs, top));
+        let logprobs = self.top_logprobs.map(|top| logprobs::chat(&self.head.card, &step.logprobs, top));
         let mut owed = logprobs.as_deref().filter(|list| !list.is_empty());
         let index = step.index;
         for piece in &step.pieces {
@@ -232,25 +200,7 @@ impl ChatWriter {
     }
 
     fn choice(&self, buffer: &mut Vec<u8>, choice: ChunkChoice<'_>, options: StreamOptions) {
-        // OpenAI sends `usage: null` on every chunk when the last one will have it.
-        let usage = match options {
-            StreamOptions { continuous_usage_stats: true, .. } => Some(Some(self.usage)),
-            StreamOptions { include_usage: true, .. } => Some(None),
-            _ => None,
-        };
-        self.chunk(buffer, &[choice], usage);
-    }
-
-    fn chunk(&self, buffer: &mut Vec<u8>, choices: &[ChunkChoice<'_>], usage: Option<Option<Usage>>) {
-        let chunk = Chunk {
-            id: &self.id,
-            object: "chat.completion.chunk",
-            created: self.created,
-            model: &self.card.served_model_name,
-            choices,
-            usage,
-        };
-        sse::data(buffer, &chunk);
+        self.head.choice(buffer, choice, self.usage, options);
     }
 
     /// The answer in one piece.
@@ -264,11 +214,11 @@ impl ChatWriter {
             let step = step?;
             self.count(&step);
             if !step.prompt_logprobs.is_empty() {
-                prompt_logprobs = Some(logprobs::prompt(&self.card, &step.prompt_logprobs));
+                prompt_logprobs = Some(logprobs::prompt(&self.head.card, &step.prompt_logprobs));
             }
             let choice = &mut choices[step.index as usize];
             if let Some(top) = self.top_logprobs {
-                choice.logprobs.extend(logprobs::chat(&self.card, &step.logprobs, top));
+                choice.logprobs.extend(logprobs::chat(&self.head.card, &step.logprobs, top));
             }
             step.pieces.into_iter().for_each(|piece| choice.piece(piece));
             choice.end = step.end.map(|(reason, _)| reason).or(choice.end.take());
@@ -279,10 +229,10 @@ impl ChatWriter {
             .map(|(index, choice)| choice.json(index, self.top_logprobs.is_some(), self.include_reasoning))
             .collect();
         let mut answer = json!({
-            "id": self.id,
+            "id": self.head.id,
             "object": "chat.completion",
-            "created": self.created,
-            "model": self.card.served_model_name,
+            "created": self.head.created,
+            "model": self.head.card.served_model_name,
             "choices": choices,
             "usage": self.usage,
         });

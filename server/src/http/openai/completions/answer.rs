@@ -21,7 +21,7 @@ use crate::{
         json_response,
         openai::{
             StreamOptions, Usage,
-            chat::{now, stop_reason},
+            chunks::{Head, stop_reason},
             logprobs::{self, CompletionLogprobs},
             stream_error,
         },
@@ -57,9 +57,7 @@ impl Echo {
 
 /// Writes the answer to one or several prompts.
 pub struct CompletionWriter {
-    id: String,
-    created: u64,
-    card: Arc<ModelCard>,
+    head: Head,
     top_logprobs: Option<u32>,
     prompts: Vec<Writing>,
     /// Of each prompt.
@@ -77,17 +75,6 @@ struct Writing {
     /// Of each choice, the characters of its text so far.
     offsets: Vec<usize>,
     prompt_logprobs: Vec<Value>,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: &'a [Choice<'a>],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
 }
 
 #[derive(Serialize)]
@@ -132,15 +119,16 @@ impl CompletionWriter {
         };
         let choices = answers.first().map_or(1, |(answer, _)| answer.choices() as usize);
         let prompts = answers.into_iter().map(writing).collect();
-        let (id, texts) = (format!("cmpl-{id}"), sse::Templates::default());
-        Self { id, created: now(), card, top_logprobs, prompts, choices, usage, group, texts }
+        let head = Head::new(format!("cmpl-{id}"), "text_completion", card);
+        let texts = sse::Templates::default();
+        Self { head, top_logprobs, prompts, choices, usage, group, texts }
     }
 
     /// The answers as chunks, in the order in which they come.
     pub fn stream(mut self, options: StreamOptions) -> Response {
         let prompts = std::mem::take(&mut self.prompts);
         let choices = self.choices;
-        let card = self.card.clone();
+        let card = self.head.card.clone();
         let top = self.top_logprobs;
         let steps = stream::select_all(prompts.into_iter().enumerate().map(move |(at, writing)| {
             let card = card.clone();
@@ -168,10 +156,7 @@ impl CompletionWriter {
                     sse::done(&mut buffer);
                 }
                 None => {
-                    if options.include_usage {
-                        writer.chunk(&mut buffer, &[], Some(Some(writer.usage)));
-                    }
-                    sse::done(&mut buffer);
+                    writer.head.end(&mut buffer, writer.usage, options);
                 }
             }
             std::future::ready((!over).then_some(buffer))
@@ -195,12 +180,7 @@ impl CompletionWriter {
     }
 
     fn choice(&self, buffer: &mut Vec<u8>, choice: Choice<'_>, options: StreamOptions) {
-        let usage = match options {
-            StreamOptions { continuous_usage_stats: true, .. } => Some(Some(self.usage)),
-            StreamOptions { include_usage: true, .. } => Some(None),
-            _ => None,
-        };
-        self.chunk(buffer, &[choice], usage);
+        self.head.choice(buffer, choice, self.usage, options);
     }
 
     fn count(&mut self, line: &Line) {
@@ -210,24 +190,12 @@ impl CompletionWriter {
         }
     }
 
-    fn chunk(&self, buffer: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Option<Usage>>) {
-        let chunk = Chunk {
-            id: &self.id,
-            object: "text_completion",
-            created: self.created,
-            model: &self.card.served_model_name,
-            choices,
-            usage,
-        };
-        sse::data(buffer, &chunk);
-    }
-
     /// The answers in one piece.
     ///
     /// # Errors
     /// Why the engine could not finish one of them.
     pub async fn whole(mut self) -> Result<Response, ApiError> {
-        let (card, top) = (self.card.clone(), self.top_logprobs);
+        let (card, top) = (self.head.card.clone(), self.top_logprobs);
         let mut first = 0;
         let collected = std::mem::take(&mut self.prompts).into_iter().map(|writing| {
             let begins = first;
@@ -256,10 +224,10 @@ impl CompletionWriter {
         }
         drop(self.group);
         Ok(json_response(&json!({
-            "id": self.id,
+            "id": self.head.id,
             "object": "text_completion",
-            "created": self.created,
-            "model": self.card.served_model_name,
+            "created": self.head.created,
+            "model": self.head.card.served_model_name,
             "choices": choices,
             "usage": self.usage,
         })))

@@ -9,13 +9,11 @@ use tidemill_engine::output::Usage as EngineUsage;
 use super::{fields::ThoughtStyle, input::seal};
 use crate::{
     client::{CallError, ModelCard},
+    clock::since_1970,
     http::{
         ApiError,
         answer::{Step, StopReason, parsers::Piece},
-        openai::{
-            chat::now,
-            logprobs::{self, ChatLogprob},
-        },
+        openai::logprobs::{self, ChatLogprob},
         sse,
     },
 };
@@ -201,7 +199,7 @@ impl Draft {
         };
         self.close(item, events);
         self.status = status;
-        self.completed_at = (status == Status::Completed).then(now);
+        self.completed_at = (status == Status::Completed).then(|| since_1970().as_secs());
         self.tell(event, events);
     }
 

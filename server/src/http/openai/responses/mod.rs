@@ -23,9 +23,9 @@ use self::{
     input::{Conversation, Origin},
     store::{Context, Key, State},
 };
-use super::chat::now;
 use crate::{
     client::CallError,
+    clock::since_1970,
     http::{
         ApiError, App, Call,
         answer::{Answer, asking},
@@ -171,7 +171,7 @@ fn echo(body: &Value) -> Map<String, Value> {
             (value, given) => *value = given.clone(),
         }
     }
-    echo.insert("created_at".to_owned(), now().into());
+    echo.insert("created_at".to_owned(), since_1970().as_secs().into());
     echo.insert("service_tier".to_owned(), "default".into());
     echo
 }
