@@ -235,5 +235,6 @@ pub(crate) fn name(dtype: DType) -> &'static str {
         DType::Bf16 => "bfloat16",
         DType::F16 => "float16",
         DType::F32 => "float32",
+        DType::F8E4M3 => "fp8",
     }
 }

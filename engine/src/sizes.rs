@@ -109,6 +109,7 @@ impl Asked {
             block_size: self.block_size,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             dtype,
         }
     }

@@ -72,6 +72,7 @@ impl Model {
             block_size: BLOCK_SIZE,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             dtype: if compute == Compute::F32 { DType::F32 } else { DType::Bf16 },
         };
         let limits = DecoderLimits {
@@ -99,6 +100,7 @@ impl Model {
             max_blocks: blocks.len(),
             logits_indices: (0..tokens.len() as u32).collect(),
             state_indices: Vec::new(),
+            ..BatchMeta::default()
         };
         let logits = self.decoder.logits(Arc::new(meta)).unwrap();
         logits.chunks_exact(self.vocab).map(<[f32]>::to_vec).collect()

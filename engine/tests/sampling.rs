@@ -170,6 +170,7 @@ fn reference_logprobs(tokens: &[TokenId]) -> Vec<Vec<f64>> {
         block_size: 32,
         num_kv_heads: spec.num_kv_heads,
         head_dim: spec.head_dim,
+        value_dim: spec.head_dim,
         dtype: DType::Bf16,
     };
     let count = tokens.len() as u32;
@@ -187,6 +188,7 @@ fn reference_logprobs(tokens: &[TokenId]) -> Vec<Vec<f64>> {
         max_blocks: 8,
         logits_indices: (0..count).collect(),
         state_indices: Vec::new(),
+        ..BatchMeta::default()
     };
     let logits = decoder.logits(Arc::new(meta)).unwrap();
     let log_softmax = |row: &[f32]| {

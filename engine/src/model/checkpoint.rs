@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
-use tidemill_kernels::tensor::{DType, HostTensor};
+use tidemill_kernels::tensor::{DType, HostMatrix, HostTensor};
 
 use crate::{
     error::LoadError,
@@ -26,6 +26,14 @@ pub trait Tensors {
     /// # Errors
     /// When there is none, or it has another shape or a type that we cannot read.
     fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError>;
+
+    /// The matrix `[N, K]` of this name (without `.weight`), in whatever format it is stored.
+    ///
+    /// # Errors
+    /// As [`Tensors::tensor`].
+    fn matrix(&self, name: &str, expected_shape: [usize; 2]) -> Result<HostMatrix, LoadError> {
+        self.tensor(&format!("{name}.weight"), &expected_shape).map(HostMatrix::Dense)
+    }
 }
 
 /// All tensors of a model folder. Nothing is read until it is used: the files are memory-mapped.

@@ -6,8 +6,11 @@
 use std::{ops::Range, sync::Arc};
 
 use tidemill_kernels::{
-    HostTensor, KernelError, Ops,
-    ops::{BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape, StepResults},
+    KernelError, Ops,
+    ops::{
+        Activation, BatchMeta, BlockCopy, Epilogue, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary,
+        Scoring, StepResults,
+    },
     sampling::{RowTask, SampleSpec},
 };
 
@@ -90,7 +93,7 @@ impl<O: Ops> Decoder<O> {
             Ok(ops.vector(&checkpoint.tensor(name, &[hidden])?.to_f32())?)
         };
         let matrix = |name: &str| -> Result<O::Weight, LoadError> {
-            Ok(ops.weight(&[checkpoint.tensor(name, &[vocab, hidden])?], &[])?)
+            Ok(ops.weight(&[checkpoint.tensor(name, &[vocab, hidden])?.into()], &[])?)
         };
         let mut layers = Vec::with_capacity(spec.num_layers);
         for index in 0..spec.num_layers {
@@ -266,31 +269,51 @@ impl<O: Ops> Decoder<O> {
         let (kv, _) = kv.as_mut().expect(KV_FIRST);
         let heads = head_shape(spec);
         let scale = (heads.head_dim as f32).powf(-0.5);
+        let scoring =
+            Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true };
         let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
         let tokens = extent.tokens;
         ops.run(batch, || {
-            ops.embedding(&mut s.hidden, embed_tokens, batch)?;
+            ops.embedding(&mut s.hidden, embed_tokens, batch, Lookup::Tokens { scale: 1.0 })?;
             for (index, layer) in layers.iter().enumerate() {
-                ops.rmsnorm(&mut s.normed, &s.hidden, &layer.input_layernorm, eps, tokens)?;
+                ops.norm(
+                    &mut s.normed,
+                    &s.hidden,
+                    Norm::Rms { weight: &layer.input_layernorm, eps },
+                    tokens,
+                )?;
                 ops.linear(&mut s.qkv, &s.normed, &layer.qkv_proj, tokens, Epilogue::Store)?;
-                ops.rope_kv_write(&mut s.qkv, kv, rope, batch, heads, index)?;
-                ops.paged_attention(&mut s.attention, &s.qkv, kv, batch, heads, scale, index)?;
+                let rotary = Some(Rotary { table: rope, dim: heads.head_dim, interleaved: false });
+                ops.rope_kv_write(&mut s.qkv, kv, QkTransform { norm: None, rotary }, batch, heads, index)?;
+                ops.paged_attention(&mut s.attention, &s.qkv, kv, batch, heads, scoring, index)?;
                 ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, tokens, Epilogue::Add)?;
-                ops.rmsnorm(&mut s.normed, &s.hidden, &layer.post_attention_layernorm, eps, tokens)?;
-                ops.linear_silu_mul(&mut s.mlp, &mut s.gate_up, &s.normed, &layer.gate_up_proj, tokens)?;
+                ops.norm(
+                    &mut s.normed,
+                    &s.hidden,
+                    Norm::Rms { weight: &layer.post_attention_layernorm, eps },
+                    tokens,
+                )?;
+                ops.linear_gated(
+                    &mut s.mlp,
+                    &mut s.gate_up,
+                    &s.normed,
+                    &layer.gate_up_proj,
+                    tokens,
+                    Activation::Silu,
+                )?;
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
             }
             if extent.state_rows > 0 {
                 let rows = extent.logits_rows..extent.logits_rows + extent.state_rows;
                 ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows, spec.hidden_size)?;
-                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, extent.state_rows)?;
+                ops.norm(&mut s.normed, &s.gathered, Norm::Rms { weight: norm, eps }, extent.state_rows)?;
                 ops.states(&s.normed, batch, spec.hidden_size)?;
             }
             let head = lm_head.as_ref().unwrap_or(embed_tokens);
             for first in (0..extent.logits_rows).step_by(ops.max_logits_rows()) {
                 let rows = first..extent.logits_rows.min(first + ops.max_logits_rows());
                 ops.gather_rows(&mut s.gathered, &s.hidden, batch, rows.clone(), spec.hidden_size)?;
-                ops.rmsnorm(&mut s.normed, &s.gathered, norm, eps, rows.len())?;
+                ops.norm(&mut s.normed, &s.gathered, Norm::Rms { weight: norm, eps }, rows.len())?;
                 ops.linear(&mut s.logits, &s.normed, head, rows.len(), Epilogue::Store)?;
                 each(ops, &mut s.logits, rows)?;
             }
@@ -309,10 +332,10 @@ impl<O: Ops> Layer<O> {
         };
         // Projections that read the same input are stacked into one matrix.
         let stacked = |parts: &[(&str, usize)], columns: usize, bias: bool| -> Result<O::Weight, LoadError> {
-            let mut weights: Vec<HostTensor> = Vec::new();
+            let mut weights = Vec::new();
             let mut biases = Vec::new();
             for &(name, rows) in parts {
-                weights.push(checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[rows, columns])?);
+                weights.push(checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[rows, columns])?.into());
                 if bias {
                     biases.push(checkpoint.tensor(&format!("{prefix}.{name}.bias"), &[rows])?);
                 }
@@ -347,6 +370,7 @@ fn decode_batch(rows: u32, block_size: u32) -> BatchMeta {
         max_blocks: 1,
         logits_indices: (0..rows).collect(),
         state_indices: Vec::new(),
+        ..BatchMeta::default()
     }
 }
 
@@ -366,6 +390,7 @@ fn largest_batch(tokens: usize, rows: usize, block_size: usize) -> BatchMeta {
         max_blocks,
         logits_indices: starts[1..].iter().map(|&end| end as u32 - 1).collect(),
         state_indices: Vec::new(),
+        ..BatchMeta::default()
     }
 }
 
@@ -414,6 +439,7 @@ mod tests {
                 block_size: 16,
                 num_kv_heads: 1,
                 head_dim: 2,
+                value_dim: 2,
                 dtype: DType::F32,
             };
             let batch = prefill_batch(limits, &kv, max_rows);

@@ -61,6 +61,7 @@ impl<O: Ops> Model<O> {
             block_size: BLOCK_SIZE,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             dtype: DType::Bf16,
         };
         let limits = DecoderLimits { max_num_batched_tokens: MAX_LEN, max_model_len: MAX_LEN };

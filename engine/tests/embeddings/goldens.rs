@@ -75,6 +75,7 @@ fn engine(dir: &Path, max_num_batched_tokens: usize) -> Engine {
             block_size: BLOCK_SIZE,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             dtype: DType::F32,
         })?;
         Ok((DecoderRunner::new(decoder, BLOCK_SIZE), ()))

@@ -33,7 +33,7 @@ fn widen(out: &mut [f32], row: &[u8], dtype: DType) {
                 *o = f16::from_le_bytes([b[0], b[1]]).to_f32();
             }
         }
-        DType::F32 => {
+        _ => {
             for (o, b) in out.iter_mut().zip(row.chunks_exact(4)) {
                 *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
             }

@@ -40,9 +40,12 @@ pub use self::{
 use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, Result, StepResults},
+    ops::{
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
+        Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
+    },
     sampling::RowTask,
-    tensor::HostTensor,
+    tensor::{ExpertParts, HostMatrix, HostTensor},
 };
 
 /// How a CPU device is to work. The default is the fastest way.
@@ -100,6 +103,11 @@ impl CpuOps {
     }
 }
 
+/// TEMPORARY: what is still to be written.
+fn later<T>(op: &'static str) -> Result<T> {
+    Err(KernelError::Unsupported { op, detail: "not written yet".to_owned() })
+}
+
 /// More rows than this share a weight just as well.
 const MAX_LOGITS_ROWS: usize = 64;
 
@@ -107,6 +115,8 @@ impl Ops for CpuOps {
     type Buffer = CpuBuffer;
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
+    type Experts = Vec<CpuWeight>;
+    type Routes = ();
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
     type Batch = CpuBatch;
@@ -132,8 +142,20 @@ impl Ops for CpuOps {
         vec![1]
     }
 
-    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CpuWeight> {
+    fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CpuWeight> {
         CpuWeight::new(parts, bias)
+    }
+
+    fn table(&self, matrix: &HostMatrix) -> Result<CpuWeight> {
+        CpuWeight::new(std::slice::from_ref(matrix), &[])
+    }
+
+    fn experts(&self, experts: &[ExpertParts]) -> Result<Vec<CpuWeight>> {
+        experts.iter().map(|expert| CpuWeight::new(&expert.parts, &expert.bias)).collect()
+    }
+
+    fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
+        later("routes")
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
@@ -175,21 +197,32 @@ impl Ops for CpuOps {
         self.enter(ops)
     }
 
-    fn embedding(&self, out: &mut CpuBuffer, table: &CpuWeight, batch: &CpuBatch) -> Result<()> {
+    fn embedding(
+        &self,
+        out: &mut CpuBuffer,
+        table: &CpuWeight,
+        batch: &CpuBatch,
+        lookup: Lookup,
+    ) -> Result<()> {
+        if lookup != (Lookup::Tokens { scale: 1.0 }) {
+            return later("embedding");
+        }
         embedding::run(&self.pool, out, table, &batch.meta.token_ids);
         Ok(())
     }
 
-    fn rmsnorm(
-        &self,
-        out: &mut CpuBuffer,
-        x: &CpuBuffer,
-        weight: &Vec<f32>,
-        eps: f32,
-        rows: usize,
-    ) -> Result<()> {
+    fn norm(&self, out: &mut CpuBuffer, x: &CpuBuffer, norm: Norm<'_, Vec<f32>>, rows: usize) -> Result<()> {
+        let Norm::Rms { weight, eps } = norm else { return later("norm") };
         rmsnorm::run(self.host, &self.pool, out, x, weight, eps, rows);
         Ok(())
+    }
+
+    fn norm_add(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: Norm<'_, Vec<f32>>, _: usize) -> Result<()> {
+        later("norm_add")
+    }
+
+    fn norm_slices(&self, _: &mut CpuBuffer, _: Norm<'_, Vec<f32>>, _: Slices) -> Result<()> {
+        later("norm_slices")
     }
 
     fn linear(
@@ -207,11 +240,16 @@ impl Ops for CpuOps {
         &self,
         qkv: &mut CpuBuffer,
         kv: &mut CpuKvCache,
-        rope: &Vec<f32>,
+        transform: QkTransform<'_, Vec<f32>>,
         batch: &CpuBatch,
         heads: HeadShape,
         layer: usize,
     ) -> Result<()> {
+        let QkTransform { norm: None, rotary: Some(Rotary { table: rope, interleaved: false, .. }) } =
+            transform
+        else {
+            return later("rope_kv_write");
+        };
         rope::run(self.host, &self.pool, rope::Call { qkv, kv, rope, meta: &batch.meta, heads, layer });
         Ok(())
     }
@@ -223,9 +261,14 @@ impl Ops for CpuOps {
         kv: &CpuKvCache,
         batch: &CpuBatch,
         heads: HeadShape,
-        scale: f32,
+        scoring: Scoring<'_, Vec<f32>>,
         layer: usize,
     ) -> Result<()> {
+        let Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true } =
+            scoring
+        else {
+            return later("paged_attention");
+        };
         attention::run(
             self.host,
             &self.pool,
@@ -234,17 +277,97 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn linear_silu_mul(
+    fn latent_kv_write(
+        &self,
+        _: &mut CpuBuffer,
+        _: &mut CpuBuffer,
+        _: &mut CpuKvCache,
+        _: Norm<'_, Vec<f32>>,
+        _: Rotary<'_, Vec<f32>>,
+        _: &CpuBatch,
+        _: LatentShape,
+        _: usize,
+    ) -> Result<()> {
+        later("latent_kv_write")
+    }
+
+    fn latent_attention(
+        &self,
+        _: &mut CpuBuffer,
+        _: &CpuBuffer,
+        _: &CpuBuffer,
+        _: &CpuKvCache,
+        _: &CpuBatch,
+        _: LatentShape,
+        _: f32,
+        _: usize,
+    ) -> Result<()> {
+        later("latent_attention")
+    }
+
+    fn linear_heads(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &Vec<CpuWeight>, _: usize) -> Result<()> {
+        later("linear_heads")
+    }
+
+    fn linear_gated(
         &self,
         out: &mut CpuBuffer,
         scratch: &mut CpuBuffer,
         x: &CpuBuffer,
         weight: &CpuWeight,
         rows: usize,
+        activation: Activation,
     ) -> Result<()> {
+        if activation != Activation::Silu {
+            return later("linear_gated");
+        }
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
         self.silu_mul(out, scratch, weight.n / 2, rows);
         Ok(())
+    }
+
+    fn add_gated(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &CpuBuffer, _: usize, _: usize) -> Result<()> {
+        later("add_gated")
+    }
+
+    fn add(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: usize) -> Result<()> {
+        later("add")
+    }
+
+    fn moe_route(
+        &self,
+        _: &mut (),
+        _: &CpuBuffer,
+        _: Option<&Vec<f32>>,
+        _: &Routing,
+        _: usize,
+    ) -> Result<()> {
+        later("moe_route")
+    }
+
+    fn moe_gated(
+        &self,
+        _: &mut CpuBuffer,
+        _: &mut CpuBuffer,
+        _: &CpuBuffer,
+        _: &Vec<CpuWeight>,
+        _routes: &(),
+        _: usize,
+        _: Activation,
+    ) -> Result<()> {
+        later("moe_gated")
+    }
+
+    fn moe_combine(
+        &self,
+        _: &mut CpuBuffer,
+        _: &mut CpuBuffer,
+        _: &CpuBuffer,
+        _: &Vec<CpuWeight>,
+        _routes: &(),
+        _: usize,
+    ) -> Result<()> {
+        later("moe_combine")
     }
 
     fn gather_rows(

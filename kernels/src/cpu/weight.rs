@@ -5,7 +5,7 @@ use bytes::Bytes;
 use crate::{
     error::KernelError,
     ops::Result,
-    tensor::{DType, HostTensor},
+    tensor::{DType, HostMatrix, HostTensor},
 };
 
 /// A matrix `[N, K]` as its parts lie in the checkpoint; nothing is copied but the bias.
@@ -26,7 +26,15 @@ pub(crate) struct Part {
 }
 
 impl CpuWeight {
-    pub(crate) fn new(parts: &[HostTensor], bias: &[HostTensor]) -> Result<CpuWeight> {
+    pub(crate) fn new(parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CpuWeight> {
+        let parts = parts.iter().map(|part| match part {
+            HostMatrix::Dense(tensor) => Ok(tensor),
+            HostMatrix::Quantized(matrix) => {
+                let detail = format!("{} is {:?}", matrix.name, matrix.format);
+                Err(KernelError::Unsupported { op: "weight", detail })
+            }
+        });
+        let parts = parts.collect::<Result<Vec<&HostTensor>>>()?;
         let Some(&[_, k]) = parts.first().map(|p| p.shape.as_slice()) else {
             return Err(shape("parts", parts.first().map_or(vec![], |p| p.shape.clone()), vec![0, 0]));
         };

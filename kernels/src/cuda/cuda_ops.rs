@@ -12,10 +12,10 @@ use super::{
     layout::Layout,
     memory::{DeviceBuffer, Graph, PinnedMemory},
     ops::{
-        ActivationKind, Attention, AttentionKernels, BlockShape, CopyBlocks, Embedding, GatherRows, KvLayer,
-        Linear, LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite, Rotary,
-        Sample, Scoring, attention, check_model, copy_blocks, decode_results, embedding, encode, gather_rows,
-        is_masked, kv_cache_elems, linear, list_words, rmsnorm, rope_kv_write, sample,
+        ActivationKind, Attention, AttentionKernels, BlockShape, CopyBlocks, Embedding, GatherRows, HeadNorm,
+        KvLayer, Linear, LinearEpilogue, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, RmsNorm, RopeKvWrite,
+        Rotary, Sample, Scoring, attention, check_model, copy_blocks, decode_results, embedding, encode,
+        gather_rows, is_masked, kv_cache_elems, linear, list_words, rmsnorm, rope_kv_write, sample,
     },
     steps::{Slot, Steps},
     weights::{CudaWeight, Uploader},
@@ -23,9 +23,12 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, Ops, StepResults},
+    ops::{
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
+        Ops, QkTransform, Routing, Scoring as Scores, Slices, StepResults,
+    },
     sampling::RowTask,
-    tensor::{DType, HostTensor},
+    tensor::{DType, ExpertParts, HostMatrix, HostTensor},
 };
 
 /// Rows of logits in a group at most: a decode step of the largest batch that is usual.
@@ -147,6 +150,11 @@ impl CudaOps {
     }
 }
 
+/// TEMPORARY: what is still to be written.
+fn later<T>(op: &'static str) -> Result<T> {
+    Err(KernelError::Unsupported { op, detail: "not written yet".to_owned() })
+}
+
 fn require_bf16(shape: &KvShape) -> Result<()> {
     if shape.dtype == DType::Bf16 {
         return Ok(());
@@ -163,6 +171,8 @@ impl Ops for CudaOps {
     type Buffer = DeviceBuffer;
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
+    type Experts = ();
+    type Routes = ();
     type KvCache = CudaKvCache;
     type HostKv = CudaHostKv;
     type Batch = CudaBatch;
@@ -189,8 +199,20 @@ impl Ops for CudaOps {
         if steps.graphs.sizes().is_empty() { vec![1] } else { steps.graphs.sizes().to_vec() }
     }
 
-    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CudaWeight> {
+    fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CudaWeight> {
         self.uploader.lock().weight(parts, bias)
+    }
+
+    fn table(&self, matrix: &HostMatrix) -> Result<CudaWeight> {
+        self.weight(std::slice::from_ref(matrix), &[])
+    }
+
+    fn experts(&self, _experts: &[ExpertParts]) -> Result<()> {
+        later("experts")
+    }
+
+    fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
+        later("routes")
     }
 
     fn vector(&self, values: &[f32]) -> Result<DeviceBuffer> {
@@ -283,7 +305,14 @@ impl Ops for CudaOps {
         }
     }
 
-    fn embedding(&self, out: &mut DeviceBuffer, table: &CudaWeight, batch: &CudaBatch) -> Result<()> {
+    fn embedding(
+        &self,
+        out: &mut DeviceBuffer,
+        table: &CudaWeight,
+        batch: &CudaBatch,
+        lookup: Lookup,
+    ) -> Result<()> {
+        let Lookup::Tokens { scale } = lookup else { return later("embedding") };
         let steps = self.steps.lock();
         let tokens = batch.extent.tokens;
         embedding(
@@ -294,22 +323,36 @@ impl Ops for CudaOps {
                 token_ids: steps.words(batch.layout.token_ids, tokens)?,
                 feedback: Some(steps.feedback()),
                 width: table.k,
-                scale: 1.0,
+                scale,
                 tokens,
             },
         )
     }
 
-    fn rmsnorm(
+    fn norm(
         &self,
         out: &mut DeviceBuffer,
         x: &DeviceBuffer,
-        weight: &DeviceBuffer,
-        eps: f32,
+        norm: Norm<'_, DeviceBuffer>,
         rows: usize,
     ) -> Result<()> {
+        let Norm::Rms { weight, eps } = norm else { return later("norm") };
         let width = weight.elems();
         rmsnorm(&self.device, RmsNorm { out, x, residual: None, weight, width, eps, rows })
+    }
+
+    fn norm_add(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &DeviceBuffer,
+        _: Norm<'_, DeviceBuffer>,
+        _: usize,
+    ) -> Result<()> {
+        later("norm_add")
+    }
+
+    fn norm_slices(&self, _: &mut DeviceBuffer, _: Norm<'_, DeviceBuffer>, _: Slices) -> Result<()> {
+        later("norm_slices")
     }
 
     fn linear(
@@ -323,6 +366,8 @@ impl Ops for CudaOps {
         let epilogue = match epilogue {
             Epilogue::Store => LinearEpilogue::Store,
             Epilogue::Add => LinearEpilogue::Add,
+            Epilogue::SoftCap(cap) => LinearEpilogue::SoftCap(cap),
+            Epilogue::Activate(_) => return later("linear"),
         };
         let CudaWeight { matrix, bias, n, k } = weight;
         let call = Linear { out, x, weight: matrix, bias: bias.as_ref(), rows, n: *n, k: *k, epilogue };
@@ -333,11 +378,15 @@ impl Ops for CudaOps {
         &self,
         qkv: &mut DeviceBuffer,
         kv: &mut CudaKvCache,
-        rope: &DeviceBuffer,
+        transform: QkTransform<'_, DeviceBuffer>,
         batch: &CudaBatch,
         heads: HeadShape,
         layer: usize,
     ) -> Result<()> {
+        let QkTransform { norm, rotary } = transform;
+        let norm =
+            norm.map(|norm| HeadNorm { q_weight: norm.q_weight, k_weight: norm.k_weight, eps: norm.eps });
+        let rotary = rotary.map(|r| Rotary { table: r.table, rotary_dim: r.dim, interleaved: r.interleaved });
         let steps = self.steps.lock();
         let tokens = batch.extent.tokens;
         rope_kv_write(
@@ -348,8 +397,8 @@ impl Ops for CudaOps {
                 heads,
                 positions: steps.words(batch.layout.positions, tokens)?,
                 slot_mapping: steps.words(batch.layout.slot_mapping, tokens)?,
-                norm: None,
-                rotary: Some(Rotary { table: rope, rotary_dim: heads.head_dim, interleaved: false }),
+                norm,
+                rotary,
                 tokens,
             },
         )
@@ -362,9 +411,12 @@ impl Ops for CudaOps {
         kv: &CudaKvCache,
         batch: &CudaBatch,
         heads: HeadShape,
-        scale: f32,
+        scoring: Scores<'_, DeviceBuffer>,
         layer: usize,
     ) -> Result<()> {
+        let Scores { scale, window, soft_cap, slopes, sinks, causal: true } = scoring else {
+            return later("paged_attention");
+        };
         let mut steps = self.steps.lock();
         let Steps { arena, workspace, .. } = &mut *steps;
         attention(
@@ -377,24 +429,114 @@ impl Ops for CudaOps {
                 plan: DeviceWords::new(arena).part(batch.layout.plan, batch.plan_words)?,
                 kernels: batch.kernels,
                 workspace,
-                scoring: Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None },
+                scoring: Scoring { scale, window, soft_cap, slopes, sinks },
                 tokens: batch.extent.tokens,
             },
         )
     }
 
-    fn linear_silu_mul(
+    fn latent_kv_write(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &mut DeviceBuffer,
+        _: &mut CudaKvCache,
+        _: Norm<'_, DeviceBuffer>,
+        _: crate::ops::Rotary<'_, DeviceBuffer>,
+        _: &CudaBatch,
+        _: LatentShape,
+        _: usize,
+    ) -> Result<()> {
+        later("latent_kv_write")
+    }
+
+    fn latent_attention(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &DeviceBuffer,
+        _: &DeviceBuffer,
+        _: &CudaKvCache,
+        _: &CudaBatch,
+        _: LatentShape,
+        _: f32,
+        _: usize,
+    ) -> Result<()> {
+        later("latent_attention")
+    }
+
+    fn linear_heads(&self, _: &mut DeviceBuffer, _: &DeviceBuffer, _heads: &(), _: usize) -> Result<()> {
+        later("linear_heads")
+    }
+
+    fn linear_gated(
         &self,
         out: &mut DeviceBuffer,
         _scratch: &mut DeviceBuffer,
         x: &DeviceBuffer,
         weight: &CudaWeight,
         rows: usize,
+        activation: Activation,
     ) -> Result<()> {
+        let kind = match activation {
+            Activation::Silu => ActivationKind::Silu,
+            Activation::Gelu => ActivationKind::Gelu,
+            Activation::GeluTanh => ActivationKind::GeluTanh,
+            _ => return later("linear_gated"),
+        };
         let CudaWeight { matrix, bias, n, k } = weight;
-        let epilogue = LinearEpilogue::Gated(ActivationKind::Silu);
+        let epilogue = LinearEpilogue::Gated(kind);
         let call = Linear { out, x, weight: matrix, bias: bias.as_ref(), rows, n: n / 2, k: *k, epilogue };
         linear(&self.device, call)
+    }
+
+    fn add_gated(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &DeviceBuffer,
+        _: &DeviceBuffer,
+        _: usize,
+        _: usize,
+    ) -> Result<()> {
+        later("add_gated")
+    }
+
+    fn add(&self, _: &mut DeviceBuffer, _: &DeviceBuffer, _: usize) -> Result<()> {
+        later("add")
+    }
+
+    fn moe_route(
+        &self,
+        _: &mut (),
+        _: &DeviceBuffer,
+        _: Option<&DeviceBuffer>,
+        _: &Routing,
+        _: usize,
+    ) -> Result<()> {
+        later("moe_route")
+    }
+
+    fn moe_gated(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &mut DeviceBuffer,
+        _: &DeviceBuffer,
+        _experts: &(),
+        _routes: &(),
+        _: usize,
+        _: Activation,
+    ) -> Result<()> {
+        later("moe_gated")
+    }
+
+    fn moe_combine(
+        &self,
+        _: &mut DeviceBuffer,
+        _: &mut DeviceBuffer,
+        _: &DeviceBuffer,
+        _experts: &(),
+        _routes: &(),
+        _: usize,
+    ) -> Result<()> {
+        later("moe_combine")
     }
 
     fn gather_rows(

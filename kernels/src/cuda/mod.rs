@@ -78,6 +78,7 @@ impl Device {
             DType::F32 => {
                 host[..bytes].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
             }
+            DType::F8E4M3 => host[..bytes].iter().map(|&b| crate::tensor::f8_to_f32(b)).collect(),
             // No device array holds f16.
             DType::F16 | DType::Bf16 => {
                 host[..bytes].chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    tensor::{DType, HostTensor},
+    tensor::{DType, HostMatrix, HostTensor, f8_to_f32},
 };
 
 /// Bytes of one staging buffer: some milliseconds of PCIe.
@@ -49,9 +49,17 @@ impl Uploader {
     }
 
     /// `Ops::weight`.
-    pub(super) fn weight(&mut self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<CudaWeight> {
+    pub(super) fn weight(&mut self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CudaWeight> {
+        let parts = parts.iter().map(|part| match part {
+            HostMatrix::Dense(tensor) => Ok(tensor),
+            HostMatrix::Quantized(matrix) => {
+                let detail = format!("{} is {:?}", matrix.name, matrix.format);
+                Err(KernelError::Unsupported { op: "weight", detail })
+            }
+        });
+        let parts = parts.collect::<Result<Vec<&HostTensor>>>()?;
         let width = parts.first().and_then(|part| part.shape.last()).copied().unwrap_or(0);
-        for part in parts {
+        for part in &parts {
             check(part, &[part.shape.first().copied().unwrap_or(0), width])?;
         }
         if !bias.is_empty() && bias.len() != parts.len() {
@@ -62,11 +70,11 @@ impl Uploader {
                 expected: vec![parts.len()],
             });
         }
-        bias.iter().zip(parts).try_for_each(|(bias, part)| check(bias, &part.shape[..1]))?;
+        bias.iter().zip(&parts).try_for_each(|(bias, part)| check(bias, &part.shape[..1]))?;
         let rows = parts.iter().map(|part| part.shape[0]).sum();
         let matrix = self.device.buffer(DType::Bf16, rows * width, "weights")?;
         let mut at = matrix.ptr();
-        for part in parts {
+        for part in &parts {
             self.copy(at, part)?;
             at = at.offset(part.elems() * DType::Bf16.size());
         }
@@ -150,6 +158,10 @@ fn to_bf16(out: &mut [u8], source: &[u8], dtype: DType) {
             let value = f16::from_le_bytes([b[0], b[1]]).to_f32();
             out.copy_from_slice(&bf16::from_f32(value).to_le_bytes());
         }),
+        DType::F8E4M3 => out
+            .chunks_exact_mut(2)
+            .zip(source)
+            .for_each(|(out, &b)| out.copy_from_slice(&bf16::from_f32(f8_to_f32(b)).to_le_bytes())),
         DType::F32 => out.chunks_exact_mut(2).zip(source.chunks_exact(4)).for_each(|(out, b)| {
             let value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
             out.copy_from_slice(&bf16::from_f32(value).to_le_bytes());

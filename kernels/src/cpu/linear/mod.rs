@@ -67,6 +67,9 @@ impl Linear {
     /// `Ops::linear`.
     pub(crate) fn run(&self, pool: &Pool, call: Call) -> Result<()> {
         let Call { out, x, weight, rows, epilogue } = call;
+        if !matches!(epilogue, Epilogue::Store | Epilogue::Add) {
+            return Err(crate::KernelError::Unsupported { op: "linear", detail: "not written yet".into() });
+        }
         if rows == 0 || weight.n == 0 {
             return Ok(());
         }
@@ -262,7 +265,7 @@ impl Job for PackRow {
         unsafe {
             match dtype {
                 DType::Bf16 => Wide::<S, Bf16>::new(s).pack(x, k, out, round),
-                DType::F16 | DType::F32 => Wide::<S, F32>::new(s).pack(x, k, out, round),
+                _ => Wide::<S, F32>::new(s).pack(x, k, out, round),
             }
         }
     }
@@ -282,7 +285,7 @@ impl Job for WidePanel<'_> {
             match self.dtype {
                 DType::Bf16 => panel(Wide::<S, Bf16>::new(s), self.p),
                 DType::F16 => panel(Wide::<S, F16>::new(s), self.p),
-                DType::F32 => panel(Wide::<S, F32>::new(s), self.p),
+                _ => panel(Wide::<S, F32>::new(s), self.p),
             }
         }
     }

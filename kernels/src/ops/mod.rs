@@ -9,170 +9,28 @@
 //! fixed by the shape of the row. Matrices are row-major. Storage is the device's choice (f32 on the CPU);
 //! accumulation is always f32.
 
+mod batch;
+mod forms;
+mod routing;
+mod shapes;
+
 use std::{ops::Range, sync::Arc};
 
 use crate::{
     error::KernelError,
-    sampling::{RowTask, Sampled},
-    tensor::{DType, HostTensor},
+    sampling::RowTask,
+    tensor::{ExpertParts, HostMatrix, HostTensor},
+};
+
+pub use self::{
+    batch::{BatchMeta, Extent, FEEDBACK, StepResults},
+    forms::{Activation, Epilogue, HeadNorm, Lookup, Norm, QkTransform, Rotary, Scoring},
+    routing::{ExpertGroups, ExpertScoring, Routing},
+    shapes::{BlockCopy, HeadShape, KvShape, LatentShape, Slices},
 };
 
 /// Result of an op.
 pub type Result<T> = std::result::Result<T, KernelError>;
-
-/// Marks an entry of [`BatchMeta::token_ids`] that is not a token id: see there.
-pub const FEEDBACK: u32 = 1 << 31;
-
-/// What a step computes: flat metadata for T tokens in S rows. No sequence, no request: indices only.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BatchMeta {
-    /// `[T]` input token ids. `FEEDBACK | r` stands for the id that the previous step sampled for row `r` of its logits
-    /// (an index into its `logits_indices`, over all groups in which its logits were computed): the step can be queued before
-    /// that id is known to the host. Vocabularies are below 2^31. Where
-    /// the row had no finite logits it is any id below V, and nobody reads what comes of it.
-    pub token_ids: Vec<u32>,
-    /// `[T]` position of each token in its own sequence.
-    pub positions: Vec<u32>,
-    /// `[T]` slot (`block * block_size + offset`) that receives the token's key and value.
-    pub slot_mapping: Vec<u32>,
-    /// `[S + 1]` prefix sums of new tokens per row: row `s` owns tokens `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`.
-    pub cu_seqlens_q: Vec<u32>,
-    /// `[S]` tokens of each row that are in the KV cache once this step has written its own.
-    pub context_lens: Vec<u32>,
-    /// `[S, max_blocks]` block ids of each row in sequence order; unused entries are 0.
-    pub block_tables: Vec<u32>,
-    /// Row stride of `block_tables`.
-    pub max_blocks: usize,
-    /// `[R]` indices into the T tokens whose logits are wanted.
-    pub logits_indices: Vec<u32>,
-    /// `[E]` indices into the T tokens whose hidden states are wanted on the host, rising; see [`Ops::states`].
-    pub state_indices: Vec<u32>,
-}
-
-impl BatchMeta {
-    /// T, the number of tokens of the step.
-    pub fn num_tokens(&self) -> usize {
-        self.token_ids.len()
-    }
-
-    /// S, the number of rows (sequences) of the step.
-    pub fn num_rows(&self) -> usize {
-        self.context_lens.len()
-    }
-}
-
-/// Extents of a KV cache: for each layer, keys and values of `num_blocks * block_size` slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvShape {
-    /// Decoder layers.
-    pub num_layers: usize,
-    /// Blocks, shared by all layers: a block id names the same place in each.
-    pub num_blocks: usize,
-    /// Tokens per block.
-    pub block_size: usize,
-    /// K.
-    pub num_kv_heads: usize,
-    /// D.
-    pub head_dim: usize,
-    /// Storage type, [`DType::F32`] or [`DType::Bf16`].
-    pub dtype: DType,
-}
-
-impl KvShape {
-    /// Bytes of one block over all layers, keys and values together.
-    pub fn block_bytes(&self) -> usize {
-        2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.size()
-    }
-}
-
-/// One block of a KV cache to be copied, over all layers, keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BlockCopy {
-    /// From the cache to the host.
-    Save {
-        /// The block of the cache that is read.
-        block: u32,
-        /// The host block that is overwritten.
-        host: u32,
-    },
-    /// From the host to the cache.
-    Load {
-        /// The host block that is read.
-        host: u32,
-        /// The block of the cache that is overwritten.
-        block: u32,
-    },
-}
-
-impl BlockCopy {
-    /// The block of the cache, and the one of the host.
-    pub(crate) fn ids(self) -> (usize, usize) {
-        let (Self::Save { block, host } | Self::Load { host, block }) = self;
-        (block as usize, host as usize)
-    }
-
-    /// The caller's side of [`Ops::copy_blocks`].
-    pub(crate) fn check(copies: &[Self], kv: KvShape, host: KvShape) {
-        let of_one_block = |shape: KvShape| KvShape { num_blocks: 1, ..shape };
-        assert_eq!(of_one_block(kv), of_one_block(host), "host blocks of another cache");
-        for copy in copies {
-            let ids = copy.ids();
-            assert!(
-                ids.0 < kv.num_blocks && ids.1 < host.num_blocks,
-                "{copy:?}: there are {} blocks, and {} on the host",
-                kv.num_blocks,
-                host.num_blocks
-            );
-        }
-    }
-}
-
-/// Head layout of the fused `qkv` activation: `[T, (Q + 2 K) * D]`, queries first, then keys, then values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HeadShape {
-    /// Q, a multiple of K.
-    pub num_heads: usize,
-    /// K.
-    pub num_kv_heads: usize,
-    /// D.
-    pub head_dim: usize,
-}
-
-impl HeadShape {
-    /// `(Q + 2 K) * D`.
-    pub fn qkv_width(&self) -> usize {
-        (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-    }
-}
-
-/// What [`Ops::linear`] does with its product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Epilogue {
-    /// `out = x · Wᵀ + bias`.
-    Store,
-    /// `out += x · Wᵀ + bias`: the residual connection.
-    Add,
-}
-
-/// Extents to compute a step with: the batch's own, or larger where a device pads it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    /// T.
-    pub tokens: usize,
-    /// R.
-    pub logits_rows: usize,
-    /// E, never padded.
-    pub state_rows: usize,
-}
-
-/// What a step gives.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct StepResults {
-    /// One per task, in order.
-    pub sampled: Vec<Sampled>,
-    /// `[E, H]` what [`Ops::states`] took; empty for a step that wants none.
-    pub states: Vec<f32>,
-}
 
 /// A device: its memory and its ops.
 ///
@@ -189,6 +47,10 @@ pub trait Ops: Send + Sync {
     type Weight: Send + Sync;
     /// A resident small vector kept in f32: norm weights, RoPE tables.
     type Vector: Send + Sync;
+    /// Resident matrices `[X, N, K]`, one for each expert (or head), with optional biases `[X, N]`.
+    type Experts: Send + Sync;
+    /// Which experts the tokens of a step go to, and with what weights.
+    type Routes: Send;
     /// Keys and values of all layers.
     type KvCache: Send;
     /// Blocks of keys and values in host memory.
@@ -219,8 +81,28 @@ pub trait Ops: Send + Sync {
     /// The CPU keeps views of the memory map and copies nothing.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part.
-    fn weight(&self, parts: &[HostTensor], bias: &[HostTensor]) -> Result<Self::Weight>;
+    /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part; [`KernelError::Unsupported`] for parts of
+    /// different formats, or one that the device does not compute with.
+    fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<Self::Weight>;
+
+    /// Makes a matrix that [`Ops::embedding`] can look up in, and [`Ops::linear`] can multiply with: quantised ones are widened where the device
+    /// looks up in none.
+    ///
+    /// # Errors
+    /// As [`Ops::weight`].
+    fn table(&self, matrix: &HostMatrix) -> Result<Self::Weight>;
+
+    /// Makes the matrices of a layer's experts: for each the `parts` that are stacked along N, as in [`Ops::weight`], and as many biases, or none.
+    ///
+    /// # Errors
+    /// As [`Ops::weight`], and [`KernelError::Shape`] where two experts differ in shape.
+    fn experts(&self, experts: &[ExpertParts]) -> Result<Self::Experts>;
+
+    /// Allocates the routes of up to `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for more experts than the device routes to.
+    fn routes(&self, tokens: usize, routing: &Routing) -> Result<Self::Routes>;
 
     /// Makes a resident f32 vector.
     fn vector(&self, values: &[f32]) -> Result<Self::Vector>;
@@ -269,19 +151,37 @@ pub trait Ops: Send + Sync {
     /// record them and replay the record for a later batch of the same extent, so `ops` must depend on nothing else; it may be called again when a recording failed.
     fn run(&self, batch: &Self::Batch, ops: impl FnMut() -> Result<()> + Send) -> Result<()>;
 
-    /// `out[t, :] = table[token_ids[t], :]`; `out` is `[T, H]`, `table` `[V, H]`. Ids were validated: all are below V.
-    fn embedding(&self, out: &mut Self::Buffer, table: &Self::Weight, batch: &Self::Batch) -> Result<()>;
+    /// Rows of a table, one for each token; see [`Lookup`]. `out` is `[T, H]`, `table` `[_, H]`. Ids, positions and segments were validated:
+    /// each has its row.
+    fn embedding(
+        &self,
+        out: &mut Self::Buffer,
+        table: &Self::Weight,
+        batch: &Self::Batch,
+        lookup: Lookup,
+    ) -> Result<()>;
 
-    /// Root-mean-square norm over the last axis (Zhang and Sennrich 2019, eq. 4):
-    /// `out[r, h] = x[r, h] / sqrt(mean_h(x[r, :]²) + eps) * weight[h]`; `out` and `x` are `[rows, H]`, `weight` `[H]`.
-    fn rmsnorm(
+    /// Norm over the last axis: `out[r, :] = norm(x[r, :])`; `out` and `x` are `[rows, H]`, the norm's weight `[H]`.
+    fn norm(
         &self,
         out: &mut Self::Buffer,
         x: &Self::Buffer,
-        weight: &Self::Vector,
-        eps: f32,
+        norm: Norm<'_, Self::Vector>,
         rows: usize,
     ) -> Result<()>;
+
+    /// Norm and residual connection: `out[r, :] += norm(x[r, :])`, shapes as in [`Ops::norm`].
+    fn norm_add(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        norm: Norm<'_, Self::Vector>,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Norm in place over parts of rows: part `g` of each row becomes `norm(part)`, with the elements `g * width..(g + 1) * width` of weight and
+    /// bias, which are `[groups * width]`. What lies between the parts stays.
+    fn norm_slices(&self, x: &mut Self::Buffer, norm: Norm<'_, Self::Vector>, slices: Slices) -> Result<()>;
 
     /// Matrix product with a resident weight: `x` is `[rows, K]`, `weight` `[N, K]`, `out` `[rows, N]`; see [`Epilogue`].
     ///
@@ -295,28 +195,26 @@ pub trait Ops: Send + Sync {
         epilogue: Epilogue,
     ) -> Result<()>;
 
-    /// Rotates queries and keys in place and writes keys and values into the cache.
+    /// Normalises and rotates queries and keys in place, as `transform` says, and writes keys and values into the cache.
     ///
-    /// `qkv` is `[T, (Q + 2 K) * D]`. `rope` is `[max_positions, D]`: for each position D/2 cosines, then D/2 sines
-    /// (already multiplied by the scaling kind's attention factor). Pairs are `(i, i + D/2)`, the layout of
-    /// Hugging Face checkpoints (RoFormer, Su et al. 2021, eq. 34, with permuted rows). Key and value of token `t` go to slot
-    /// `slot_mapping[t]` of `layer`.
+    /// `qkv` is `[T, (Q + 2 K) * D]`. Key and value of token `t` go to slot `slot_mapping[t]` of `layer`.
+    #[allow(clippy::too_many_arguments)]
     fn rope_kv_write(
         &self,
         qkv: &mut Self::Buffer,
         kv: &mut Self::KvCache,
-        rope: &Self::Vector,
+        transform: QkTransform<'_, Self::Vector>,
         batch: &Self::Batch,
         heads: HeadShape,
         layer: usize,
     ) -> Result<()>;
 
-    /// Causal attention of each new token over its row's cached keys and values, decode rows and prompt chunks alike.
+    /// Attention of each new token over its row's cached keys and values, decode rows and prompt chunks alike.
     ///
-    /// `out` is `[T, Q * D]`; queries come from `qkv` `[T, (Q + 2 K) * D]`. The token at position `p` of row `s` sees
-    /// positions `0..=p`, found through `block_tables[s]`; query head `q` reads key/value head `q / (Q / K)`.
-    /// `softmax(q·kᵀ * scale)·v` with the online softmax of Milakov and Gimelshein (2018), blocks in sequence order.
-    /// Slots after position `p` are never read, whatever they hold.
+    /// `out` is `[T, Q * D]`; queries come from `qkv` `[T, (Q + 2 K) * D]`. The token at position `p` of row `s` sees those of the positions
+    /// `0..context_lens[s]` that [`Scoring`] lets it see, found through `block_tables[s]`; query head `q` reads key/value head `q / (Q / K)`.
+    /// `softmax(score)·v` with the online softmax of Milakov and Gimelshein (2018), blocks in sequence order.
+    /// Slots of positions that a token does not see never show in its output, whatever finite values they hold; those after the context are never read.
     #[allow(clippy::too_many_arguments)]
     fn paged_attention(
         &self,
@@ -325,19 +223,112 @@ pub trait Ops: Send + Sync {
         kv: &Self::KvCache,
         batch: &Self::Batch,
         heads: HeadShape,
+        scoring: Scoring<'_, Self::Vector>,
+        layer: usize,
+    ) -> Result<()>;
+
+    /// Latent attention's write: normalises the first L elements of `latent` `[T, L + R]` with `norm` and rotates its other R and the R of
+    /// each head of `q_rope` `[T, Q * R]`, all in place, and writes `latent` into the cache, whose K is 1, D is L + R and `value_dim` 0.
+    /// The rotation's `dim` is R.
+    #[allow(clippy::too_many_arguments)]
+    fn latent_kv_write(
+        &self,
+        q_rope: &mut Self::Buffer,
+        latent: &mut Self::Buffer,
+        kv: &mut Self::KvCache,
+        norm: Norm<'_, Self::Vector>,
+        rotary: Rotary<'_, Self::Vector>,
+        batch: &Self::Batch,
+        shape: LatentShape,
+        layer: usize,
+    ) -> Result<()>;
+
+    /// Causal latent attention: `score = (q_latent·key[..L] + q_rope·key[L..]) * scale`, `out = softmax(score)·key[..L]`. `out` and `q_latent` are
+    /// `[T, Q * L]`, `q_rope` is `[T, Q * R]`. Otherwise as [`Ops::paged_attention`].
+    #[allow(clippy::too_many_arguments)]
+    fn latent_attention(
+        &self,
+        out: &mut Self::Buffer,
+        q_latent: &Self::Buffer,
+        q_rope: &Self::Buffer,
+        kv: &Self::KvCache,
+        batch: &Self::Batch,
+        shape: LatentShape,
         scale: f32,
         layer: usize,
     ) -> Result<()>;
 
-    /// The gated half of the feed-forward layer (Shazeer 2020, SwiGLU): with `y = x · Wᵀ + bias`, `[rows, 2 I]`,
-    /// `out[r, i] = silu(y[r, i]) * y[r, I + i]`. `x` is `[rows, K]`, `weight` `[2 I, K]`: gate first, then up; `out` `[rows, I]`;
+    /// A product for each head: `out[r, x, :] = heads[x] · in[r, x, :]`; `x` is `[rows, X, K]`, `heads` `[X, N, K]`, `out` `[rows, X, N]`.
+    fn linear_heads(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        heads: &Self::Experts,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// The gated half of the feed-forward layer (Shazeer 2020): with `y = x · Wᵀ + bias`, `[rows, 2 I]`,
+    /// `out[r, i] = f(y[r, i]) * y[r, I + i]`. `x` is `[rows, K]`, `weight` `[2 I, K]`: gate first, then up; `out` `[rows, I]`;
     /// `scratch` comes from [`Ops::scratch_buffer`] with `rows * 2 I` elements.
-    fn linear_silu_mul(
+    #[allow(clippy::too_many_arguments)]
+    fn linear_gated(
         &self,
         out: &mut Self::Buffer,
         scratch: &mut Self::Buffer,
         x: &Self::Buffer,
         weight: &Self::Weight,
+        rows: usize,
+        activation: Activation,
+    ) -> Result<()>;
+
+    /// `out[r, :] += x[r, :] / (1 + e^-gate[r])`; `out` and `x` are `[rows, width]`, `gate` `[rows]` comes from [`Ops::logits_buffer`].
+    fn add_gated(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        gate: &Self::Buffer,
+        rows: usize,
+        width: usize,
+    ) -> Result<()>;
+
+    /// `out[i] += x[i]` for the first `elems` elements.
+    fn add(&self, out: &mut Self::Buffer, x: &Self::Buffer, elems: usize) -> Result<()>;
+
+    /// Chooses k of X experts for each row of `logits` `[rows, X]`, which comes from [`Ops::logits_buffer`]: those with the largest score, each plus its
+    /// entry of `bias` `[X]` where that is given; among equals the lowest first. An expert's weight is its score without the bias. See [`Routing`].
+    fn moe_route(
+        &self,
+        routes: &mut Self::Routes,
+        logits: &Self::Buffer,
+        bias: Option<&Self::Vector>,
+        routing: &Routing,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// The gated half of the experts: `out[r * k + j, :]` is [`Ops::linear_gated`] of row `r` of `x` `[rows, K]` with the matrix of its `j`-th expert,
+    /// `[2 I, K]`; `out` is `[rows * k, I]`; `scratch` comes from [`Ops::scratch_buffer`] with `rows * k * 2 I` elements.
+    #[allow(clippy::too_many_arguments)]
+    fn moe_gated(
+        &self,
+        out: &mut Self::Buffer,
+        scratch: &mut Self::Buffer,
+        x: &Self::Buffer,
+        experts: &Self::Experts,
+        routes: &Self::Routes,
+        rows: usize,
+        activation: Activation,
+    ) -> Result<()>;
+
+    /// The other half: `out[r, :] += Σ_j weight[r, j] * (W_j · x[r * k + j, :] + bias_j)`, `j` in order; `x` is `[rows * k, I]`, the experts' matrices
+    /// are `[H, I]`, `out` is `[rows, H]`, `scratch` an [`Ops::buffer`] of `rows * k * H` elements.
+    #[allow(clippy::too_many_arguments)]
+    fn moe_combine(
+        &self,
+        out: &mut Self::Buffer,
+        scratch: &mut Self::Buffer,
+        x: &Self::Buffer,
+        experts: &Self::Experts,
+        routes: &Self::Routes,
         rows: usize,
     ) -> Result<()>;
 
