@@ -7,7 +7,11 @@ mod common;
 use std::sync::Arc;
 
 use common::{Rng, assert_close, assert_same, buffer, devices, poisoned, tensor};
-use tidemill_kernels::{DType, Ops, cpu::Compute, ops::BatchMeta};
+use tidemill_kernels::{
+    DType, Ops,
+    cpu::Compute,
+    ops::{BatchMeta, Lookup, Norm},
+};
 
 const WIDTHS: [usize; 7] = [1, 2, 15, 64, 100, 768, 1031];
 
@@ -21,7 +25,13 @@ fn rmsnorm_agrees_with_f64_and_rows_stand_alone() {
                 let weight = ops.vector(&w).unwrap();
                 let norm = |x: &[f32]| {
                     let mut out = poisoned(&ops, x.len());
-                    ops.rmsnorm(&mut out, &buffer(&ops, x), &weight, 1e-5, x.len() / h).unwrap();
+                    ops.norm(
+                        &mut out,
+                        &buffer(&ops, x),
+                        Norm::Rms { weight: &weight, eps: 1e-5 },
+                        x.len() / h,
+                    )
+                    .unwrap();
                     ops.download(&out, x.len()).unwrap()
                 };
                 let all = norm(&x);
@@ -93,7 +103,7 @@ fn embedding_and_gather_copy_rows() {
                 tensor(dtype, &[4, 9], &Rng::new(2).units(36), 3),
             );
             let rows: Vec<f32> = [a.to_f32(), b.to_f32()].concat();
-            let table = ops.weight(&[a, b], &[]).unwrap();
+            let table = ops.weight(&[a.into(), b.into()], &[]).unwrap();
             let meta = BatchMeta {
                 token_ids: vec![8, 0, 4, 5, 8],
                 logits_indices: vec![4, 1],
@@ -101,7 +111,7 @@ fn embedding_and_gather_copy_rows() {
             };
             let batch = ops.upload(Arc::new(meta.clone()), Arc::default()).unwrap();
             let mut out = poisoned(&ops, 45);
-            ops.embedding(&mut out, &table, &batch).unwrap();
+            ops.embedding(&mut out, &table, &batch, Lookup::Tokens { scale: 1.0 }).unwrap();
             for (t, &id) in meta.token_ids.iter().enumerate() {
                 assert_same(&out.as_slice()[t * 9..(t + 1) * 9], &rows[id as usize * 9..][..9], "embedding");
             }
