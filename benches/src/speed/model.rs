@@ -222,6 +222,7 @@ impl<'a, M: Machine> Model<'a, M> {
             block_size: BLOCK_SIZE,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.head_dim,
             dtype: DType::Bf16,
         })?;
         decoder.warm_up()?;
