@@ -32,9 +32,10 @@ pub use self::{
     decoder::{
         cache::{CudaHostKv, CudaKvCache},
         config::{CudaAttention, CudaConfig},
+        experts::CudaRoutes,
         step::CudaPending,
     },
-    weights::CudaWeight,
+    weights::{CudaExperts, CudaWeight},
 };
 use self::{
     driver::{Driver, Pinned, Result},
