@@ -15,6 +15,7 @@ mod copy_blocks;
 mod harness;
 mod linear;
 mod moe;
+mod moe_route;
 mod norm;
 mod paged;
 mod planted;
