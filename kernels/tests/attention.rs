@@ -16,6 +16,8 @@ use tidemill_kernels::{
     ops::{HeadShape, KvShape},
 };
 
+const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F8E4M3];
+
 /// Every option once, and such as models have together.
 fn forms(heads: HeadShape) -> Vec<Form> {
     let plain = Form::plain(heads);
@@ -59,13 +61,17 @@ fn agrees_with_f64() {
         (heads(2, 1, 10), 64, vec![130]),
         (heads(2, 2, 6), 7, vec![90]),
     ];
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in DTYPES {
         for (heads, block_size, lens) in &shapes {
             for form in forms(*heads) {
                 let s = setup(*heads, *block_size, dtype, lens, form);
                 let want: Vec<Vec<f64>> = s.sequences.iter().map(|q| reference(&s, q)).collect();
-                // A key that rounds the other way moves a bf16 score by 2^-8 of one product.
-                let tolerance = if dtype == DType::F32 { 3e-6 } else { 2e-3 };
+                // A key that rounds the other way moves a bf16 score by 2^-8 of one product, one of F8E4M3 by 2^-3.
+                let tolerance = match dtype {
+                    DType::F32 => 3e-6,
+                    DType::Bf16 => 2e-3,
+                    _ => 6e-2,
+                };
                 for ops in devices(Compute::F32, 2) {
                     for (got, want) in run(&ops, &s, &whole(&s)).iter().zip(&want) {
                         let what = format!("{} {dtype:?} {heads:?} {block_size} {form:?}", ops.isa());
@@ -81,7 +87,7 @@ fn agrees_with_f64() {
 fn a_token_has_the_same_bits_however_its_prompt_is_cut() {
     for (heads, bs) in [(heads(6, 2, 64), 16), (heads(4, 1, 80), 5), (heads(2, 2, 16), 24)] {
         for form in forms(heads).into_iter().filter(|form| form.causal) {
-            for dtype in [DType::F32, DType::Bf16] {
+            for dtype in DTYPES {
                 let s = setup(heads, bs, dtype, &[97, 41, 64], form);
                 for threads in [1, 2] {
                     for ops in devices(Compute::F32, threads) {

@@ -17,6 +17,7 @@ use tidemill_kernels::{
     tensor::ExpertParts,
 };
 
+const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F8E4M3];
 const SCALE: f32 = 0.2;
 const EPS: f32 = 1e-6;
 
@@ -146,11 +147,15 @@ fn agrees_with_f64() {
         (latent(16, 64, 64), 24, vec![50]),
         (latent(3, 960, 64), 16, vec![19]),
     ];
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in DTYPES {
         for (shape, block_size, lens) in &shapes {
             let s = setup(*shape, *block_size, dtype, lens);
             let want: Vec<Vec<f64>> = s.sequences.iter().map(|q| reference(&s, q)).collect();
-            let tolerance = if dtype == DType::F32 { 1e-5 } else { 6e-3 };
+            let tolerance = match dtype {
+                DType::F32 => 1e-5,
+                DType::Bf16 => 6e-3,
+                _ => 0.15,
+            };
             for ops in devices(Compute::F32, 2) {
                 for (got, want) in run(&ops, &s, &whole(&s)).iter().zip(&want) {
                     assert_close(got, want, tolerance, &format!("{} {dtype:?} {shape:?}", ops.isa()));
@@ -163,7 +168,7 @@ fn agrees_with_f64() {
 #[test]
 fn a_token_has_the_same_bits_however_its_prompt_is_cut() {
     for (shape, bs) in [(latent(6, 64, 16), 16), (latent(5, 22, 6), 5)] {
-        for dtype in [DType::F32, DType::Bf16] {
+        for dtype in DTYPES {
             let s = setup(shape, bs, dtype, &[97, 41]);
             for threads in [1, 2] {
                 for ops in devices(Compute::F32, threads) {

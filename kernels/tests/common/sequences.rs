@@ -6,6 +6,7 @@ use tidemill_kernels::{
     DType, Ops,
     cpu::{CpuKvCache, CpuOps},
     ops::{BatchMeta, HeadNorm, HeadShape, KvShape, QkTransform, Rotary, Scoring},
+    tensor::{f8_to_f32, f32_to_f8},
 };
 
 use crate::common::{Rng, buffer, poisoned};
@@ -204,6 +205,7 @@ pub fn whole(s: &Setup) -> Vec<Vec<(usize, usize, usize)>> {
 pub fn stored(x: f64, dtype: DType) -> f64 {
     match dtype {
         DType::Bf16 => f64::from(half::bf16::from_f32(x as f32).to_f32()),
+        DType::F8E4M3 => f64::from(f8_to_f32(f32_to_f8(x as f32))),
         _ => x,
     }
 }
