@@ -12,7 +12,9 @@ mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
+mod decoder;
 mod harness;
+mod latent;
 mod linear;
 mod moe;
 mod moe_route;
