@@ -1,7 +1,7 @@
 //! The CPU backend: every op over a pool of threads and the widest vectors that the CPU has.
 //!
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
-//! - `buffer`, `weight`, `kv_cache`: memory.
+//! - `buffer`, `weight`, `kv_cache`: memory; `decode`: what quantised weights are worth.
 //! - One file per op: `embedding`, `rmsnorm`, `linear`, `rope`, `attention`, `silu_mul`, `gather`, `sample`.
 //! - [`probe`]: what the machine could do at best.
 //!
@@ -13,6 +13,7 @@
 mod attention;
 mod batch;
 mod buffer;
+mod decode;
 mod embedding;
 mod gather;
 mod isa;
@@ -31,7 +32,7 @@ use std::{ops::Range, sync::Arc};
 
 pub use self::{
     batch::CpuBatch,
-    buffer::{CpuBuffer, resident},
+    buffer::{CpuBuffer, resident, resident_with},
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
@@ -207,7 +208,7 @@ impl Ops for CpuOps {
         if lookup != (Lookup::Tokens { scale: 1.0 }) {
             return later("embedding");
         }
-        embedding::run(&self.pool, out, table, &batch.meta.token_ids);
+        embedding::run(self.host, &self.pool, out, table, &batch.meta.token_ids);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{F8_SCALE, Simd};
 
 /// The proof that this CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -169,6 +169,18 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m256 {
         op!(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        op!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> __m256 {
+        op!({
+            let bits = _mm256_slli_epi32::<20>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
+            let bits = _mm256_and_si256(bits, _mm256_set1_epi32(0x87f0_0000_u32 as i32));
+            _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(F8_SCALE))
+        })
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [__m256; 2] {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{F8_SCALE, Simd};
 
 /// The proof that this CPU has AVX-512 F, BW, DQ and VL, with AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -197,6 +197,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m512 {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> __m512 {
+        op!({
+            let bits = _mm512_slli_epi32::<20>(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
+            let bits = _mm512_and_si512(bits, _mm512_set1_epi32(0x87f0_0000_u32 as i32));
+            _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(F8_SCALE))
+        })
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [__m512; 2] {

@@ -1,6 +1,6 @@
 //! Vectors as arrays: the compiler makes of them what the build target has.
 
-use super::Simd;
+use super::{F8_SCALE, Simd};
 
 /// Eight lanes of plain Rust.
 #[derive(Clone, Copy)]
@@ -163,6 +163,17 @@ impl Simd for Portable {
             out[i] = half::f16::from_bits(u16::from_le(raw[i])).to_f32();
         }
         out
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for LANES bytes.
+        unsafe { p.cast::<[i8; L]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for LANES bytes.
+        let raw = unsafe { p.cast::<[i8; L]>().read_unaligned() };
+        raw.map(|b| f32::from_bits((i32::from(b) as u32) << 20 & 0x87f0_0000) * F8_SCALE)
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [Self::F; 2] {
