@@ -4,7 +4,7 @@
 //! lie in the file without holes or overlap, that shapes and dtypes fit them, all with checked arithmetic. What concerns
 //! several files is checked here.
 
-use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use std::{collections::BTreeMap, ops::Range, path::{Path, PathBuf}};
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -15,6 +15,7 @@ use crate::{
     error::LoadError,
     model::{
         files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX},
+        formats::{Raw, Scheme},
         spec::{ModelSpec, TensorSpec},
     },
 };
@@ -34,6 +35,19 @@ pub trait Tensors {
     fn matrix(&self, name: &str, expected_shape: [usize; 2]) -> Result<HostMatrix, LoadError> {
         self.tensor(&format!("{name}.weight"), &expected_shape).map(HostMatrix::Dense)
     }
+
+    /// The matrices `[N, K]` of `count` experts that one quantised tensor holds; `None` where `name` is stored in another way.
+    ///
+    /// # Errors
+    /// As [`Tensors::tensor`].
+    fn stacked(
+        &self,
+        _name: &str,
+        _count: usize,
+        _expected_shape: [usize; 2],
+    ) -> Result<Option<Vec<HostMatrix>>, LoadError> {
+        Ok(None)
+    }
 }
 
 /// All tensors of a model folder. Nothing is read until it is used: the files are memory-mapped.
@@ -43,6 +57,7 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    scheme: Scheme,
 }
 
 #[derive(Debug)]
@@ -75,8 +90,9 @@ impl Checkpoint {
     /// # Errors
     /// [`LoadError::Io`] and [`LoadError::Format`], naming the file and, where there is one, the tensor.
     pub fn open(files: &ModelFiles) -> Result<Self, LoadError> {
+        let scheme = Scheme::read(files)?;
         if files.contains(WEIGHTS) {
-            let mut checkpoint = Self::empty(files.path(WEIGHTS));
+            let mut checkpoint = Self::empty(files.path(WEIGHTS), scheme);
             checkpoint.add_shard(files, WEIGHTS)?;
             return Ok(checkpoint);
         }
@@ -84,7 +100,7 @@ impl Checkpoint {
         let index: Index = serde_json::from_slice(&files.require(WEIGHTS_INDEX)?).map_err(|error| {
             LoadError::Format { path: path.clone(), detail: format!("not a safetensors index: {error}") }
         })?;
-        let mut checkpoint = Self::empty(path);
+        let mut checkpoint = Self::empty(path, scheme);
         let mut shard_numbers = BTreeMap::new();
         for (tensor, shard) in &index.weight_map {
             checkpoint.check_shard_name(tensor, shard)?;
@@ -104,8 +120,22 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn empty(path: PathBuf) -> Self {
-        Self { path, shards: Vec::new(), tensors: BTreeMap::new() }
+    fn empty(path: PathBuf, scheme: Scheme) -> Self {
+        Self { path, shards: Vec::new(), tensors: BTreeMap::new(), scheme }
+    }
+
+    /// The single weight file or the index.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A tensor of any type, as it is stored.
+    pub(super) fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.tensors.get(name)?;
+        let shard = &self.shards[entry.shard];
+        let (dtype, shape) = (entry.dtype, entry.shape.as_slice());
+        let data = shard.bytes.slice(entry.range.clone());
+        Some(Raw { path: &shard.path, name: name.to_owned(), dtype, shape, data })
     }
 
     /// Shards lie beside their index. (The files themselves may be symbolic links, as in the hub's cache.)
@@ -223,5 +253,27 @@ impl Checkpoint {
 impl Tensors for Checkpoint {
     fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError> {
         Checkpoint::tensor(self, name, expected_shape)
+    }
+
+    fn matrix(&self, name: &str, expected_shape: [usize; 2]) -> Result<HostMatrix, LoadError> {
+        let weight = format!("{name}.weight");
+        let is_plain = match self.tensors.get(&weight) {
+            Some(entry) => matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
+            None => self.scheme == Scheme::Plain,
+        };
+        if is_plain {
+            return self.tensor(&weight, &expected_shape).map(HostMatrix::Dense);
+        }
+        self.scheme.matrix(self, name, expected_shape)
+    }
+
+    fn stacked(
+        &self,
+        name: &str,
+        count: usize,
+        expected_shape: [usize; 2],
+    ) -> Result<Option<Vec<HostMatrix>>, LoadError> {
+        let matrices = self.scheme.stacked(self, name, count, expected_shape)?;
+        Ok(matrices.map(|all| all.into_iter().map(HostMatrix::Quantized).collect()))
     }
 }

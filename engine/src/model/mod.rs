@@ -1,6 +1,7 @@
 //! A model: its files, its specification, its weights, and the decoder that computes it.
 
 mod fields;
+mod formats;
 
 pub mod checkpoint;
 pub mod decoder;
