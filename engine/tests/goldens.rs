@@ -21,6 +21,18 @@ use tidemill_kernels::{
 };
 
 const TINY: [&str; 5] = ["llama", "llama3_rope", "llama_bias", "llama_linear", "llama_yarn"];
+/// Made by `scripts/make_quantized_goldens.py`: the references computed with the weights that each format's definition gives.
+const QUANTIZED: [&str; 9] = [
+    "quantized/fp8_tensor",
+    "quantized/fp8_block",
+    "quantized/fp8_channel",
+    "quantized/awq",
+    "quantized/gptq",
+    "quantized/gptq_int8",
+    "quantized/packed_int4",
+    "quantized/packed_int8",
+    "quantized/int8",
+];
 const BLOCK_SIZE: usize = 16;
 const NUM_BLOCKS: usize = 24;
 const F32_TOLERANCE: f32 = 1e-4;
@@ -162,6 +174,16 @@ fn tiny_models_equal_transformers_in_f32_on_every_instruction_set() {
 fn tiny_models_agree_with_transformers_in_bf16() {
     for name in TINY {
         for isa in Isa::available() {
+            check(name, || ModelSource::Dir(fixture(name)), Compute::Bf16, isa);
+        }
+    }
+}
+
+#[test]
+fn quantised_models_equal_transformers_with_dequantised_weights() {
+    for name in QUANTIZED {
+        for isa in Isa::available() {
+            check(name, || ModelSource::Dir(fixture(name)), Compute::F32, isa);
             check(name, || ModelSource::Dir(fixture(name)), Compute::Bf16, isa);
         }
     }

@@ -335,7 +335,7 @@ impl<O: Ops> Layer<O> {
             let mut weights = Vec::new();
             let mut biases = Vec::new();
             for &(name, rows) in parts {
-                weights.push(checkpoint.tensor(&format!("{prefix}.{name}.weight"), &[rows, columns])?.into());
+                weights.push(checkpoint.matrix(&format!("{prefix}.{name}"), [rows, columns])?);
                 if bias {
                     biases.push(checkpoint.tensor(&format!("{prefix}.{name}.bias"), &[rows])?);
                 }

@@ -12,6 +12,7 @@ mod raw;
 
 use std::path::Path;
 
+use safetensors::Dtype;
 use serde_json::Value;
 use tidemill_kernels::tensor::{HostMatrix, QuantMatrix};
 
@@ -108,6 +109,21 @@ impl Scheme {
             }
         };
         Ok(HostMatrix::Quantized(matrix))
+    }
+
+    /// The tensor that stands for the plain tensor `name` of a matrix, if it is quantised.
+    pub(super) fn stored_as(self, checkpoint: &Checkpoint, name: &str) -> Option<String> {
+        let matrix = name.strip_suffix(".weight")?;
+        let is_plain = |raw: &Raw| matches!(raw.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
+        let stored = match self {
+            Scheme::Awq(_) | Scheme::Gptq(_) => format!("{matrix}.qweight"),
+            Scheme::Compressed(_) if checkpoint.contains(&format!("{matrix}.weight_packed")) => {
+                format!("{matrix}.weight_packed")
+            }
+            Scheme::Fp8(_) | Scheme::Compressed(_) => name.to_owned(),
+            Scheme::Plain | Scheme::Mxfp4 => return None,
+        };
+        checkpoint.raw(&stored).is_some_and(|raw| !is_plain(&raw)).then_some(stored)
     }
 
     /// See [`super::checkpoint::Tensors::stacked`].
