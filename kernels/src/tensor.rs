@@ -189,36 +189,6 @@ impl GgmlType {
     }
 }
 
-impl QuantMatrix {
-    /// These rows, in this order, which may name a row more than once. Blocks of scales over several rows become scales of each row.
-    ///
-    /// # Panics
-    /// Where a row is not there, or the matrix is not as long as its format says.
-    pub fn select_rows(&self, rows: &[usize]) -> QuantMatrix {
-        let [n, k] = self.shape;
-        let (format, group_rows, groups) = match self.format {
-            QuantFormat::Fp8 { rows, columns } => {
-                (QuantFormat::Fp8 { rows: 1, columns }, rows, k.div_ceil(columns.max(1)))
-            }
-            format @ (QuantFormat::Int4 { group } | QuantFormat::Int8 { group }) => {
-                (format, 1, k.div_ceil(group.max(1)))
-            }
-            format @ (QuantFormat::Mxfp4 | QuantFormat::Ggml(_)) => (format, 1, 0),
-        };
-        let pick = |bytes: &Bytes, row_bytes: usize, group_rows: usize| -> Bytes {
-            rows.iter().flat_map(|row| &bytes[row / group_rows * row_bytes..][..row_bytes]).copied().collect()
-        };
-        QuantMatrix {
-            name: self.name.clone(),
-            shape: [rows.len(), k],
-            format,
-            data: pick(&self.data, self.data.len() / n.max(1), 1),
-            scales: pick(&self.scales, 4 * groups, group_rows),
-            offsets: if self.offsets.is_empty() { Bytes::new() } else { pick(&self.offsets, 4 * groups, 1) },
-        }
-    }
-}
-
 /// The matrices of one expert that are stacked into one, and their biases.
 #[derive(Debug, Clone)]
 pub struct ExpertParts {

@@ -1,7 +1,10 @@
 //! A model: its files, its specification, its weights, and the decoder that computes it.
 
+mod families;
 mod fields;
 mod formats;
+mod gguf;
+mod parts;
 
 pub mod checkpoint;
 pub mod decoder;
@@ -17,4 +20,4 @@ pub use embedding::embedding_info;
 pub use files::{ModelFiles, ModelSource};
 pub use generation_config::GenerationDefaults;
 pub use rope::{RopeScaling, RopeSpec, rope_table};
-pub use spec::{Architecture, ModelSpec, TensorSpec};
+pub use spec::{ModelSpec, TensorSpec};

@@ -102,34 +102,27 @@ impl CpuWeight {
         self.k
     }
 
-    /// Widens row `n` to f32.
-    pub(crate) fn row_to_f32(&self, host: Host, n: usize, out: &mut [f32]) {
+    /// Puts every element of row `n` into `out`, as f32.
+    pub(crate) fn widen_row(&self, host: Host, n: usize, out: &mut [f32], put: impl Fn(&mut f32, f32)) {
         let part = &self.parts[self.parts.partition_point(|p| p.first + p.rows <= n)];
         let (row, bytes) = (n - part.first, part.row_bytes(self.k));
         match &part.storage {
-            Storage::Dense(dtype, data) => widen(out, &data[row * bytes..][..bytes], *dtype),
-            Storage::Coded(coded) => coded.row_to_f32(host, row, out),
+            Storage::Dense(dtype, data) => widen(out, &data[row * bytes..][..bytes], *dtype, put),
+            Storage::Coded(coded) => {
+                out.iter_mut().zip(coded.row_to_f32(host, row)).for_each(|(o, x)| put(o, x));
+            }
         }
     }
 }
 
-fn widen(out: &mut [f32], row: &[u8], dtype: DType) {
+fn widen(out: &mut [f32], row: &[u8], dtype: DType, put: impl Fn(&mut f32, f32)) {
+    let out = out.iter_mut();
     match dtype {
         DType::Bf16 => {
-            for (o, b) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-                *o = bf16::from_le_bytes(*b).to_f32();
-            }
+            out.zip(row.as_chunks().0).for_each(|(o, b)| put(o, bf16::from_le_bytes(*b).to_f32()));
         }
-        DType::F16 => {
-            for (o, b) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-                *o = f16::from_le_bytes(*b).to_f32();
-            }
-        }
-        _ => {
-            for (o, b) in out.iter_mut().zip(row.as_chunks::<4>().0) {
-                *o = f32::from_le_bytes(*b);
-            }
-        }
+        DType::F16 => out.zip(row.as_chunks().0).for_each(|(o, b)| put(o, f16::from_le_bytes(*b).to_f32())),
+        _ => out.zip(row.as_chunks().0).for_each(|(o, b)| put(o, f32::from_le_bytes(*b))),
     }
 }
 

@@ -20,8 +20,7 @@ pub(in crate::model) struct Compressed {
     block: Option<[usize; 2]>,
 }
 
-const FORMATS: [&str; 5] =
-    ["dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"];
+const FORMATS: [&str; 5] = ["dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"];
 
 impl Compressed {
     pub(super) fn read(config: &Fields<'_>) -> Result<Compressed, LoadError> {
@@ -64,13 +63,15 @@ impl Compressed {
         }
         // "weight" and "static" reorder nothing that is stored; groups of the order of activations have a `weight_g_idx`.
         only(weights, "dynamic", &json!(false))?;
-        let block = match weights.get("block_structure").filter(|_| weights.get("strategy") == Some(&json!("block"))) {
-            None => None,
-            Some(value) => Some(fp8::block(value).ok_or_else(|| {
-                let detail = format!("is {value}; supported: two numbers, the second a multiple of 16");
-                weights.unsupported("block_structure", detail)
-            })?),
-        };
+        let block =
+            match weights.get("block_structure").filter(|_| weights.get("strategy") == Some(&json!("block")))
+            {
+                None => None,
+                Some(value) => Some(fp8::block(value).ok_or_else(|| {
+                    let detail = format!("is {value}; supported: two numbers, the second a multiple of 16");
+                    weights.unsupported("block_structure", detail)
+                })?),
+            };
         Ok(Compressed { bits, block })
     }
 
@@ -125,11 +126,18 @@ impl Compressed {
             [rows] if rows == n => (1, n),
             [rows, columns] if rows == n && columns > 0 && k % columns == 0 => (columns, n),
             [1, 1] => (1, 1),
-            _ => return Err(scale.shaped(&[n, 1]).err().unwrap_or_else(|| parts.bad("scales of another shape"))),
+            _ => {
+                return Err(scale
+                    .shaped(&[n, 1])
+                    .err()
+                    .unwrap_or_else(|| parts.bad("scales of another shape")));
+            }
         };
         let group = k / columns;
         if group != k && group % 16 != 0 {
-            return Err(scale.unsupported(&format!("makes groups of {group} columns; supported: multiples of 16")));
+            return Err(
+                scale.unsupported(&format!("makes groups of {group} columns; supported: multiples of 16"))
+            );
         }
         let stored = scale.floats()?;
         let scales: Vec<f32> =
@@ -166,7 +174,10 @@ impl Compressed {
         let values = n * columns;
         if zeros.dtype == Dtype::I8 {
             if zeros.shape.iter().product::<usize>() != stored_rows * columns {
-                return Err(zeros.shaped(&[stored_rows, columns]).err().unwrap_or_else(|| parts.bad("zero points")));
+                return Err(zeros
+                    .shaped(&[stored_rows, columns])
+                    .err()
+                    .unwrap_or_else(|| parts.bad("zero points")));
             }
             let at = |i: usize| f32::from(zeros.data[if stored_rows == n { i } else { 0 }] as i8);
             return Ok(Some((0..values).map(at).collect()));

@@ -18,7 +18,8 @@ pub(super) fn read(config: &Fields<'_>) -> Result<Option<[usize; 2]>, LoadError>
 /// Two positive numbers that our products can use.
 pub(super) fn block(value: &serde_json::Value) -> Option<[usize; 2]> {
     let [rows, columns] = value.as_array()?.as_slice() else { return None };
-    let number = |v: &serde_json::Value| v.as_u64().filter(|&n| (1..=1 << 24).contains(&n)).map(|n| n as usize);
+    let number =
+        |v: &serde_json::Value| v.as_u64().filter(|&n| (1..=1 << 24).contains(&n)).map(|n| n as usize);
     let (rows, columns) = (number(rows)?, number(columns)?);
     columns.is_multiple_of(16).then_some([rows, columns])
 }
@@ -41,7 +42,10 @@ pub(super) fn matrix(parts: &Parts, block: Option<[usize; 2]>) -> Result<QuantMa
         (&[m] | &[m, 1], None, _) if m == n => [1, k],
         _ => {
             let expected = blocks.map_or_else(|| vec![n, 1], Vec::from);
-            return Err(scale.shaped(&expected).err().unwrap_or_else(|| parts.bad("scales of another shape")));
+            return Err(scale
+                .shaped(&expected)
+                .err()
+                .unwrap_or_else(|| parts.bad("scales of another shape")));
         }
     };
     Ok(QuantMatrix {

@@ -32,7 +32,8 @@ impl Gptq {
             None | Some("gptq") => true,
             Some("gptq_v2") => false,
             Some(other) => {
-                let detail = format!("is {other:?}; supported: \"gptq\", \"gptq_v2\". Instead, {}", super::INSTEAD);
+                let detail =
+                    format!("is {other:?}; supported: \"gptq\", \"gptq_v2\". Instead, {}", super::INSTEAD);
                 return Err(config.unsupported("checkpoint_format", detail));
             }
         };
@@ -43,7 +44,9 @@ impl Gptq {
         let [n, k] = parts.shape;
         let (pack, group) = (32 / self.bits, self.group.unwrap_or(k).min(k));
         if n % pack != 0 || k % pack != 0 || group == 0 || k % group != 0 {
-            return Err(parts.bad(format!("GPTQ packs {pack} numbers to a word, and groups of {group} inputs")));
+            return Err(
+                parts.bad(format!("GPTQ packs {pack} numbers to a word, and groups of {group} inputs"))
+            );
         }
         let groups = k / group;
         let qweight = parts.require("qweight")?.typed(Dtype::I32)?.shaped(&[k / pack, n])?;

@@ -14,13 +14,14 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use serde_json::Value;
-use tidemill_kernels::tensor::{HostMatrix, QuantMatrix};
+use tidemill_kernels::tensor::HostMatrix;
 
 pub(super) use self::raw::Raw;
 use super::{
     checkpoint::Checkpoint,
     fields::{Fields, parse_object},
     files::{CONFIG, ModelFiles},
+    spec::TensorKind,
 };
 use crate::error::LoadError;
 
@@ -42,7 +43,8 @@ pub(super) enum Scheme {
 }
 
 /// What to do where a format is not ours.
-const INSTEAD: &str = "take the unquantised checkpoint and quantise it at load with --quantization int8 or fp8, or a GGUF file";
+const INSTEAD: &str =
+    "take the unquantised checkpoint and quantise it at load with --quantization int8 or fp8, or a GGUF file";
 
 impl Scheme {
     /// Reads `config.json`.
@@ -105,37 +107,43 @@ impl Scheme {
             Scheme::Compressed(compressed) => compressed.matrix(&parts)?,
             Scheme::Plain | Scheme::Mxfp4 => {
                 let weight = parts.require("weight")?;
-                return Err(weight.unsupported("config.json has no quantization_config that says what it means"));
+                return Err(
+                    weight.unsupported("config.json has no quantization_config that says what it means")
+                );
             }
         };
         Ok(HostMatrix::Quantized(matrix))
     }
 
-    /// The tensor that stands for the plain tensor `name` of a matrix, if it is quantised.
-    pub(super) fn stored_as(self, checkpoint: &Checkpoint, name: &str) -> Option<String> {
-        let matrix = name.strip_suffix(".weight")?;
+    /// The tensor that stands for `name`, if that is quantised.
+    pub(super) fn stored_as(self, checkpoint: &Checkpoint, name: &str, kind: TensorKind) -> Option<String> {
+        let matrix = || name.strip_suffix(".weight").filter(|_| kind == TensorKind::Matrix);
         let is_plain = |raw: &Raw| matches!(raw.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
         let stored = match self {
-            Scheme::Awq(_) | Scheme::Gptq(_) => format!("{matrix}.qweight"),
-            Scheme::Compressed(_) if checkpoint.contains(&format!("{matrix}.weight_packed")) => {
-                format!("{matrix}.weight_packed")
+            Scheme::Plain => return None,
+            Scheme::Mxfp4 if kind == TensorKind::Experts => format!("{name}_blocks"),
+            Scheme::Mxfp4 => return None,
+            Scheme::Awq(_) | Scheme::Gptq(_) => format!("{}.qweight", matrix()?),
+            Scheme::Fp8(_) | Scheme::Compressed(_) => {
+                let packed = format!("{}.weight_packed", matrix()?);
+                if checkpoint.contains(&packed) { packed } else { name.to_owned() }
             }
-            Scheme::Fp8(_) | Scheme::Compressed(_) => name.to_owned(),
-            Scheme::Plain | Scheme::Mxfp4 => return None,
         };
         checkpoint.raw(&stored).is_some_and(|raw| !is_plain(&raw)).then_some(stored)
     }
 
-    /// See [`super::checkpoint::Tensors::stacked`].
-    pub(super) fn stacked(
+    /// The matrices of experts that one quantised tensor holds; `None` where `name` is stored in another way.
+    ///
+    /// # Errors
+    /// As [`Scheme::matrix`].
+    pub(super) fn experts(
         self,
         checkpoint: &Checkpoint,
         name: &str,
-        count: usize,
-        shape: [usize; 2],
-    ) -> Result<Option<Vec<QuantMatrix>>, LoadError> {
+        [count, n, k]: [usize; 3],
+    ) -> Result<Option<Vec<HostMatrix>>, LoadError> {
         match self {
-            Scheme::Mxfp4 => mxfp4::stacked(&Parts { checkpoint, name, shape }, count),
+            Scheme::Mxfp4 => mxfp4::stacked(&Parts { checkpoint, name, shape: [n, k] }, count),
             _ => Ok(None),
         }
     }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use safetensors::Dtype;
-use tidemill_kernels::tensor::{QuantFormat, QuantMatrix};
+use tidemill_kernels::tensor::{HostMatrix, QuantFormat, QuantMatrix};
 
 use super::{Parts, raw::repacked};
 use crate::error::LoadError;
@@ -11,7 +11,7 @@ use crate::error::LoadError;
 const BLOCK: usize = 17;
 
 /// The matrices of all experts, or nothing where there is no such tensor.
-pub(super) fn stacked(parts: &Parts, count: usize) -> Result<Option<Vec<QuantMatrix>>, LoadError> {
+pub(super) fn stacked(parts: &Parts, count: usize) -> Result<Option<Vec<HostMatrix>>, LoadError> {
     let Parts { checkpoint, name, shape: [n, k] } = *parts;
     let Some(blocks) = checkpoint.raw(&format!("{name}_blocks")) else { return Ok(None) };
     if k == 0 || k % 32 != 0 {
@@ -40,5 +40,5 @@ pub(super) fn stacked(parts: &Parts, count: usize) -> Result<Option<Vec<QuantMat
         scales: Bytes::new(),
         offsets: Bytes::new(),
     };
-    Ok(Some((0..count).map(expert).collect()))
+    Ok(Some((0..count).map(|x| expert(x).into()).collect()))
 }

@@ -62,9 +62,11 @@ impl Raw<'_> {
             Dtype::F16 => plain(DType::F16),
             Dtype::BF16 => plain(DType::Bf16),
             // OCP MX: a power of two, 255 is no number.
-            Dtype::F8_E8M0 => {
-                self.data.iter().map(|&b| if b == 255 { f32::NAN } else { (f32::from(b) - 127.0).exp2() }).collect()
-            }
+            Dtype::F8_E8M0 => self
+                .data
+                .iter()
+                .map(|&b| if b == 255 { f32::NAN } else { (f32::from(b) - 127.0).exp2() })
+                .collect(),
             _ => return Err(self.unsupported("is no type of scales; supported: F32, F16, BF16, F8_E8M0")),
         })
     }

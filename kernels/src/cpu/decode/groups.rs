@@ -38,14 +38,18 @@ pub(super) unsafe fn int4<S: Simd, T: Sink<S>>(s: S, sink: T, row: Row, group: u
     for g in 0..groups {
         let (from, to) = (g * group, k.min(g * group + group));
         let affine = [row.m.scale(row.n * groups + g), row.m.offset(row.n * groups + g)];
-        let mut q = [0_i8; STEP];
+        let mut q: [i8; STEP];
         let mut at = from;
         while at < to {
             let n = STEP.min(to - at);
             let bytes = &row.data[at / 2..(at + n) / 2];
             match bytes.first_chunk::<{ STEP / 2 }>() {
-                Some(bytes) => nibbles(bytes, &mut q),
-                None => nibbles(bytes, &mut q),
+                Some(bytes) => q = nibbles(bytes),
+                None => {
+                    let mut rest = [0; STEP / 2];
+                    rest[..bytes.len()].copy_from_slice(bytes);
+                    q = nibbles(&rest);
+                }
             }
             // SAFETY: the array holds whole vectors; fewer than a vector is written beyond `to`.
             unsafe { widen(s, sink, q.as_ptr(), n, affine, out.add(at * T::SIZE)) };
@@ -56,11 +60,14 @@ pub(super) unsafe fn int4<S: Simd, T: Sink<S>>(s: S, sink: T, row: Row, group: u
 
 /// The low halves of bytes to even places, the high halves to odd ones.
 #[inline(always)]
-fn nibbles(bytes: &[u8], q: &mut [i8]) {
-    for (q, b) in q.chunks_exact_mut(2).zip(bytes) {
-        q[0] = (b & 15) as i8;
-        q[1] = (b >> 4) as i8;
+fn nibbles<const B: usize, const N: usize>(bytes: &[u8; B]) -> [i8; N] {
+    const { assert!(N == 2 * B) };
+    let mut q = [0; N];
+    for i in 0..B {
+        q[2 * i] = (bytes[i] & 15) as i8;
+        q[2 * i + 1] = (bytes[i] >> 4) as i8;
     }
+    q
 }
 
 #[inline(always)]
@@ -99,8 +106,8 @@ fn padded(bytes: &[u8]) -> [u8; LANES] {
 #[inline(always)]
 pub(super) unsafe fn mxfp4<S: Simd, T: Sink<S>>(s: S, sink: T, row: Row, out: *mut u8) {
     for (i, block) in row.data.as_chunks::<17>().0.iter().enumerate() {
-        let mut q = [0_i8; 32];
-        nibbles(&block[1..], &mut q);
+        let Some(bytes) = block.last_chunk::<16>() else { continue };
+        let mut q: [i8; 32] = nibbles(bytes);
         for q in &mut q {
             *q = doubled_e2m1(*q);
         }

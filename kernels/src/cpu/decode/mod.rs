@@ -86,11 +86,12 @@ impl Coded {
     }
 
     /// Decodes row `n` to f32.
-    pub(super) fn row_to_f32(&self, host: Host, n: usize, out: &mut [f32]) {
+    pub(super) fn row_to_f32(&self, host: Host, n: usize) -> Vec<f32> {
         let mut row = vec![0.0_f32; self.k + SLACK];
         // The vector has room for the row and what may be written behind it.
         host.run(DecodeF32 { coded: self, first: n, rows: 1, out: row.as_mut_ptr().cast() });
-        out.copy_from_slice(&row[..self.k]);
+        row.truncate(self.k);
+        row
     }
 
     fn scale(&self, i: usize) -> f32 {
