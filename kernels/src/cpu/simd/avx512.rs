@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{F8_SCALE, Simd};
+use super::Simd;
 
 /// The proof that this CPU has AVX-512 F, BW, DQ and VL, with AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -72,6 +72,23 @@ impl Avx512 {
 #[inline(always)]
 fn mask(n: usize) -> __mmask16 {
     ((1_u32 << n) - 1) as __mmask16
+}
+
+/// Sixteen F8E4M3 by way of f16, whose subnormals cost nothing: the same bits, but for a bias of 7 instead of 15.
+///
+/// # Safety
+/// The CPU has AVX-512 F with AVX2.
+#[inline(always)]
+unsafe fn widen_f8(raw: __m128i) -> __m512 {
+    op!({
+        let raw = _mm256_cvtepu8_epi16(raw);
+        let magnitude = _mm256_and_si256(raw, _mm256_set1_epi16(0x7f));
+        let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+        let nan = _mm256_and_si256(nan, _mm256_set1_epi16(0x7c00));
+        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(raw, _mm256_set1_epi16(0x80)));
+        let half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign), nan);
+        _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+    })
 }
 
 impl Simd for Avx512 {
@@ -208,11 +225,11 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> __m512 {
-        op!({
-            let bits = _mm512_slli_epi32::<20>(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
-            let bits = _mm512_and_si512(bits, _mm512_set1_epi32(0x87f0_0000_u32 as i32));
-            _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(F8_SCALE))
-        })
+        op!(widen_f8(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> __m512 {
+        op!(widen_f8(_mm_maskz_loadu_epi8(mask(n), p.cast())))
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [__m512; 2] {

@@ -66,14 +66,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(self, p: *const u8) -> Self::F;
     /// Widens `LANES` signed bytes.
     unsafe fn load_i8(self, p: *const i8) -> Self::F;
-    /// Widens `LANES` F8E4M3. A byte that is no number, 0x7f or 0xff, becomes 480 or -480.
+    /// Widens `LANES` F8E4M3.
     unsafe fn load_f8(self, p: *const u8) -> Self::F;
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> Self::F;
     /// Widens `2 * LANES` bf16 into those of even and those of odd index.
     unsafe fn load_bf16_pair(self, p: *const u8) -> [Self::F; 2];
 }
-
-/// What an F8E4M3's exponent and mantissa, put in the place of an f32's, are short of (bias 7 instead of 127): also right for subnormals.
-const F8_SCALE: f32 = f32::from_bits((127 + 120) << 23);
 
 /// Asks for the line at `p`, which may be any address, to come into the second-level cache.
 #[inline(always)]

@@ -1,6 +1,7 @@
 //! Vectors as arrays: the compiler makes of them what the build target has.
 
-use super::{F8_SCALE, Simd};
+use super::Simd;
+use crate::tensor::f8_to_f32;
 
 /// Eight lanes of plain Rust.
 #[derive(Clone, Copy)]
@@ -178,8 +179,21 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> Self::F {
         // SAFETY: the caller's pointer is valid for LANES bytes.
-        let raw = unsafe { p.cast::<[i8; L]>().read_unaligned() };
-        raw.map(|b| f32::from_bits((i32::from(b) as u32) << 20 & 0x87f0_0000) * F8_SCALE)
+        let raw = unsafe { p.cast::<[u8; L]>().read_unaligned() };
+        let mut out = [0.0; L];
+        for i in 0..L {
+            out[i] = f8_to_f32(raw[i]);
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> Self::F {
+        let mut out = [0.0; L];
+        for (i, o) in out.iter_mut().enumerate().take(n) {
+            // SAFETY: i < n, and the caller's pointer is valid for n bytes.
+            *o = f8_to_f32(unsafe { *p.add(i) });
+        }
+        out
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [Self::F; 2] {
