@@ -109,12 +109,11 @@ impl Engine {
         checkpoint.verify(&spec)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = spec.embedding_name();
-        let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
+        let (table_bytes, table_dtype) = checkpoint.stored(&spec.embedding_name()).unwrap_or_default();
         let is_output = spec.tie_word_embeddings && !spec.is_headless();
-        let looked_up = if is_output { 0 } else { table.data.len() as u64 };
+        let looked_up = if is_output { 0 } else { table_bytes as u64 };
         // A GPU keeps all weights in bfloat16.
-        let halved = driver.is_some() && table.dtype == DType::F32;
+        let halved = driver.is_some() && table_dtype == Some(DType::F32);
         let weight_bytes_per_step =
             checkpoint.total_bytes().saturating_sub(looked_up) / if halved { 2 } else { 1 };
         let look_ahead = config.look_ahead.unwrap_or(driver.is_some());

@@ -2,6 +2,8 @@
 
 mod families;
 mod fields;
+mod formats;
+mod gguf;
 mod parts;
 
 pub mod checkpoint;

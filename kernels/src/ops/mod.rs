@@ -82,7 +82,7 @@ pub trait Ops: Send + Sync {
     ///
     /// # Errors
     /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part; [`KernelError::Unsupported`] for parts of
-    /// different formats, or one that the device does not compute with.
+    /// different formats where the device wants one, or one that it does not compute with.
     fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<Self::Weight>;
 
     /// Makes a matrix that [`Ops::embedding`] can look up in, and [`Ops::linear`] can multiply with: quantised ones are widened where the device
