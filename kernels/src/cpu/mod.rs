@@ -18,6 +18,7 @@ mod gather;
 mod isa;
 mod kv_cache;
 mod linear;
+mod lora;
 mod pool;
 pub mod probe;
 mod rmsnorm;
@@ -35,13 +36,14 @@ pub use self::{
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
+    lora::CpuLora,
     weight::CpuWeight,
 };
 use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
 use crate::{
     error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, LoraPart, LoraShape, Norm,
         Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
@@ -116,6 +118,7 @@ impl Ops for CpuOps {
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type Experts = Vec<CpuWeight>;
+    type Lora = CpuLora;
     type Routes = ();
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
@@ -152,6 +155,14 @@ impl Ops for CpuOps {
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<Vec<CpuWeight>> {
         experts.iter().map(|expert| CpuWeight::new(&expert.parts, &expert.bias)).collect()
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CpuLora> {
+        Ok(CpuLora::new(shape))
+    }
+
+    fn set_lora(&self, lora: &mut CpuLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora.set(slot, parts)
     }
 
     fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
@@ -324,6 +335,31 @@ impl Ops for CpuOps {
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
         self.silu_mul(out, scratch, weight.n / 2, rows);
         Ok(())
+    }
+
+    fn has_adapters(&self, batch: &CpuBatch) -> bool {
+        !batch.meta.adapters.is_empty()
+    }
+
+    fn lora_add(&self, out: &mut CpuBuffer, x: &CpuBuffer, lora: &CpuLora, batch: &CpuBatch) -> Result<()> {
+        lora::add(self.host, &self.pool, out, x, lora, &batch.meta);
+        Ok(())
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut CpuBuffer,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        lora: &CpuLora,
+        batch: &CpuBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        let rows = batch.meta.num_tokens();
+        self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        self.lora_add(scratch, x, lora, batch)?;
+        self.gate(out, scratch, weight.n / 2, rows, activation)
     }
 
     fn add_gated(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &CpuBuffer, _: usize, _: usize) -> Result<()> {
