@@ -355,7 +355,9 @@ impl Ops for CpuOps {
         let rows = batch.meta.num_tokens();
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
         self.lora_add(scratch, x, lora, batch)?;
-        self.gate(out, scratch, weight.n / 2, rows, activation)
+        let shape = [rows, weight.n / 2];
+        activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
+        Ok(())
     }
 
     fn add_gated(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &CpuBuffer, _: usize, _: usize) -> Result<()> {

@@ -5,8 +5,8 @@ use std::{ops::Range, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
-    CudaBatch, CudaConfig, CudaHostKv, CudaKvCache, CudaPending, Device,
-    decoder::{attention, cache, products, rows, step},
+    CudaBatch, CudaConfig, CudaHostKv, CudaKvCache, CudaLora, CudaPending, Device,
+    decoder::{attention, cache, lora, products, rows, step},
     driver::Result,
     memory::DeviceBuffer,
     ops::{AddGated, add, add_gated},
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, LoraPart, LoraShape, Norm,
         Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
@@ -28,6 +28,8 @@ pub struct CudaOps {
     // Dropped in this order: what is queued ends first.
     pub(super) steps: Mutex<Steps>,
     pub(super) uploader: Mutex<Uploader>,
+    /// Between the two products of adapters, where there are any.
+    pub(super) low: Mutex<Option<DeviceBuffer>>,
     pub(super) device: Device,
     pub(super) config: CudaConfig,
 }
@@ -42,6 +44,7 @@ impl CudaOps {
         Ok(Self {
             steps: Mutex::new(Steps::new(&device, &config, config.max_logits_rows())?),
             uploader: Mutex::new(Uploader::new(&device)?),
+            low: Mutex::default(),
             device,
             config,
         })
@@ -69,6 +72,7 @@ impl Ops for CudaOps {
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
     type Experts = ();
+    type Lora = CudaLora;
     type Routes = ();
     type KvCache = CudaKvCache;
     type HostKv = CudaHostKv;
@@ -106,6 +110,14 @@ impl Ops for CudaOps {
 
     fn experts(&self, _experts: &[ExpertParts]) -> Result<()> {
         later("experts")
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CudaLora> {
+        lora::lora(self, shape)
+    }
+
+    fn set_lora(&self, lora: &mut CudaLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora::set_lora(self, lora, slot, parts)
     }
 
     fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
@@ -256,6 +268,33 @@ impl Ops for CudaOps {
         activation: Activation,
     ) -> Result<()> {
         products::linear_gated(self, out, x, weight, (rows, activation))
+    }
+
+    fn has_adapters(&self, batch: &CudaBatch) -> bool {
+        batch.lora.is_some()
+    }
+
+    fn lora_add(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+    ) -> Result<()> {
+        lora::lora_add(self, out, x, lora, batch)
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut DeviceBuffer,
+        scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &CudaWeight,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        lora::lora_gated(self, lora::Gated { out, scratch, x, weight, activation }, lora, batch)
     }
 
     fn add_gated(

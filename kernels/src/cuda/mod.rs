@@ -32,6 +32,7 @@ pub use self::{
     decoder::{
         cache::{CudaHostKv, CudaKvCache},
         config::{CudaAttention, CudaConfig},
+        lora::CudaLora,
         step::CudaPending,
     },
     weights::CudaWeight,

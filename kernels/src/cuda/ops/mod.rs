@@ -7,6 +7,7 @@ mod copy_blocks;
 mod embedding;
 mod gather_rows;
 mod linear;
+mod lora;
 mod moe;
 mod norm;
 mod paged_kv;
@@ -24,6 +25,7 @@ pub use copy_blocks::{CopyBlocks, copy_blocks};
 pub use embedding::{Embedding, EmbeddingAdd, embedding, embedding_add};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use linear::{Linear, LinearEpilogue, LinearHeads, LinearKernel, linear, linear_heads, linear_with};
+pub use lora::{LoraAdd, LoraMemory, LoraPlan, LoraRestore, lora_add, lora_restore};
 pub use moe::{
     MoeCombine, MoeLinear, MoeOrder, MoePermute, MoeRoute, MoeRows, MoeShape, moe_combine, moe_linear,
     moe_permute, moe_route,
@@ -50,6 +52,7 @@ pub(super) static TABLES: &[&[Kernel]] = &[
     gather_rows::KERNELS,
     linear::SKINNY_KERNELS,
     linear::TILED_KERNELS,
+    lora::KERNELS,
     moe::COMBINE_KERNELS,
     moe::PERMUTE_KERNELS,
     moe::ROUTE_KERNELS,
