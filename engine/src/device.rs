@@ -6,7 +6,7 @@ use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
     cuda::{
-        CudaConfig, CudaOps, Device,
+        CudaAttention, CudaConfig, CudaOps, Device,
         driver::Driver,
         gpu::{self, GpuDriver, GpuError, GpuOptions},
     },
@@ -158,11 +158,11 @@ impl Model<'_> {
                 max_rows: asked.max_num_seqs,
                 max_model_len: asked.max_model_len,
                 block_size: asked.block_size,
-                heads: HeadShape {
+                attention: CudaAttention::causal(HeadShape {
                     num_heads: spec.num_heads,
                     num_kv_heads: spec.num_kv_heads,
                     head_dim: spec.head_dim,
-                },
+                }),
                 vocab: spec.vocab_size,
                 graphs: !config.enforce_eager,
             },

@@ -12,7 +12,7 @@ use tidemill_engine::model::{
 use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
-    cuda::{CudaConfig, CudaOps, Device},
+    cuda::{CudaAttention, CudaConfig, CudaOps, Device},
     ops::{BatchMeta, HeadShape, KvShape},
     sampling::RowTask,
 };
@@ -120,7 +120,7 @@ fn cuda(name: &str, schedule: Schedule) -> Model<CudaOps> {
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads,
+            attention: CudaAttention::causal(heads),
             vocab: spec.vocab_size,
             graphs: false,
         };

@@ -18,7 +18,7 @@ use tidemill_engine::{
 use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
-    cuda::{CudaConfig, CudaOps, Device},
+    cuda::{CudaAttention, CudaConfig, CudaOps, Device},
     ops::{HeadShape, KvShape},
 };
 use tidemill_kernels_emu::Schedule;
@@ -71,11 +71,11 @@ fn cuda() -> Steps {
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads: HeadShape {
+            attention: CudaAttention::causal(HeadShape {
                 num_heads: spec.num_heads,
                 num_kv_heads: spec.num_kv_heads,
                 head_dim: spec.head_dim,
-            },
+            }),
             vocab: spec.vocab_size,
             graphs: true,
         };

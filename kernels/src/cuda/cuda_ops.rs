@@ -5,8 +5,8 @@ use std::{ops::Range, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
-    CudaBatch, CudaConfig, CudaHostKv, CudaKvCache, CudaLora, CudaPending, Device,
-    decoder::{attention, cache, lora, products, rows, step},
+    CudaBatch, CudaConfig, CudaExperts, CudaHostKv, CudaKvCache, CudaLora, CudaPending, CudaRoutes, Device,
+    decoder::{attention, cache, experts, lora, products, rows, step},
     driver::Result,
     memory::DeviceBuffer,
     ops::{AddGated, add, add_gated},
@@ -71,9 +71,9 @@ impl Ops for CudaOps {
     type Buffer = DeviceBuffer;
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
-    type Experts = ();
+    type Experts = CudaExperts;
     type Lora = CudaLora;
-    type Routes = ();
+    type Routes = CudaRoutes;
     type KvCache = CudaKvCache;
     type HostKv = CudaHostKv;
     type Batch = CudaBatch;
@@ -108,8 +108,8 @@ impl Ops for CudaOps {
         self.weight(std::slice::from_ref(matrix), &[])
     }
 
-    fn experts(&self, _experts: &[ExpertParts]) -> Result<()> {
-        later("experts")
+    fn experts(&self, experts: &[ExpertParts]) -> Result<CudaExperts> {
+        self.uploader.lock().experts(experts)
     }
 
     fn lora(&self, shape: &LoraShape) -> Result<CudaLora> {
@@ -120,8 +120,8 @@ impl Ops for CudaOps {
         lora::set_lora(self, lora, slot, parts)
     }
 
-    fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
-        later("routes")
+    fn routes(&self, tokens: usize, routing: &Routing) -> Result<CudaRoutes> {
+        experts::routes(self, tokens, routing)
     }
 
     fn vector(&self, values: &[f32]) -> Result<DeviceBuffer> {
@@ -254,8 +254,14 @@ impl Ops for CudaOps {
         later("latent_attention")
     }
 
-    fn linear_heads(&self, _: &mut DeviceBuffer, _: &DeviceBuffer, _heads: &(), _: usize) -> Result<()> {
-        later("linear_heads")
+    fn linear_heads(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        heads: &CudaExperts,
+        rows: usize,
+    ) -> Result<()> {
+        products::linear_heads(self, out, x, heads, rows)
     }
 
     fn linear_gated(
@@ -314,38 +320,38 @@ impl Ops for CudaOps {
 
     fn moe_route(
         &self,
-        _: &mut (),
-        _: &DeviceBuffer,
-        _: Option<&DeviceBuffer>,
-        _: &Routing,
-        _: usize,
+        routes: &mut CudaRoutes,
+        logits: &DeviceBuffer,
+        bias: Option<&DeviceBuffer>,
+        routing: &Routing,
+        rows: usize,
     ) -> Result<()> {
-        later("moe_route")
+        experts::moe_route(self, routes, logits, bias, (routing, rows))
     }
 
     fn moe_gated(
         &self,
-        _: &mut DeviceBuffer,
-        _: &mut DeviceBuffer,
-        _: &DeviceBuffer,
-        _experts: &(),
-        _routes: &(),
-        _: usize,
-        _: Activation,
+        out: &mut DeviceBuffer,
+        _scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        experts: &CudaExperts,
+        routes: &CudaRoutes,
+        rows: usize,
+        activation: Activation,
     ) -> Result<()> {
-        later("moe_gated")
+        experts::moe_gated(self, out, x, experts, (routes, rows, activation))
     }
 
     fn moe_combine(
         &self,
-        _: &mut DeviceBuffer,
-        _: &mut DeviceBuffer,
-        _: &DeviceBuffer,
-        _experts: &(),
-        _routes: &(),
-        _: usize,
+        out: &mut DeviceBuffer,
+        scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        experts: &CudaExperts,
+        routes: &CudaRoutes,
+        rows: usize,
     ) -> Result<()> {
-        later("moe_combine")
+        experts::moe_combine(self, (out, scratch), x, experts, (routes, rows))
     }
 
     fn gather_rows(

@@ -32,10 +32,11 @@ pub use self::{
     decoder::{
         cache::{CudaHostKv, CudaKvCache},
         config::{CudaAttention, CudaConfig},
+        experts::CudaRoutes,
         lora::CudaLora,
         step::CudaPending,
     },
-    weights::CudaWeight,
+    weights::{CudaExperts, CudaWeight},
 };
 use self::{
     driver::{Driver, Pinned, Result},

@@ -131,8 +131,8 @@ pub fn rows_of_many_adapters_get_what_each_gets_alone<O: Ops>(bed: &Bed<'_, O>) 
     let x: Vec<f32> = rng.units(tokens * K).into_iter().map(bed.round).collect();
     let base: Vec<f32> = rng.units(tokens * n).into_iter().map(bed.round).collect();
     let add = |meta: &BatchMeta, x: &[f32], base: &[f32]| {
-        let x = (bed.fill)(x);
-        step(bed, meta, base, |out, batch| bed.ops.lora_add(out, &x, &lora, batch))
+        let (ops, lora, x) = (bed.ops, &lora, (bed.fill)(x));
+        step(bed, meta, base, move |out, batch| ops.lora_add(out, &x, lora, batch))
     };
     let got = add(&meta, &x, &base);
     for (row, &(len, adapter)) in ROWS.iter().enumerate() {
@@ -173,14 +173,14 @@ pub fn gates_of_neighbours_keep_their_bits<O: Ops>(bed: &Bed<'_, O>) {
     let tokens = meta.num_tokens();
     let x: Vec<f32> = rng.units(tokens * K).into_iter().map(bed.round).collect();
     let gated = |meta: &BatchMeta, x: &[f32]| {
-        let tokens = meta.num_tokens();
-        let (x, mut scratch) = ((bed.fill)(x), bed.ops.buffer(tokens * 2 * width).unwrap());
-        let mut fused = bed.ops.scratch_buffer(tokens * 2 * width).unwrap();
-        step(bed, meta, &vec![f32::NAN; tokens * width], |out, batch| {
-            if bed.ops.has_adapters(batch) {
-                bed.ops.lora_gated(out, &mut scratch, &x, &weight, &lora, batch, Activation::Silu)
+        let (ops, tokens, weight, lora) = (bed.ops, meta.num_tokens(), &weight, &lora);
+        let (x, mut scratch) = ((bed.fill)(x), ops.buffer(tokens * 2 * width).unwrap());
+        let mut fused = ops.scratch_buffer(tokens * 2 * width).unwrap();
+        step(bed, meta, &vec![f32::NAN; tokens * width], move |out, batch| {
+            if ops.has_adapters(batch) {
+                ops.lora_gated(out, &mut scratch, &x, weight, lora, batch, Activation::Silu)
             } else {
-                bed.ops.linear_gated(out, &mut fused, &x, &weight, tokens, Activation::Silu)
+                ops.linear_gated(out, &mut fused, &x, weight, tokens, Activation::Silu)
             }
         })
     };

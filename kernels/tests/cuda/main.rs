@@ -7,19 +7,21 @@ mod activation;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/adapters.rs"]
+mod adapters;
 #[path = "../common/states.rs"]
 mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
 mod harness;
-mod layernorm;
 mod linear;
+mod lora;
 mod moe;
+mod norm;
 mod paged;
 mod planted;
 mod probe;
-mod rmsnorm;
 mod rope_kv_write;
 mod rows;
 mod sampling;

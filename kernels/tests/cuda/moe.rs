@@ -257,7 +257,7 @@ impl Layer {
         let (mut inner, mut rows) = (poisoned(device, pairs * I), nan_f32s(device, pairs * H));
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Gather,
+            rows: MoeRows::Tokens,
             out: &mut inner,
             x: &bf16s(device, x),
             weight: &bf16s(device, &self.gate_up),
@@ -269,7 +269,7 @@ impl Layer {
         moe_linear(device, call).unwrap();
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Scatter,
+            rows: MoeRows::Pairs,
             out: &mut rows,
             x: &inner,
             weight: &bf16s(device, &self.down),
@@ -338,7 +338,7 @@ fn sample_of_products(bed: &Bed) -> Vec<f32> {
         let mut out = nan_f32s(device, tokens * N);
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Gather,
+            rows: MoeRows::Tokens,
             out: &mut out,
             x: &x,
             weight: &weight,

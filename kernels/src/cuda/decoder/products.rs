@@ -2,10 +2,10 @@
 
 use crate::{
     cuda::{
-        CudaOps, CudaWeight,
+        CudaExperts, CudaOps, CudaWeight,
         driver::Result,
         memory::DeviceBuffer,
-        ops::{Linear, LinearEpilogue, linear as queue_linear},
+        ops::{Linear, LinearEpilogue, LinearHeads, linear as queue_linear, linear_heads as queue_heads},
     },
     ops::{Activation, Epilogue},
 };
@@ -39,4 +39,16 @@ pub(in crate::cuda) fn linear_gated(
     let epilogue = LinearEpilogue::Gated(activation);
     let call = Linear { out, x, weight: matrix, bias: bias.as_ref(), rows, n: n / 2, k: *k, epilogue };
     queue_linear(&ops.device, call)
+}
+
+pub(in crate::cuda) fn linear_heads(
+    ops: &CudaOps,
+    out: &mut DeviceBuffer,
+    x: &DeviceBuffer,
+    heads: &CudaExperts,
+    rows: usize,
+) -> Result<()> {
+    let CudaExperts { matrix, bias, count, n, k } = heads;
+    let (bias, heads) = (bias.as_ref(), *count);
+    queue_heads(&ops.device, LinearHeads { out, x, weight: matrix, bias, rows, heads, n: *n, k: *k })
 }

@@ -27,8 +27,8 @@ pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
 pub use linear::{Linear, LinearEpilogue, LinearHeads, LinearKernel, linear, linear_heads, linear_with};
 pub use lora::{LoraAdd, LoraMemory, LoraPlan, LoraRestore, lora_add, lora_restore};
 pub use moe::{
-    MoeCombine, MoeLinear, MoeOrder, MoePermute, MoeRoute, MoeRows, MoeShape, moe_combine, moe_linear,
-    moe_permute, moe_route,
+    MoeCombine, MoeLinear, MoeOrder, MoePermute, MoeRoute, MoeRows, MoeShape, check_routing, moe_combine,
+    moe_linear, moe_permute, moe_route,
 };
 pub use norm::{Norm, norm, whole_rows};
 pub use paged_kv::{KvLayer, check_cache, kv_cache_elems};
