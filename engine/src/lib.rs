@@ -1,6 +1,7 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
 pub mod activity;
+pub mod adapter;
 mod admission;
 mod config;
 pub mod constraint;

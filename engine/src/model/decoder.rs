@@ -14,7 +14,12 @@ use tidemill_kernels::{
     sampling::{RowTask, SampleSpec},
 };
 
-use super::{checkpoint::Tensors, rope::rope_table, spec::ModelSpec};
+use super::{
+    checkpoint::Tensors,
+    lora::{LoraWeights, SITES, Site, SiteSpec, Sites},
+    rope::rope_table,
+    spec::ModelSpec,
+};
 use crate::error::LoadError;
 
 const KV_FIRST: &str = "whoever loads a decoder allocates its KV cache before any step";
@@ -72,7 +77,22 @@ pub struct Decoder<O: Ops> {
     kv: Option<(O::KvCache, KvShape)>,
     /// Absent until [`Decoder::allocate_host_kv`].
     host_kv: Option<O::HostKv>,
+    /// Absent until [`Decoder::allocate_lora`].
+    lora: Option<LoraRoom<O>>,
     scratch: Scratch<O>,
+}
+
+/// Adapters of one matrix, and how many parts it has.
+struct Lora<O: Ops> {
+    lora: O::Lora,
+    parts: usize,
+}
+
+/// Adapters, and what computing with them takes.
+struct LoraRoom<O: Ops> {
+    layers: Vec<[Option<Lora<O>>; SITES]>,
+    /// `[T, 2 I]`.
+    gate_up: O::Buffer,
 }
 
 impl<O: Ops> Decoder<O> {
@@ -110,6 +130,7 @@ impl<O: Ops> Decoder<O> {
             rope: ops.vector(&rope)?,
             kv: None,
             host_kv: None,
+            lora: None,
             scratch: Scratch {
                 hidden: ops.buffer(tokens * hidden)?,
                 normed: ops.buffer(tokens * hidden)?,
@@ -145,6 +166,46 @@ impl<O: Ops> Decoder<O> {
     pub fn allocate_host_kv(&mut self, num_blocks: usize) -> Result<(), KernelError> {
         let (_, kv) = self.kv.as_ref().expect(KV_FIRST);
         self.host_kv = Some(self.ops.host_kv(KvShape { num_blocks, ..*kv })?);
+        Ok(())
+    }
+
+    /// Allocates room for `slots` adapters of up to `max_rank`.
+    ///
+    /// # Errors
+    /// What the device returned.
+    pub fn allocate_lora(&mut self, slots: usize, max_rank: usize) -> Result<(), KernelError> {
+        let layer = |sites: &[Option<SiteSpec>; SITES]| -> Result<_, KernelError> {
+            let mut layer = [const { None }; SITES];
+            for (lora, site) in layer.iter_mut().zip(sites) {
+                let Some(site) = site else { continue };
+                let room = self.ops.lora(&site.shape(slots, max_rank))?;
+                *lora = Some(Lora { lora: room, parts: site.parts.len() });
+            }
+            Ok(layer)
+        };
+        let layers = Sites::of(&self.spec).layers.iter().map(layer).collect::<Result<_, _>>()?;
+        let elems = self.limits.max_num_batched_tokens * 2 * self.spec.intermediate_size;
+        self.lora = Some(LoraRoom { layers, gate_up: self.ops.buffer(elems)? });
+        Ok(())
+    }
+
+    /// Puts an adapter of this model into a slot, behind the steps that are queued.
+    ///
+    /// # Errors
+    /// What the device returned; the slot may then hold anything.
+    pub fn set_adapter(&mut self, slot: usize, weights: &LoraWeights) -> Result<(), KernelError> {
+        let Some(lora) = &mut self.lora else {
+            let detail = "there is no room for adapters; start with --enable-lora".to_owned();
+            return Err(KernelError::Unsupported { op: "set_adapter", detail });
+        };
+        for (layer, weights) in lora.layers.iter_mut().zip(&weights.layers) {
+            for (lora, parts) in layer.iter_mut().zip(weights) {
+                let Some(Lora { lora, parts: count }) = lora else { continue };
+                // Where the adapter leaves a matrix as it is, what was in the slot before must go.
+                let none = vec![None; *count];
+                self.ops.set_lora(lora, slot, parts.as_deref().unwrap_or(&none))?;
+            }
+        }
         Ok(())
     }
 
@@ -265,7 +326,7 @@ impl<O: Ops> Decoder<O> {
         batch: &O::Batch,
         mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, scratch: s, .. } = self;
+        let Self { ops, spec, embed_tokens, layers, norm, lm_head, rope, kv, lora, scratch: s, .. } = self;
         let (kv, _) = kv.as_mut().expect(KV_FIRST);
         let heads = head_shape(spec);
         let scale = (heads.head_dim as f32).powf(-0.5);
@@ -273,6 +334,7 @@ impl<O: Ops> Decoder<O> {
             Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true };
         let (extent, eps) = (ops.extent(batch), spec.rms_norm_eps as f32);
         let tokens = extent.tokens;
+        let mut lora = lora.as_mut().filter(|_| ops.has_adapters(batch));
         ops.run(batch, || {
             ops.embedding(&mut s.hidden, embed_tokens, batch, Lookup::Tokens { scale: 1.0 })?;
             for (index, layer) in layers.iter().enumerate() {
@@ -283,25 +345,34 @@ impl<O: Ops> Decoder<O> {
                     tokens,
                 )?;
                 ops.linear(&mut s.qkv, &s.normed, &layer.qkv_proj, tokens, Epilogue::Store)?;
+                if let Some(lora) = site(&lora, index, Site::Qkv) {
+                    ops.lora_add(&mut s.qkv, &s.normed, lora, batch)?;
+                }
                 let rotary = Some(Rotary { table: rope, dim: heads.head_dim, interleaved: false });
                 ops.rope_kv_write(&mut s.qkv, kv, QkTransform { norm: None, rotary }, batch, heads, index)?;
                 ops.paged_attention(&mut s.attention, &s.qkv, kv, batch, heads, scoring, index)?;
                 ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, tokens, Epilogue::Add)?;
+                if let Some(lora) = site(&lora, index, Site::Output) {
+                    ops.lora_add(&mut s.hidden, &s.attention, lora, batch)?;
+                }
                 ops.norm(
                     &mut s.normed,
                     &s.hidden,
                     Norm::Rms { weight: &layer.post_attention_layernorm, eps },
                     tokens,
                 )?;
-                ops.linear_gated(
-                    &mut s.mlp,
-                    &mut s.gate_up,
-                    &s.normed,
-                    &layer.gate_up_proj,
-                    tokens,
-                    Activation::Silu,
-                )?;
+                let (up, silu) = (&layer.gate_up_proj, Activation::Silu);
+                if let Some(LoraRoom { layers, gate_up }) = lora.as_deref_mut()
+                    && let Some(Lora { lora, .. }) = &layers[index][Site::Up as usize]
+                {
+                    ops.lora_gated(&mut s.mlp, gate_up, &s.normed, up, lora, batch, silu)?;
+                } else {
+                    ops.linear_gated(&mut s.mlp, &mut s.gate_up, &s.normed, up, tokens, silu)?;
+                }
                 ops.linear(&mut s.hidden, &s.mlp, &layer.down_proj, tokens, Epilogue::Add)?;
+                if let Some(lora) = site(&lora, index, Site::Down) {
+                    ops.lora_add(&mut s.hidden, &s.mlp, lora, batch)?;
+                }
             }
             if extent.state_rows > 0 {
                 let rows = extent.logits_rows..extent.logits_rows + extent.state_rows;
@@ -356,6 +427,11 @@ impl<O: Ops> Layer<O> {
             down_proj: stacked(&[("mlp.down_proj", hidden)], inter, mlp_bias)?,
         })
     }
+}
+
+/// The adapters of one matrix, in a step that has any.
+fn site<'a, O: Ops>(lora: &'a Option<&mut LoraRoom<O>>, layer: usize, site: Site) -> Option<&'a O::Lora> {
+    lora.as_ref()?.layers[layer][site as usize].as_ref().map(|lora| &lora.lora)
 }
 
 /// One new token in each of `rows` rows, each the first of its own block.
