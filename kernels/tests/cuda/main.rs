@@ -18,6 +18,7 @@ mod harness;
 mod linear;
 mod lora;
 mod moe;
+mod moe_route;
 mod norm;
 mod paged;
 mod planted;

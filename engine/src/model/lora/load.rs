@@ -9,14 +9,14 @@ use std::{
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
-use tidemill_kernels::{DType, HostTensor, ops::LoraPart};
+use tidemill_kernels::{DType, HostTensor, ops::LoraPart, tensor::HostMatrix};
 
 use super::{
     LoraWeights, SITES,
     config::{AdapterConfig, CONFIG},
     sites::{Part, SiteSpec, Sites},
 };
-use crate::error::LoadError;
+use crate::{error::LoadError, model::decoder::take_rows};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// What a configuration may have.
@@ -158,6 +158,13 @@ impl Reader<'_> {
         };
         let a = half(a, "lora_A", [self.rank, k])?;
         let b = half(b, "lora_B", [part.n, self.rank])?;
+        let b = match &part.rows {
+            None => b,
+            Some(rows) => match take_rows(&b.into(), rows)? {
+                HostMatrix::Dense(tensor) => tensor,
+                HostMatrix::Quantized(_) => unreachable!("what is dense stays so"),
+            },
+        };
         Ok(Some(LoraPart { a, b, scale: config.scale }))
     }
 
