@@ -36,6 +36,23 @@ pub struct LoraConfig {
     pub dir: Option<PathBuf>,
 }
 
+impl LoraConfig {
+    /// Checks the numbers.
+    pub(crate) fn check(&self) -> Result<(), LoadError> {
+        let counts = [
+            ("--max-loras", self.max_loras, 256),
+            ("--max-lora-rank", self.max_lora_rank, 512),
+            ("--max-cpu-loras", self.max_cpu_loras, 1 << 16),
+        ];
+        match counts.into_iter().find(|(_, count, most)| !(1..=*most).contains(count)) {
+            None => Ok(()),
+            Some((option, count, most)) => {
+                Err(LoadError::Option { option, detail: format!("{count} is not in [1, {most}]") })
+            }
+        }
+    }
+}
+
 /// What can be told of a loaded adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterInfo {
@@ -63,6 +80,12 @@ struct Loaded {
 impl fmt::Debug for Adapters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Adapters").field("loaded", &self.list()).finish_non_exhaustive()
+    }
+}
+
+impl Default for Adapters {
+    fn default() -> Self {
+        Self::new(LoraConfig::default(), None, String::new())
     }
 }
 
@@ -152,7 +175,10 @@ impl Adapters {
     pub fn unload(&self, name: &str) -> Result<(), RequestError> {
         match self.loaded.write().remove(name) {
             Some(_) => Ok(()),
-            None => Err(RequestError::ModelNotFound { asked: name.to_owned(), served: self.served() }),
+            None => {
+                let served = self.model_name.clone();
+                Err(RequestError::ModelNotFound { asked: name.to_owned(), served })
+            }
         }
     }
 
@@ -165,11 +191,6 @@ impl Adapters {
     pub fn list(&self) -> Vec<AdapterInfo> {
         let info = |(name, loaded): (&String, &Loaded)| AdapterInfo { name: name.clone(), path: loaded.path.clone() };
         self.loaded.read().iter().map(info).collect()
-    }
-
-    /// What is served, for who asked for something else.
-    pub fn served(&self) -> String {
-        self.model_name.clone()
     }
 
     /// Adapters in a batch at a time.

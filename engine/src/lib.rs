@@ -2,6 +2,7 @@
 
 pub mod activity;
 pub mod adapter;
+mod adapters;
 mod admission;
 mod config;
 pub mod constraint;
@@ -41,6 +42,7 @@ mod sync;
 pub mod text;
 mod unread;
 
+pub use adapters::{AdapterInfo, Adapters, LoraConfig};
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
 pub use embedding::PendingEmbedding;
 pub use engine::{Engine, EngineOptions, Progress};
