@@ -62,8 +62,8 @@ fn outcome(mut generation: Generation) -> (Vec<TokenId>, Vec<u32>, u32) {
         let output = output.unwrap();
         tokens.extend(output.token_ids);
         bits.extend(output.logprobs.iter().map(|l| l.logprob.to_bits()));
-        if let Some(usage) = output.usage {
-            cached = usage.cached_tokens as u32;
+        if let Some(finish) = output.finish {
+            cached = finish.usage.cached_tokens as u32;
         }
     }
     (tokens, bits, cached)
