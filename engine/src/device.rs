@@ -198,7 +198,11 @@ impl Model<'_> {
         progress: impl FnMut(usize),
     ) -> Result<Decoder<O>, LoadError> {
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
-        Decoder::load(ops, self.spec, self.checkpoint, limits, progress)
+        let mut decoder = Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?;
+        if let Some(lora) = &self.config.lora {
+            decoder.allocate_lora(lora.max_loras, lora.max_lora_rank)?;
+        }
+        Ok(decoder)
     }
 
     /// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
