@@ -16,13 +16,14 @@ use crate::{
     error::{LoadError, StopReason},
     explain::EndedLife,
     handle::{EngineHandle, Shared},
+    heads::Heads,
     info::ModelInfo,
     kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
-        embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
+        heads::HeadSpec,
         spec::ModelSpec,
     },
     queue::Queue,
@@ -56,6 +57,8 @@ pub struct EngineOptions {
     pub look_ahead: bool,
     /// Gets the life of every request that has ended. What finds it full is lost and counted.
     pub lives: Option<async_channel::Sender<EndedLife>>,
+    /// What stands around a model that embeds or scores.
+    pub heads: Heads,
     /// Blocks of host memory that the runner has, for what the prefix cache gives up.
     pub host_blocks: usize,
 }
@@ -102,10 +105,11 @@ impl Engine {
         }
         let spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
-        let embedding = embedding_info(&files, &spec)?;
+        let head_spec = HeadSpec::read(&files, &spec, config.classifier_from_token.as_ref())?;
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
         checkpoint.verify(&spec)?;
+        let heads = head_spec.load(&files, &spec, &checkpoint, &text)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
         let table = spec.tensor_name("embed_tokens.weight");
@@ -145,13 +149,20 @@ impl Engine {
             eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
-            embedding,
+            is_bidirectional: spec.is_bidirectional(),
+            embedding: head_spec.embedding,
+            scoring: head_spec.scoring,
         };
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
         let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
-        let options =
-            EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives, host_blocks };
+        let options = EngineOptions {
+            scheduling: config.scheduling,
+            look_ahead,
+            lives: config.lives,
+            heads,
+            host_blocks,
+        };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -165,8 +176,9 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, lives, host_blocks } = options;
+        let EngineOptions { scheduling, look_ahead, lives, heads, host_blocks } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
+        check_whole(&info)?;
         let pool = block_pool(&info, &scheduling, host_blocks);
         let scheduler = scheduler_config(&info, &scheduling);
         let stats = Arc::new(SharedStats::new(pool.clone()));
@@ -192,6 +204,9 @@ impl Engine {
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
                 embedding: info.embedding,
+                scoring: info.scoring,
+                is_bidirectional: info.is_bidirectional,
+                heads: Arc::new(heads),
                 forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
             },
             info,
@@ -222,6 +237,19 @@ impl Drop for Engine {
             drop(thread.join());
         }
     }
+}
+
+/// A prompt that must be computed in one step must fit into one.
+fn check_whole(info: &ModelInfo) -> Result<(), LoadError> {
+    if !info.is_bidirectional || info.max_model_len <= info.max_num_batched_tokens {
+        return Ok(());
+    }
+    let detail = format!(
+        "{} tokens per step are too few: this model reads a prompt in one step, and prompts have up to {}; raise this, or lower \
+         --max-model-len",
+        info.max_num_batched_tokens, info.max_model_len
+    );
+    Err(LoadError::Option { option: "--max-num-batched-tokens", detail })
 }
 
 /// Runs an engine thread to its end.

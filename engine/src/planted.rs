@@ -68,6 +68,10 @@ pub enum Bug {
     StatesSkipped,
     /// A hidden state that is computed again counts again.
     StatesTwice,
+    /// A prompt that must be computed in one step is cut as others are.
+    WholeCut,
+    /// What such a prompt computes can be found by others.
+    WholeShared,
 }
 
 #[cfg(feature = "planted")]

@@ -4,17 +4,20 @@
 //! front end gives the same verdict.
 
 mod embed;
+mod score;
 
 use std::{fmt::Display, sync::Arc, time::Instant};
 
 pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
+pub use score::{ScoreInput, ScoreRequest, ValidatedScore};
 
 use crate::{
     constraint::Constraint,
     error::{RequestError, Violation},
+    heads::Heads,
     ids::{RequestId, TenantId, TokenId},
-    info::EmbeddingInfo,
+    info::{EmbeddingInfo, ScoringInfo},
     model::generation_config::GenerationDefaults,
     pooling::Pooling,
     sampling::{Sampling, SamplingParams},
@@ -103,6 +106,10 @@ pub struct ValidatedRequest {
     pub(crate) sampling: Arc<Sampling>,
     /// The request is for an embedding; nothing is sampled.
     pub(crate) pooling: Option<Pooling>,
+    /// All of the prompt is computed in one step.
+    pub(crate) is_whole: bool,
+    /// Segment of each token of the prompt; none: all are 0.
+    pub(crate) segments: Option<Arc<[u32]>>,
     pub(crate) stop: Vec<String>,
     pub(crate) n: u32,
     pub(crate) text_output: bool,
@@ -181,6 +188,9 @@ pub struct Validator {
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) policy: Policy,
     pub(crate) embedding: EmbeddingInfo,
+    pub(crate) scoring: Option<ScoringInfo>,
+    pub(crate) is_bidirectional: bool,
+    pub(crate) heads: Arc<Heads>,
     pub(crate) forms: Forms,
 }
 
@@ -224,8 +234,9 @@ impl Validator {
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
         self.check_model(request.model.as_deref())?;
         if self.embedding.is_only_output {
-            let message = "this model has no output layer: it gives embeddings and generates nothing";
-            return Err(RequestError::Unsupported(message.into()));
+            let what = if self.scores_only() { "scores pairs of texts" } else { "gives embeddings" };
+            let message = format!("this model has no output layer: it {what} and generates nothing");
+            return Err(RequestError::Unsupported(message));
         }
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
@@ -261,6 +272,8 @@ impl Validator {
             prompt: prompt.into(),
             sampling: Arc::new(sampling),
             pooling: None,
+            is_whole: false,
+            segments: None,
             stop: request.sampling.stop,
             n,
             text_output: !request.token_ids_only,
@@ -416,7 +429,15 @@ impl Validator {
     }
 
     fn longest_prompt(&self, purpose: Purpose) -> usize {
-        self.max_model_len - usize::from(purpose == Purpose::Generate)
+        match purpose {
+            Purpose::Generate => self.max_model_len - 1,
+            Purpose::Embed => self.heads.texts.max_seq_length.unwrap_or(usize::MAX).min(self.max_model_len),
+        }
+    }
+
+    /// Whether the model scores pairs and does nothing else.
+    fn scores_only(&self) -> bool {
+        self.scoring.is_some_and(|scoring| scoring.is_only_output)
     }
 
     /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
@@ -432,9 +453,16 @@ impl Validator {
     }
 
     fn too_long(&self, field: &'static str, tokens: impl Display, purpose: Purpose) -> RequestError {
-        let room = if purpose == Purpose::Generate { "with one token to generate, " } else { "" };
         let (most, of) = (self.longest_prompt(purpose), self.max_model_len);
-        let message = format!("the prompt has {tokens} tokens; {room}at most {most} fit max_model_len {of}");
+        let message = match purpose {
+            Purpose::Generate => format!(
+                "the prompt has {tokens} tokens; with one token to generate, at most {most} fit max_model_len {of}"
+            ),
+            Purpose::Embed => format!(
+                "the prompt has {tokens} tokens; at most {most} are taken (max_model_len is {of}); shorten it, or have a text cut with \
+                 truncate_prompt_tokens: -1"
+            ),
+        };
         RequestError::invalid(field, message)
     }
 

@@ -195,6 +195,16 @@ impl ModelSpec {
         if self.is_headless { name.to_owned() } else { format!("model.{name}") }
     }
 
+    /// Segments that the model tells apart; 0 where it knows none.
+    pub fn num_segments(&self) -> usize {
+        0
+    }
+
+    /// Whether tokens see those behind them too.
+    pub fn is_bidirectional(&self) -> bool {
+        false
+    }
+
     /// Whether the output layer is a matrix of its own.
     pub fn has_lm_head(&self) -> bool {
         !self.is_headless && !self.tie_word_embeddings

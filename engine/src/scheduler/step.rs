@@ -73,6 +73,8 @@ pub struct PlanRow {
     pub score_top: u32,
     /// Positions of this row whose hidden states are wanted.
     pub pool_at: Range<usize>,
+    /// Segment of each position of the sequence; none: all are 0.
+    pub segments: Option<Arc<[u32]>>,
 }
 
 impl PlanRow {
@@ -146,6 +148,7 @@ impl Spare {
             targets: Vec::new(),
             score_top: 0,
             pool_at: 0..0,
+            segments: None,
         });
         if let TokenInput::Known(mut tokens) =
             std::mem::replace(&mut row.input, TokenInput::Sampled(seq.sampled_at))
@@ -178,6 +181,7 @@ impl Spare {
         row.targets.clear();
         row.targets.extend(row.score_at.clone().map(|at| seq.tokens[at + 1]));
         row.score_top = seq.sampling.prompt_logprobs.unwrap_or(0);
+        row.segments.clone_from(&seq.segments);
         row.pool_at = seq.pooler.as_ref().map_or(0..0, |pooler| pooler.needed(start..end));
         row
     }

@@ -36,6 +36,7 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         special_tokens,
         tool_call_parser,
         reasoning_parser,
+        scoring: _,
     } = model;
     Ok(ModelCard {
         served_model_name,

@@ -6,7 +6,9 @@ pub mod completions;
 pub mod embeddings;
 mod logprobs;
 pub mod models;
+pub mod rerank;
 pub mod responses;
+pub mod score;
 pub mod tools;
 
 use serde::Serialize;
