@@ -86,7 +86,7 @@ impl HeadSpec {
         let scoring =
             scorer.as_ref().map(|_| ScoringInfo { format: PairFormat::YesNo, is_only_output: false });
         let dimensions = steps.iter().rev().find_map(Step::outputs).unwrap_or(spec.hidden_size);
-        let embedding = EmbeddingInfo { dimensions, pooling, normalize, is_only_output: spec.is_headless };
+        let embedding = EmbeddingInfo { dimensions, pooling, normalize, is_only_output: spec.is_headless() };
         Ok(Self { embedding, scoring, steps, scorer })
     }
 
@@ -197,10 +197,9 @@ fn row(matrix: &HostTensor, token: TokenId) -> Vec<f32> {
 impl LogitScore {
     /// The rows of the output layer as a layer of one value: the difference of two logits is the logit of their difference.
     fn load(self, spec: &ModelSpec, tensors: &dyn Tensors) -> Result<Scorer, LoadError> {
-        let name = if spec.has_lm_head() {
-            "lm_head.weight".to_owned()
-        } else {
-            spec.tensor_name("embed_tokens.weight")
+        let name = match spec.has_lm_head() {
+            true => format!("{}.weight", spec.names.head),
+            false => spec.embedding_name(),
         };
         let matrix = tensors.tensor(&name, &[spec.vocab_size, spec.hidden_size])?;
         let mut weight = row(&matrix, self.yes);
