@@ -207,6 +207,42 @@ def write_modules(name, folder):
     write_json(folder / "1_Pooling" / "config.json", {f"pooling_mode_{modes[kind]}": True})
 
 
+def write_tokenizer(name, folder):
+    """A small WordPiece tokenizer, for tests that send texts."""
+    if MODELS[name][1] != "bert":
+        return
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = "the tide sea boat fox lantern a is of and what where who why how keeper found small house rain".split()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + c for c in letters), *".,?!'-", *words[:6], *words[7:]]
+    special = [
+        {"id": at, "content": token, "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+        for at, token in enumerate(vocabulary[:4])
+    ]
+    cls, sep = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("[CLS]", "[SEP]"))
+    first, second = ({"Sequence": {"id": which, "type_id": at}} for at, which in enumerate("AB"))
+    last = {"SpecialToken": {"id": "[SEP]", "type_id": 1}}
+    ids = {token: {"id": token, "ids": [vocabulary.index(token)], "tokens": [token]} for token in ("[CLS]", "[SEP]")}
+    template = {"single": [cls, first, sep], "pair": [cls, first, sep, second, last], "special_tokens": ids}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "TemplateProcessing"} | template,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {token: at for at, token in enumerate(vocabulary)},
+        },
+    }
+    write_json(folder / "tokenizer.json", tokenizer)
+
+
 def load_model(name, folder):
     model = model_class(name).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
@@ -218,7 +254,8 @@ def prompts(name):
     fields = MODELS[name][4]
     for length in PROMPT_LENGTHS:
         ids = torch.from_numpy(rng.integers(4, fields["vocab_size"], size=length))
-        segments = (torch.arange(length) > length // 3).long() if fields.get("type_vocab_size", 0) > 1 else None
+        has_segments = MODELS[name][3] == "score" and fields.get("type_vocab_size", 0) > 1
+        segments = (torch.arange(length) > length // 3).long() if has_segments else None
         yield ids, segments
 
 
@@ -254,6 +291,7 @@ def make(name, out):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config_of(name))
     write_modules(name, folder)
+    write_tokenizer(name, folder)
     weights = weights_of(name, folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     golden = reference(name, load_model(name, folder))
