@@ -4,12 +4,14 @@
 //! front end gives the same verdict.
 
 mod embed;
+mod prompt;
 mod score;
 
-use std::{fmt::Display, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
+use prompt::Purpose;
 pub use score::{ScoreInput, ScoreRequest, ValidatedScore};
 
 use crate::{
@@ -192,15 +194,6 @@ pub struct Validator {
     pub(crate) is_bidirectional: bool,
     pub(crate) heads: Arc<Heads>,
     pub(crate) forms: Forms,
-}
-
-/// What a prompt is encoded for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    /// At least one token follows it.
-    Generate,
-    /// Nothing follows it.
-    Embed,
 }
 
 /// Collects everything that is wrong, so that a client learns it in one answer.
@@ -392,78 +385,6 @@ impl Validator {
     fn check_ids(&self, mut ids: impl Iterator<Item = TokenId>, field: &'static str, found: &mut Findings) {
         let bad = ids.find(|id| id.0 as usize >= self.vocab_size);
         found.check(bad.is_none(), field, || self.outside_vocabulary(bad));
-    }
-
-    fn outside_vocabulary(&self, id: Option<TokenId>) -> String {
-        format!("token id {} is outside the vocabulary of {}", id.map_or(0, |id| id.0), self.vocab_size)
-    }
-
-    fn encode(&self, prompt: Prompt, purpose: Purpose) -> Result<Vec<TokenId>, RequestError> {
-        let (ids, field) = match prompt {
-            Prompt::Text(text) => {
-                self.refuse_gigantic(text.len(), "prompt.text", purpose)?;
-                (self.text.encode(&text, true)?, "prompt.text")
-            }
-            Prompt::Chat(chat) => {
-                let text = self.text.render_chat(&chat)?;
-                self.refuse_gigantic(text.len(), "prompt.chat", purpose)?;
-                (self.text.encode(&text, false)?, "prompt.chat")
-            }
-            Prompt::TokenIds(ids) => {
-                if let Some(bad) = ids.iter().find(|id| id.0 as usize >= self.vocab_size) {
-                    return Err(RequestError::invalid(
-                        "prompt.token_ids",
-                        self.outside_vocabulary(Some(*bad)),
-                    ));
-                }
-                (ids, "prompt.token_ids")
-            }
-        };
-        if ids.is_empty() {
-            return Err(RequestError::invalid(field, "the prompt is empty; give at least one token"));
-        }
-        if ids.len() > self.longest_prompt(purpose) {
-            return Err(self.too_long(field, ids.len(), purpose));
-        }
-        Ok(ids)
-    }
-
-    fn longest_prompt(&self, purpose: Purpose) -> usize {
-        match purpose {
-            Purpose::Generate => self.max_model_len - 1,
-            Purpose::Embed => self.heads.texts.max_seq_length.unwrap_or(usize::MAX).min(self.max_model_len),
-        }
-    }
-
-    /// Whether the model scores pairs and does nothing else.
-    fn scores_only(&self) -> bool {
-        self.scoring.is_some_and(|scoring| scoring.is_only_output)
-    }
-
-    /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
-    fn refuse_gigantic(
-        &self,
-        bytes: usize,
-        field: &'static str,
-        purpose: Purpose,
-    ) -> Result<(), RequestError> {
-        let least = self.text.min_tokens_for_bytes(bytes);
-        let fits = least <= self.longest_prompt(purpose);
-        if fits { Ok(()) } else { Err(self.too_long(field, format_args!("at least {least}"), purpose)) }
-    }
-
-    fn too_long(&self, field: &'static str, tokens: impl Display, purpose: Purpose) -> RequestError {
-        let (most, of) = (self.longest_prompt(purpose), self.max_model_len);
-        let message = match purpose {
-            Purpose::Generate => format!(
-                "the prompt has {tokens} tokens; with one token to generate, at most {most} fit max_model_len {of}"
-            ),
-            Purpose::Embed => format!(
-                "the prompt has {tokens} tokens; at most {most} are taken (max_model_len is {of}); shorten it, or have a text cut with \
-                 truncate_prompt_tokens: -1"
-            ),
-        };
-        RequestError::invalid(field, message)
     }
 
     fn with_lengths(

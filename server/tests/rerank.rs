@@ -17,7 +17,9 @@ use tidemill::{
 };
 use tidemill_engine::{ComputeDtype, EngineConfig, model::ModelSource};
 use tidemill_proto::v1::{
-    EmbedRequest, GetModelRequest, ScoreRequest, embed_request::Prompt, score_request::{Input, Pair, Tokens},
+    EmbedRequest, GetModelRequest, ScoreRequest,
+    embed_request::Prompt,
+    score_request::{Input, Pair, Tokens},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -108,7 +110,10 @@ async fn documents_come_back_in_order_of_their_scores() {
         assert_eq!(json!(one.score), result["relevance_score"], "{document}");
         tokens += one.prompt_tokens;
     }
-    assert_eq!((&all["usage"]["prompt_tokens"], &all["usage"]["total_tokens"]), (&json!(tokens), &json!(tokens)));
+    assert_eq!(
+        (&all["usage"]["prompt_tokens"], &all["usage"]["total_tokens"]),
+        (&json!(tokens), &json!(tokens))
+    );
     let objects: Vec<Value> = DOCUMENTS.iter().map(|text| json!({"text": text})).collect();
     for path in ["/rerank", "/v2/rerank"] {
         let body = json!({"query": QUERY, "documents": objects, "top_n": 2, "return_documents": false});
@@ -152,7 +157,10 @@ async fn behind_a_gateway_nothing_is_different() {
     let gateway = serve(remote, &[]).await;
     for (path, body) in [
         ("/v1/rerank", json!({"query": QUERY, "documents": DOCUMENTS, "request_id": "same"})),
-        ("/v1/rerank", json!({"query": QUERY, "documents": DOCUMENTS, "top_n": 1, "truncate_prompt_tokens": 9})),
+        (
+            "/v1/rerank",
+            json!({"query": QUERY, "documents": DOCUMENTS, "top_n": 1, "truncate_prompt_tokens": 9}),
+        ),
         ("/v1/rerank", json!({"query": QUERY, "documents": ["boat ".repeat(200)]})),
         ("/v1/rerank", json!({"query": QUERY, "documents": ["boat"], "instruction": "Say."})),
         ("/v1/rerank", json!({"query": "", "documents": ["boat"]})),
@@ -194,7 +202,8 @@ async fn what_is_wrong_is_refused_by_name() {
         let named = refused["error"]["param"].as_str().unwrap_or_default().to_owned();
         assert!(status == 400 && named.starts_with(param), "{change}: {status} {refused}");
     }
-    let (status, _) = front.post("/v1/rerank", json!({"model": "other", "query": "a", "documents": ["b"]})).await;
+    let (status, _) =
+        front.post("/v1/rerank", json!({"model": "other", "query": "a", "documents": ["b"]})).await;
     assert_eq!(status, 404);
     // What is too long can be cut, where that is asked for.
     let cut = json!({"query": QUERY, "documents": [long], "truncate_prompt_tokens": -1});
