@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use tidemill_kernels::DType;
 
 use crate::{
-    adapters::LoraConfig,
-    error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy,
+    adapters::LoraConfig, error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource,
+    scheduler::Policy,
 };
 
 /// What a count among the options may be at most: more is a slip of the keyboard.
@@ -45,6 +45,9 @@ pub struct EngineConfig {
     pub served_model_name: Option<String>,
     /// A chat template that replaces the model's own.
     pub chat_template: Option<PathBuf>,
+    /// The two tokens whose logits score a pair of texts, the negative one first, in rerankers that answer with yes or no; `None`: what the
+    /// model folder says.
+    pub classifier_from_token: Option<[String; 2]>,
     /// Arithmetic of the matrix products.
     pub dtype: ComputeDtype,
     /// Storage of keys and values; `None` follows `dtype`.
@@ -92,6 +95,7 @@ impl EngineConfig {
             source,
             served_model_name: None,
             chat_template: None,
+            classifier_from_token: None,
             dtype: ComputeDtype::Auto,
             kv_cache_dtype: None,
             max_model_len: None,

@@ -118,6 +118,10 @@ pub struct ModelArgs {
     /// A Jinja file that replaces the model's own chat template.
     #[arg(long, value_name = "FILE", env = "TIDEMILL_CHAT_TEMPLATE")]
     pub chat_template: Option<PathBuf>,
+    /// For rerankers that answer with yes or no (Qwen3-Reranker): the two tokens whose logits make a score, the negative one first. Default:
+    /// what the model folder says.
+    #[arg(long, value_name = "NO,YES", env = "TIDEMILL_CLASSIFIER_FROM_TOKEN", value_parser = two_tokens)]
+    pub classifier_from_token: Option<[String; 2]>,
     /// Arithmetic of the matrix products.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DTYPE")]
     pub dtype: DtypeArg,
@@ -409,6 +413,13 @@ fn some_seconds(value: &str) -> Result<Duration, String> {
     let accepted = Duration::from_millis(1)..=Duration::from_secs(86_400);
     let seconds = seconds(value)?;
     accepted.contains(&seconds).then_some(seconds).ok_or_else(|| "use 0.001 to 86400".into())
+}
+
+fn two_tokens(text: &str) -> Result<[String; 2], String> {
+    match text.split_once(',') {
+        Some((no, yes)) if !no.is_empty() && !yes.is_empty() => Ok([no.to_owned(), yes.to_owned()]),
+        _ => Err("must be two tokens with a comma between, the negative one first, such as no,yes".into()),
+    }
 }
 
 fn engine_defaults() -> EngineConfig {

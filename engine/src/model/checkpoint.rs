@@ -144,6 +144,21 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Maps one weight file by its name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and where the file is missing.
+    pub fn open_file(files: &ModelFiles, name: &str) -> Result<Self, LoadError> {
+        let path = files.path(name);
+        if !files.contains(name) {
+            let detail = "the file is missing; only safetensors weights are supported".to_owned();
+            return Err(LoadError::Format { path, detail });
+        }
+        let mut checkpoint = Self::empty(path, Scheme::Plain);
+        checkpoint.add_shard(files, name)?;
+        Ok(checkpoint)
+    }
+
     fn empty(path: PathBuf, scheme: Scheme) -> Self {
         Self { path, shards: Vec::new(), tensors: BTreeMap::new(), scheme }
     }
@@ -266,7 +281,9 @@ impl Checkpoint {
         let tensor = HostTensor { name: name.to_owned(), dtype, shape: entry.shape.clone(), data };
         match entry.paired_heads {
             None => Ok(tensor),
-            Some(head_dim) => Ok(HostTensor { data: halves_apart(&tensor.data, entry.shape[0], head_dim), ..tensor }),
+            Some(head_dim) => {
+                Ok(HostTensor { data: halves_apart(&tensor.data, entry.shape[0], head_dim), ..tensor })
+            }
         }
     }
 
@@ -289,7 +306,8 @@ impl Checkpoint {
         match plain_dtype(entry.dtype) {
             Some(dtype) => Ok((entry, dtype)),
             None => {
-                let stored = entry.blocks.map_or_else(|| format!("{:?}", entry.dtype), |ty| format!("{ty:?}"));
+                let stored =
+                    entry.blocks.map_or_else(|| format!("{:?}", entry.dtype), |ty| format!("{ty:?}"));
                 let detail = format!("tensor {name:?} has type {stored}; supported: BF16, F16, F32");
                 Err(LoadError::Unsupported { path: self.shards[entry.shard].path.clone(), detail })
             }

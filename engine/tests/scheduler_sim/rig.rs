@@ -67,7 +67,10 @@ impl Rig {
         let weights = setup.weights.iter().map(|&(name, weight)| (TenantId::new(name), weight)).collect();
         let wires = Rc::<RefCell<Wires>>::default();
         Self {
-            scheduler: Scheduler::new(SchedulerConfig { limits, policy, weights, max_loras: 2 }, pool.clone()),
+            scheduler: Scheduler::new(
+                SchedulerConfig { limits, policy, weights, max_loras: 2 },
+                pool.clone(),
+            ),
             steps: StepQueue::new(Device::new(wires, BLOCK, blocks, host_blocks)),
             pool,
             notes: Vec::new(),
@@ -85,6 +88,8 @@ impl Rig {
             priority: 0,
             tenant: TenantId::default(),
             pooling: None,
+            is_whole: false,
+            segments: None,
             root: self.pool.prefix_root(&["model"], id),
             constraint: None,
         }

@@ -50,6 +50,7 @@ impl Invocation {
 fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
     let mut config = EngineConfig::new(args.model);
     config.chat_template = args.chat_template;
+    config.classifier_from_token = args.classifier_from_token;
     config.dtype = match args.dtype {
         DtypeArg::Auto => ComputeDtype::Auto,
         DtypeArg::Bfloat16 => ComputeDtype::Bf16,
