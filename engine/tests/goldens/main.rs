@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod mutations;
+mod quantized;
 mod reference;
 
 use tidemill_engine::model::files::ModelSource;

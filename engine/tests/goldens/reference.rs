@@ -56,6 +56,7 @@ pub struct Model {
     decoder: Decoder<CpuOps>,
     pub vocab: usize,
     pub architecture: &'static str,
+    spec: ModelSpec,
 }
 
 impl Model {
@@ -87,7 +88,12 @@ impl Model {
         let ops = CpuOps::new(CpuConfig { compute, isa: Some(isa), threads: Some(2) })?;
         let mut decoder = Decoder::load(ops, &spec, &checkpoint, limits, |_| ())?;
         decoder.allocate_kv(spec.kv_shape(NUM_BLOCKS, BLOCK_SIZE, dtype))?;
-        Ok(Self { decoder, vocab: spec.vocab_size, architecture: spec.architecture })
+        Ok(Self { decoder, vocab: spec.vocab_size, architecture: spec.architecture, spec })
+    }
+
+    /// Forgets keys and values, and keeps them in this type from now on.
+    pub fn keep_kv_in(&mut self, dtype: DType) {
+        self.decoder.allocate_kv(self.spec.kv_shape(NUM_BLOCKS, BLOCK_SIZE, dtype)).unwrap();
     }
 
     /// Computes `tokens` at positions from `start` on, in blocks that do not lie in order, and gives the logits of all of them.
