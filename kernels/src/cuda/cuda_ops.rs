@@ -5,8 +5,8 @@ use std::{ops::Range, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
-    CudaBatch, CudaConfig, CudaExperts, CudaHostKv, CudaKvCache, CudaPending, CudaRoutes, Device,
-    decoder::{attention, cache, experts, products, rows, step},
+    CudaBatch, CudaConfig, CudaExperts, CudaHostKv, CudaKvCache, CudaLora, CudaPending, CudaRoutes, Device,
+    decoder::{attention, cache, experts, lora, products, rows, step},
     driver::Result,
     memory::DeviceBuffer,
     ops::{AddGated, add, add_gated},
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, LoraPart, LoraShape, Norm,
         Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
@@ -27,6 +27,8 @@ pub struct CudaOps {
     // Dropped in this order: what is queued ends first.
     pub(super) steps: Mutex<Steps>,
     pub(super) uploader: Mutex<Uploader>,
+    /// Between the two products of adapters, where there are any.
+    pub(super) low: Mutex<Option<DeviceBuffer>>,
     pub(super) device: Device,
     pub(super) config: CudaConfig,
 }
@@ -41,6 +43,7 @@ impl CudaOps {
         Ok(Self {
             steps: Mutex::new(Steps::new(&device, &config, config.max_logits_rows())?),
             uploader: Mutex::new(Uploader::new(&device)?),
+            low: Mutex::default(),
             device,
             config,
         })
@@ -63,6 +66,7 @@ impl Ops for CudaOps {
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
     type Experts = CudaExperts;
+    type Lora = CudaLora;
     type Routes = CudaRoutes;
     type KvCache = CudaKvCache;
     type HostKv = CudaHostKv;
@@ -100,6 +104,14 @@ impl Ops for CudaOps {
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<CudaExperts> {
         self.uploader.lock().experts(experts)
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CudaLora> {
+        lora::lora(self, shape)
+    }
+
+    fn set_lora(&self, lora: &mut CudaLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora::set_lora(self, lora, slot, parts)
     }
 
     fn routes(&self, tokens: usize, routing: &Routing) -> Result<CudaRoutes> {
@@ -256,6 +268,33 @@ impl Ops for CudaOps {
         activation: Activation,
     ) -> Result<()> {
         products::linear_gated(self, out, x, weight, (rows, activation))
+    }
+
+    fn has_adapters(&self, batch: &CudaBatch) -> bool {
+        batch.lora.is_some()
+    }
+
+    fn lora_add(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+    ) -> Result<()> {
+        lora::lora_add(self, out, x, lora, batch)
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut DeviceBuffer,
+        scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &CudaWeight,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        lora::lora_gated(self, lora::Gated { out, scratch, x, weight, activation }, lora, batch)
     }
 
     fn add_gated(

@@ -7,6 +7,8 @@ mod activation;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/adapters.rs"]
+mod adapters;
 #[path = "../common/states.rs"]
 mod common_states;
 #[path = "../common/copies.rs"]
@@ -16,6 +18,7 @@ mod decoder;
 mod harness;
 mod latent;
 mod linear;
+mod lora;
 mod moe;
 mod moe_route;
 mod norm;
