@@ -48,7 +48,10 @@ impl<'a> Stack<'a> {
         let parts = parts.iter().map(|part| match part {
             HostMatrix::Dense(tensor) => Ok(tensor),
             HostMatrix::Quantized(matrix) => {
-                let detail = format!("{} is {:?}", matrix.name, matrix.format);
+                let detail = format!(
+                    "{} is {:?}; the CUDA kernels take dense matrices (use --device cpu)",
+                    matrix.name, matrix.format
+                );
                 Err(KernelError::Unsupported { op, detail })
             }
         });
@@ -152,7 +155,9 @@ impl Uploader {
     /// Copies words, fewer than a staging buffer holds.
     pub(super) fn words(&mut self, dst: DevPtr, words: &[u32]) -> Result<()> {
         self.stage(dst, 4 * words.len(), |out| {
-            out.chunks_exact_mut(4).zip(words).for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
+            out.chunks_exact_mut(4)
+                .zip(words)
+                .for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
         })
     }
 
