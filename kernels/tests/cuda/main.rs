@@ -7,13 +7,18 @@ mod activation;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/adapters.rs"]
+mod adapters;
 #[path = "../common/states.rs"]
 mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
+mod decoder;
 mod harness;
+mod latent;
 mod linear;
+mod lora;
 mod moe;
 mod moe_route;
 mod norm;

@@ -175,6 +175,10 @@ impl Simd for Avx2 {
         op!(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())))
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        op!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))))
+    }
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> __m256 {
         // By way of f16, whose subnormals cost nothing: the same bits, but for a bias of 7 instead of 15.
         op!({

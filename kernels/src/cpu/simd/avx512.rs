@@ -220,6 +220,10 @@ impl Simd for Avx512 {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> __m512 {
         op!(widen_f8(_mm_loadu_si128(p.cast())))
     }

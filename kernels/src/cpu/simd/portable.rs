@@ -172,6 +172,11 @@ impl Simd for Portable {
         out
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for LANES bytes.
+        unsafe { p.cast::<[i8; L]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> Self::F {
         // SAFETY: the caller's pointer is valid for LANES bytes.
         let raw = unsafe { p.cast::<[u8; L]>().read_unaligned() };
