@@ -23,6 +23,15 @@ pub enum ComputeDtype {
     F32,
 }
 
+/// What the matrices of linear layers become as they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// F8E4M3 with a scale for each row.
+    Fp8,
+    /// Signed bytes with a scale for each 128 columns of a row, or fewer.
+    Int8,
+}
+
 /// Where to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
@@ -46,6 +55,8 @@ pub struct EngineConfig {
     pub chat_template: Option<PathBuf>,
     /// Arithmetic of the matrix products.
     pub dtype: ComputeDtype,
+    /// Quantises the matrices of linear layers as they are loaded; embeddings, norms, routers and the output layer stay as they are.
+    pub quantization: Option<Quantization>,
     /// Storage of keys and values; `None` follows `dtype`.
     pub kv_cache_dtype: Option<DType>,
     /// Tokens of prompt and completion together; `None` takes the model's own, or what the KV cache holds.
@@ -90,6 +101,7 @@ impl EngineConfig {
             served_model_name: None,
             chat_template: None,
             dtype: ComputeDtype::Auto,
+            quantization: None,
             kv_cache_dtype: None,
             max_model_len: None,
             max_num_seqs: None,

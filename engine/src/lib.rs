@@ -40,7 +40,7 @@ mod sync;
 pub mod text;
 mod unread;
 
-pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
+pub use config::{ComputeDtype, DeviceChoice, EngineConfig, Quantization, SchedulingConfig};
 pub use embedding::PendingEmbedding;
 pub use engine::{Engine, EngineOptions, Progress};
 pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};
