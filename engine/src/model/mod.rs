@@ -11,6 +11,7 @@ pub mod decoder;
 pub mod embedding;
 pub mod files;
 pub mod generation_config;
+pub mod lora;
 pub mod rope;
 pub mod spec;
 

@@ -23,6 +23,7 @@ mod isa;
 mod kv_cache;
 mod kv_write;
 mod linear;
+mod lora;
 mod norm;
 mod pool;
 pub mod probe;
@@ -43,6 +44,7 @@ pub use self::{
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
+    lora::CpuLora,
     routes::CpuRoutes,
     weight::CpuWeight,
 };
@@ -50,8 +52,8 @@ use self::{batch::Feedback, experts::Experts, isa::Host, linear::Linear, norm::F
 use crate::{
     error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
-        Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
+        LoraPart, LoraShape, Norm, Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
     tensor::{ExpertParts, HostMatrix, HostTensor},
@@ -122,6 +124,7 @@ impl Ops for CpuOps {
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type Experts = Vec<CpuWeight>;
+    type Lora = CpuLora;
     type Routes = CpuRoutes;
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
@@ -158,6 +161,14 @@ impl Ops for CpuOps {
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<Vec<CpuWeight>> {
         experts::new(experts)
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CpuLora> {
+        Ok(CpuLora::new(shape))
+    }
+
+    fn set_lora(&self, lora: &mut CpuLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora.set(slot, parts)
     }
 
     fn routes(&self, tokens: usize, routing: &Routing) -> Result<CpuRoutes> {
@@ -333,6 +344,33 @@ impl Ops for CpuOps {
         activation: Activation,
     ) -> Result<()> {
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        let shape = [rows, weight.n / 2];
+        activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
+        Ok(())
+    }
+
+    fn has_adapters(&self, batch: &CpuBatch) -> bool {
+        !batch.meta.adapters.is_empty()
+    }
+
+    fn lora_add(&self, out: &mut CpuBuffer, x: &CpuBuffer, lora: &CpuLora, batch: &CpuBatch) -> Result<()> {
+        lora::add(self.host, &self.pool, out, x, lora, &batch.meta);
+        Ok(())
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut CpuBuffer,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        lora: &CpuLora,
+        batch: &CpuBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        let rows = batch.meta.num_tokens();
+        self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        self.lora_add(scratch, x, lora, batch)?;
         let shape = [rows, weight.n / 2];
         activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
         Ok(())
