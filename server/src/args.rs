@@ -134,7 +134,7 @@ pub enum LogFormat {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// A model folder as it comes from the hub (config.json, tokenizer.json, *.safetensors), or `builtin`.
+    /// A model folder as it comes from the hub (config.json, tokenizer.json, *.safetensors), a GGUF file, or `builtin`.
     #[arg(long, value_name = "DIR|builtin", default_value = "builtin", env = "TIDEMILL_MODEL", value_parser = model_source)]
     pub model: ModelSource,
     /// A Jinja file that replaces the model's own chat template.
