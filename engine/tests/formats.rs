@@ -286,6 +286,16 @@ fn texts_of_a_gguf_tokenizer_have_the_ids_of_transformers() {
             ],
         ),
         ("gguf/llama", "", &[1]),
+        ("gguf/qwen2", "the whether in then", &[257, 263, 104, 101, 257, 114, 32, 259, 258, 110]),
+        (
+            "gguf/qwen2",
+            "bytes: \u{e9}\u{4e16} 1234 it's",
+            &[
+                98, 121, 116, 101, 115, 58, 32, 195, 169, 228, 184, 150, 32, 49, 50, 51, 52, 32, 105, 116,
+                39, 115,
+            ],
+        ),
+        ("gguf/qwen2", "", &[]),
     ];
     for &(name, words, expected) in cases {
         let files = ModelFiles::open(&ModelSource::Dir(fixture(name))).unwrap();
