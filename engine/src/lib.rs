@@ -44,7 +44,7 @@ pub mod text;
 mod unread;
 
 pub use adapters::{AdapterInfo, Adapters, LoraConfig};
-pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
+pub use config::{ComputeDtype, DeviceChoice, EngineConfig, Quantization, SchedulingConfig};
 pub use embedding::{PendingEmbedding, PendingScore};
 pub use engine::{Engine, EngineOptions, Progress};
 pub use error::{ErrorCode, LoadError, RequestError, StopReason, Violation};

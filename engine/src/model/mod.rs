@@ -2,7 +2,7 @@
 
 mod families;
 mod fields;
-mod formats;
+pub(crate) mod formats;
 mod gguf;
 mod parts;
 
