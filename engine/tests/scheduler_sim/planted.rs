@@ -179,3 +179,13 @@ fn states_skipped() {
 fn states_twice() {
     is_found(Bug::StatesTwice, &["I8"]);
 }
+
+#[test]
+fn slot_taken_in_use() {
+    is_found(Bug::SlotTakenInUse, &["I11"]);
+}
+
+#[test]
+fn adapter_not_loaded() {
+    is_found(Bug::AdapterNotLoaded, &["I11"]);
+}

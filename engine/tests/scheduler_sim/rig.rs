@@ -86,6 +86,7 @@ impl Rig {
             tenant: TenantId::default(),
             pooling: None,
             root: self.pool.prefix_root(&["model"], id),
+            adapter: None,
             constraint: None,
         }
     }
