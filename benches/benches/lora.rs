@@ -95,7 +95,10 @@ fn main() -> Result<(), Error> {
     for (kind, median) in kinds.iter().zip(medians) {
         let adapters = kind.unwrap_or(0);
         let ratio = medians[0] / median;
-        println!("{adapters} adapters in {ROWS} rows: {:.2} ms, {ratio:.3} of the throughput without", median * 1e3);
+        println!(
+            "{adapters} adapters in {ROWS} rows: {:.2} ms, {ratio:.3} of the throughput without",
+            median * 1e3
+        );
     }
     Ok(())
 }

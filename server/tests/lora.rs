@@ -103,10 +103,9 @@ async fn grpc_serves_adapters_by_name_and_loads_and_unloads_them() {
     let named: Vec<_> = model.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
     assert_eq!(named, ["a", "b"]);
     assert_eq!(model.adapters[1].path, "demo_b");
-    for (request, code) in [
-        (load("b", "demo_a"), Code::AlreadyExists),
-        (load("c", "demo_a"), Code::FailedPrecondition),
-    ] {
+    for (request, code) in
+        [(load("b", "demo_a"), Code::AlreadyExists), (load("c", "demo_a"), Code::FailedPrecondition)]
+    {
         assert_eq!(harness.control.load_adapter(request).await.unwrap_err().code(), code);
     }
     harness.control.unload_adapter(unload("a")).await.unwrap();
@@ -188,7 +187,10 @@ async fn http_and_a_gateway_serve_list_load_and_unload_adapters_alike() {
         for (path, body) in [
             ("POST /v1/unload_lora_adapter", json!({"lora_name": "b"})),
             ("POST /v1/completions", json!({"model": "b", "prompt": "x"})),
-            ("POST /v1/chat/completions", json!({"model": "b", "messages": [{"role": "user", "content": "x"}]})),
+            (
+                "POST /v1/chat/completions",
+                json!({"model": "b", "messages": [{"role": "user", "content": "x"}]}),
+            ),
             ("POST /tokenize", json!({"model": "b", "prompt": "x"})),
         ] {
             assert_eq!(front.json(path, body).await.0, 404, "{path}");

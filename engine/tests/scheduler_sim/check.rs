@@ -111,7 +111,10 @@ impl Sim {
         let share = prefill.saturating_sub(decoded - decode_rows).max(prefill.min(1));
         let budget = share.max(usize::from(decode_rows == 0));
         assert!(read <= budget, "I7: {read} tokens for prompts, of {budget}");
-        assert!(self.num_adapters(None) <= self.config.max_loras, "I11: more adapters than slots in the batch");
+        assert!(
+            self.num_adapters(None) <= self.config.max_loras,
+            "I11: more adapters than slots in the batch"
+        );
         self.seen.adapters += plan.adapters.len() as u64;
         self.contents.copy(plan);
         for (at, row) in plan.rows.iter().enumerate() {
@@ -149,7 +152,8 @@ impl Sim {
     /// Different adapters in the batch, with that of a sequence which is to come into it.
     fn num_adapters(&self, with: Option<&Live>) -> usize {
         let running = self.live.values().filter(|live| live.place == Where::Running);
-        let adapters: BTreeSet<u64> = running.chain(with).map(|live| live.adapter).filter(|id| *id > 0).collect();
+        let adapters: BTreeSet<u64> =
+            running.chain(with).map(|live| live.adapter).filter(|id| *id > 0).collect();
         adapters.len()
     }
 

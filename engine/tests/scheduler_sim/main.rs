@@ -75,7 +75,9 @@ fn invariants_hold_over_ten_million_events() {
     // The simulation is worth nothing when it does not reach the interesting states.
     let Seen { finished, embedded, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
     let Seen { fed_back, aborts_over_two_steps, failed_steps, shortages, late_rows, .. } = seen;
-    let Seen { cached_tokens, saves, loads, compared, forced, complete, unformed, adapters, overtaken, .. } = seen;
+    let Seen {
+        cached_tokens, saves, loads, compared, forced, complete, unformed, adapters, overtaken, ..
+    } = seen;
     let ends =
         finished > 500_000 && embedded > 50_000 && broken > 20_000 && refused > 20_000 && expired > 10_000;
     let moves = preemptions > 50_000 && resumed > 50_000 && parked > 50_000 && shortages > 100_000;
@@ -84,7 +86,10 @@ fn invariants_hold_over_ten_million_events() {
     let cache = cached_tokens > 2_000_000 && saves > 500_000 && loads > 20_000;
     let formed = forced > 200_000 && complete > 20_000 && unformed > 2_000;
     let adapted = adapters > 100_000 && overtaken > 10_000;
-    assert!(ends && moves && overlap && faults && cache && formed && adapted && compared > 1_000_000, "{seen:?}");
+    assert!(
+        ends && moves && overlap && faults && cache && formed && adapted && compared > 1_000_000,
+        "{seen:?}"
+    );
 }
 
 /// A number from the environment, for longer runs.

@@ -336,7 +336,11 @@ impl Mood {
             // The first tenant floods.
             tenant: if rng.random_bool(0.4) { 0 } else { rng.random_range(0..TENANTS as u8) },
             salt: u8::from(rng.random_bool(0.2)),
-            adapter: if config.max_loras > 0 && rng.random_bool(0.5) { rng.random_range(1..=ADAPTERS) } else { 0 },
+            adapter: if config.max_loras > 0 && rng.random_bool(0.5) {
+                rng.random_range(1..=ADAPTERS)
+            } else {
+                0
+            },
             patience: rng.random_bool(0.1).then(|| rng.random_range(1..=200)),
             fate: match rng.random_range(0..40) {
                 0 => Fate::Poison(limit),
