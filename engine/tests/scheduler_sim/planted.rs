@@ -189,3 +189,13 @@ fn whole_cut() {
 fn whole_shared() {
     is_found(Bug::WholeShared, &["I2", "I11"]);
 }
+
+#[test]
+fn slot_taken_in_use() {
+    is_found(Bug::SlotTakenInUse, &["I12"]);
+}
+
+#[test]
+fn adapter_not_loaded() {
+    is_found(Bug::AdapterNotLoaded, &["I12"]);
+}

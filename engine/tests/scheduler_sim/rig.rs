@@ -91,6 +91,7 @@ impl Rig {
             is_whole: false,
             segments: None,
             root: self.pool.prefix_root(&["model"], id),
+            adapter: None,
             constraint: None,
         }
     }

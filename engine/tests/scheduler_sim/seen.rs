@@ -30,6 +30,10 @@ pub struct Seen {
     pub complete: u64,
     /// Sequences that could not keep their form.
     pub unformed: u64,
+    /// Adapters that came into a slot.
+    pub adapters: u64,
+    /// Sequences without an adapter that overtook one which found no slot.
+    pub overtaken: u64,
     /// Comparisons of two tenants' service while both waited.
     pub compared: u64,
 }
@@ -40,7 +44,7 @@ impl Seen {
             finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
         } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
-        let Self { saves, loads, compared, forced, complete, unformed, whole, .. } = other;
+        let Self { saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, .. } = other;
         self.finished += finished;
         self.embedded += embedded;
         self.whole += whole;
@@ -62,5 +66,7 @@ impl Seen {
         self.forced += forced;
         self.complete += complete;
         self.unformed += unformed;
+        self.adapters += adapters;
+        self.overtaken += overtaken;
     }
 }

@@ -56,6 +56,8 @@ pub struct Live {
     pub tenant: usize,
     /// Sequences of different domains share no block.
     pub domain: u64,
+    /// 0: none.
+    pub adapter: u64,
     /// The sequence that reads the prompt for this one too.
     pub prompt_of: Option<SeqId>,
     pub place: Where,
@@ -125,7 +127,7 @@ impl Sim {
         let device = Device::new(wires.clone(), block_size, blocks, host_blocks);
         Self {
             scheduler: Scheduler::new(
-                SchedulerConfig { limits, policy: config.policy, weights },
+                SchedulerConfig { limits, policy: config.policy, weights, max_loras: config.max_loras },
                 pool.clone(),
             ),
             steps: StepQueue::new(device),
