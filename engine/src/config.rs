@@ -44,6 +44,8 @@ pub struct EngineConfig {
     pub served_model_name: Option<String>,
     /// A chat template that replaces the model's own.
     pub chat_template: Option<PathBuf>,
+    /// Token ids in, token ids out: no tokenizer is loaded, and what is about text is refused.
+    pub skip_tokenizer_init: bool,
     /// Arithmetic of the matrix products.
     pub dtype: ComputeDtype,
     /// Storage of keys and values; `None` follows `dtype`.
@@ -89,6 +91,7 @@ impl EngineConfig {
             source,
             served_model_name: None,
             chat_template: None,
+            skip_tokenizer_init: false,
             dtype: ComputeDtype::Auto,
             kv_cache_dtype: None,
             max_model_len: None,

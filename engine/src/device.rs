@@ -27,8 +27,8 @@ use crate::{
 };
 
 /// Default bound of the CPU's KV cache in bytes.
-const CPU_KV_BYTES: usize = 2 << 30;
-const CPU_DEFAULTS: Defaults = Defaults { max_num_seqs: 64, max_num_batched_tokens: 512 };
+pub(crate) const CPU_KV_BYTES: usize = 2 << 30;
+pub(crate) const CPU_DEFAULTS: Defaults = Defaults { max_num_seqs: 64, max_num_batched_tokens: 512 };
 const CUDA_DEFAULTS: Defaults = Defaults { max_num_seqs: 256, max_num_batched_tokens: 2048 };
 
 /// The GPU to use; `None` is the CPU.
@@ -205,11 +205,15 @@ impl Model<'_> {
         Decoder::load(ops, self.spec, self.checkpoint, limits, progress)
     }
 
-    /// The element type of the checkpoint's embedding, and so of all its matrices.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
-        let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        Ok(self.checkpoint.tensor(&self.spec.tensor_name("embed_tokens.weight"), &shape)?.dtype)
+        stored_dtype(self.spec, self.checkpoint)
     }
+}
+
+/// The element type of the checkpoint's embedding, and so of all its matrices.
+pub(crate) fn stored_dtype(spec: &ModelSpec, checkpoint: &Checkpoint) -> Result<DType, LoadError> {
+    let shape = [spec.vocab_size, spec.hidden_size];
+    Ok(checkpoint.tensor(&spec.tensor_name("embed_tokens.weight"), &shape)?.dtype)
 }
 
 fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {

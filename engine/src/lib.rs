@@ -16,6 +16,7 @@ mod generation;
 mod handle;
 pub mod ids;
 mod info;
+pub mod inspect;
 pub mod kv;
 mod ledger;
 mod life;

@@ -239,6 +239,7 @@ impl Validator {
                     .into()
             },
         );
+        self.check_text(&request)?;
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -263,7 +264,7 @@ impl Validator {
             pooling: None,
             stop: request.sampling.stop,
             n,
-            text_output: !request.token_ids_only,
+            text_output: !request.token_ids_only && self.text.tokenizer_kind().is_some(),
             include_special_tokens: request.include_special_tokens,
             deadline: request.deadline,
             priority: request.priority,
@@ -274,6 +275,20 @@ impl Validator {
             opens_thinking: form.opens_thinking,
             constraints: each(form, n),
         })
+    }
+
+    /// What is about text, where the server was told to do without a tokenizer.
+    fn check_text(&self, request: &GenerateRequest) -> Result<(), RequestError> {
+        for (asked, what) in [
+            (!request.sampling.stop.is_empty(), "a stop string"),
+            (request.structured.is_some(), "an answer of a given form"),
+            (request.thinking.is_some(), "to tell thoughts from the answer"),
+        ] {
+            if asked {
+                self.text.require(what)?;
+            }
+        }
+        Ok(())
     }
 
     fn check_id(&self, id: Option<&RequestId>, found: &mut Findings) {

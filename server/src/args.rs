@@ -220,6 +220,12 @@ pub struct LimitArgs {
     /// The name clients use for the model. Default: the folder's name.
     #[arg(long, value_name = "NAME", env = "TIDEMILL_SERVED_MODEL_NAME", value_parser = NonEmptyStringValueParser::new())]
     pub served_model_name: Option<String>,
+    /// Load no tokenizer: prompts are token ids, answers are token ids, and whatever needs text (conversations, stop strings, forms of answers) is
+    /// refused.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
+          env = "TIDEMILL_SKIP_TOKENIZER_INIT")]
+    pub skip_tokenizer_init: bool,
     /// Sequences in the batch at once. Default: 64, on a GPU 256.
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
     pub max_num_seqs: Option<NonZeroUsize>,

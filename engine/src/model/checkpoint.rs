@@ -4,7 +4,11 @@
 //! lie in the file without holes or overlap, that shapes and dtypes fit them, all with checked arithmetic. What concerns
 //! several files is checked here.
 
-use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -13,8 +17,9 @@ use tidemill_kernels::tensor::{DType, HostMatrix, HostTensor};
 
 use crate::{
     error::LoadError,
+    inspect::WeightKind,
     model::{
-        files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX},
+        files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX, map_file},
         spec::{ModelSpec, TensorSpec},
     },
 };
@@ -104,6 +109,16 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Maps one weight file by itself.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_file(path: &Path) -> Result<Self, LoadError> {
+        let mut checkpoint = Self::empty(path.to_path_buf());
+        checkpoint.add_bytes(path.to_path_buf(), map_file(path)?)?;
+        Ok(checkpoint)
+    }
+
     fn empty(path: PathBuf) -> Self {
         Self { path, shards: Vec::new(), tensors: BTreeMap::new() }
     }
@@ -130,9 +145,11 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, files: &ModelFiles, name: &str) -> Result<(), LoadError> {
-        let path = files.path(name);
+        self.add_bytes(files.path(name), files.map(name)?)
+    }
+
+    fn add_bytes(&mut self, path: PathBuf, bytes: Bytes) -> Result<(), LoadError> {
         let format = |detail: String| LoadError::Format { path: path.clone(), detail };
-        let bytes = files.map(name)?;
         if bytes.starts_with(LFS_POINTER) {
             return Err(format(
                 "this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`".to_owned(),
@@ -196,6 +213,33 @@ impl Checkpoint {
             }
         };
         Ok((entry, dtype))
+    }
+
+    /// The bytes of what the specification asks for, in its order: of each tensor, or of what a quantised one is made of.
+    pub fn needed(&self, spec: &ModelSpec) -> Vec<Bytes> {
+        let mut slices = Vec::new();
+        for TensorSpec { name, .. } in spec.tensors() {
+            let parts = format!("{}.", name.strip_suffix(".weight").unwrap_or(&name));
+            let related = self.tensors.range(parts.clone()..).take_while(|(other, _)| other.starts_with(&parts));
+            let plain = self.tensors.get_key_value(&name).filter(|(name, _)| !name.starts_with(&parts));
+            let entries = related.chain(plain).map(|(_, entry)| entry);
+            slices.extend(entries.map(|entry| self.shards[entry.shard].bytes.slice(entry.range.clone())));
+        }
+        slices
+    }
+
+    /// All tensors by the type of their elements.
+    pub fn kinds(&self) -> Vec<WeightKind> {
+        let mut kinds: BTreeMap<String, WeightKind> = BTreeMap::new();
+        for entry in self.tensors.values() {
+            let dtype = format!("{:?}", entry.dtype);
+            let empty = WeightKind { dtype: dtype.clone(), tensors: 0, parameters: 0, bytes: 0 };
+            let kind = kinds.entry(dtype).or_insert(empty);
+            kind.tensors += 1;
+            kind.parameters += entry.shape.iter().product::<usize>() as u64;
+            kind.bytes += entry.range.len() as u64;
+        }
+        kinds.into_values().collect()
     }
 
     /// Whether there is such a tensor.

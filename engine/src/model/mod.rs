@@ -1,12 +1,13 @@
 //! A model: its files, its specification, its weights, and the decoder that computes it.
 
-mod fields;
+pub(crate) mod fields;
 
 pub mod checkpoint;
 pub mod decoder;
 pub mod embedding;
 pub mod files;
 pub mod generation_config;
+pub mod prefetch;
 pub mod rope;
 pub mod spec;
 

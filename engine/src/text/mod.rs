@@ -5,6 +5,7 @@
 mod bound;
 mod guard;
 mod pyjson;
+mod sources;
 mod vocab;
 
 pub mod chat;
@@ -15,5 +16,6 @@ pub mod tokenizer;
 
 pub use chat::{ChatMessage, ChatPrompt};
 pub use detokenize::Detokenizer;
+pub use sources::TokenizerKind;
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::TextModel;

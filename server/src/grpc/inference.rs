@@ -103,7 +103,7 @@ impl Inference for InferenceService {
         let call = Call::start("GetModel", RequestId::random());
         let model = self.door.engine().map(|engine| {
             let formats = self.parsers.resolve(engine.text().chat_template_source());
-            convert::model_response(engine.info(), engine.text().special_tokens(), formats)
+            convert::model_response(engine.info(), engine.text(), formats)
         });
         call.end(model)
     }
