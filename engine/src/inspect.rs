@@ -16,7 +16,7 @@ use crate::{
         embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
-        spec::ModelSpec,
+        spec::{LayerSpec, MlpSpec, ModelSpec},
     },
     sizes::Asked,
     text::TextModel,
@@ -154,7 +154,10 @@ pub fn inspect(config: &EngineConfig) -> Inspection {
     if let Some(checkpoint) = &checkpoint {
         found.checkpoint(checkpoint);
     }
-    let Some(spec) = spec else { return found };
+    let Some(mut spec) = spec else { return found };
+    if let Some(checkpoint) = &checkpoint {
+        spec.follow_names(|name| checkpoint.contains(name));
+    }
     found.spec(&files, &spec, config);
     if let Some(checkpoint) = &checkpoint
         && found.note(checkpoint.verify(&spec)).is_some()
@@ -184,7 +187,10 @@ impl Inspection {
     }
 
     fn spec(&mut self, files: &ModelFiles, spec: &ModelSpec, config: &EngineConfig) {
-        self.architecture = Some(spec.architecture_name().to_owned());
+        self.architecture = Some(spec.architecture.to_owned());
+        let all = parameters(spec);
+        self.parameters = Some(all);
+        self.active_parameters = Some(all.saturating_sub(idle_parameters(spec)));
         self.max_model_len = Some(config.max_model_len.unwrap_or(spec.max_position_embeddings));
         self.vocab_size = Some(spec.vocab_size);
         if let Some(defaults) = self.note(GenerationDefaults::load(files, spec)) {
@@ -217,7 +223,6 @@ impl Inspection {
     fn fit(&mut self, config: &EngineConfig, spec: &ModelSpec, checkpoint: &Checkpoint) {
         let needed: u64 = checkpoint.needed(spec).iter().map(|slice| slice.len() as u64).sum();
         self.weight_bytes = Some(needed);
-        self.active_parameters = self.parameters;
         let Some(asked) = self.note(Asked::check(config, spec, CPU_DEFAULTS)) else { return };
         let per_token = |dtype| asked.kv_shape(spec, dtype, 1).block_bytes() as u64 / asked.block_size as u64;
         for dtype in [DType::F32, DType::Bf16] {
@@ -254,6 +259,24 @@ impl Inspection {
             self.devices.push(fit);
         }
     }
+}
+
+/// Elements of what the specification asks for, as if nothing were quantised.
+fn parameters(spec: &ModelSpec) -> u64 {
+    let count = |shape: &[usize]| shape.iter().fold(1_u64, |product, &extent| product.saturating_mul(extent as u64));
+    spec.tensors().iter().fold(0, |sum: u64, tensor| sum.saturating_add(count(&tensor.shape)))
+}
+
+/// Elements of the experts that a token does not go to: each has three projections, and maybe their biases.
+fn idle_parameters(spec: &ModelSpec) -> u64 {
+    let idle = |layer: &LayerSpec| {
+        let MlpSpec::Moe(moe) = &layer.mlp else { return 0 };
+        let (hidden, width) = (spec.hidden_size as u64, moe.width as u64);
+        let biases = if moe.bias { hidden + 2 * width } else { 0 };
+        let expert = hidden.saturating_mul(width).saturating_mul(3).saturating_add(biases);
+        expert.saturating_mul(moe.routing.experts.saturating_sub(moe.routing.top_k) as u64)
+    };
+    spec.layers.iter().map(idle).fold(0, u64::saturating_add)
 }
 
 /// Memory that the system can give without taking any from others, by its own estimate; `None` where it has none.

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
     cpu::{Compute, CpuBatch, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
-    ops::{BatchMeta, Epilogue, HeadShape, KvShape},
+    ops::{Activation, BatchMeta, Epilogue, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
     sampling::{RowTask, SampleSpec},
+    tensor::HostMatrix,
 };
 
 const LAYERS: usize = 12;
@@ -138,13 +139,11 @@ fn random(elems: usize, seed: &mut u64) -> Bytes {
 }
 
 fn weight(ops: &CpuOps, rows: &[usize], k: usize, seed: &mut u64) -> CpuWeight {
-    let parts: Vec<HostTensor> = rows
+    let parts: Vec<HostMatrix> = rows
         .iter()
-        .map(|&n| HostTensor {
-            name: String::new(),
-            dtype: DType::Bf16,
-            shape: vec![n, k],
-            data: random(n * k, seed),
+        .map(|&n| {
+            let (name, dtype, shape) = (String::new(), DType::Bf16, vec![n, k]);
+            HostTensor { name, dtype, shape, data: random(n * k, seed) }.into()
         })
         .collect();
     ops.weight(&parts, &[]).unwrap()
@@ -241,7 +240,16 @@ fn batch(rows: usize, before: usize, new: usize) -> BatchMeta {
 
 fn cache(num_blocks: usize, dtype: DType) -> KvShape {
     let (num_kv_heads, head_dim) = (HEADS.num_kv_heads, HEADS.head_dim);
-    KvShape { num_layers: LAYERS, num_blocks, block_size: BLOCK, num_kv_heads, head_dim, dtype }
+    let value_dim = head_dim;
+    KvShape { num_layers: LAYERS, num_blocks, block_size: BLOCK, num_kv_heads, head_dim, value_dim, dtype }
+}
+
+fn causal() -> Scoring<'static, Vec<f32>> {
+    Scoring { scale: 0.125, window: None, soft_cap: None, slopes: None, sinks: None, causal: true }
+}
+
+fn transform(table: &Vec<f32>) -> QkTransform<'_, Vec<f32>> {
+    QkTransform { norm: None, rotary: Some(Rotary { table, dim: HEADS.head_dim, interleaved: false }) }
 }
 
 fn attention(ops: &CpuOps) {
@@ -261,7 +269,7 @@ fn attention(ops: &CpuOps) {
             let mut layer = 0;
             let t = ops.enter(|| {
                 time(0.25, || {
-                    ops.paged_attention(&mut out, &qkv, &kv, &batch, HEADS, 0.125, layer).unwrap();
+                    ops.paged_attention(&mut out, &qkv, &kv, &batch, HEADS, causal(), layer).unwrap();
                     layer = (layer + 1) % LAYERS;
                 })
             });
@@ -384,31 +392,30 @@ fn forward(
     let [h, normed, qkv, attn, gate_up, act, last, logits] = x;
     let t = batch.meta().num_tokens();
     let check = |r: tidemill_kernels::ops::Result<()>| r.unwrap();
-    check(ops.embedding(h, &m.head, batch));
+    let norm = Norm::Rms { weight: &m.norm, eps: 1e-5 };
+    check(ops.embedding(h, &m.head, batch, Lookup::Tokens { scale: 1.0 }));
     clock.lap("embedding");
     for (i, layer) in m.layers.iter().enumerate() {
-        check(ops.rmsnorm(normed, h, &m.norm, 1e-5, t));
+        check(ops.norm(normed, h, norm, t));
         clock.lap("rmsnorm");
         check(ops.linear(qkv, normed, &layer.qkv, t, Epilogue::Store));
         clock.lap("qkv");
-        check(ops.rope_kv_write(qkv, kv, &m.rope, batch, HEADS, i));
+        check(ops.rope_kv_write(qkv, kv, transform(&m.rope), batch, HEADS, i));
         clock.lap("rope");
-        check(ops.paged_attention(attn, qkv, kv, batch, HEADS, 0.125, i));
+        check(ops.paged_attention(attn, qkv, kv, batch, HEADS, causal(), i));
         clock.lap("attention");
         check(ops.linear(h, attn, &layer.o, t, Epilogue::Add));
         clock.lap("o");
-        check(ops.rmsnorm(normed, h, &m.norm, 1e-5, t));
+        check(ops.norm(normed, h, norm, t));
         clock.lap("rmsnorm");
-        check(ops.linear(gate_up, normed, &layer.gate_up, t, Epilogue::Store));
+        check(ops.linear_gated(act, gate_up, normed, &layer.gate_up, t, Activation::Silu));
         clock.lap("gate_up");
-        ops.silu_mul(act, gate_up, INTER, t);
-        clock.lap("silu");
         check(ops.linear(h, act, &layer.down, t, Epilogue::Add));
         clock.lap("down");
     }
     let rows = batch.meta().logits_indices.len();
     check(ops.gather_rows(last, h, batch, 0..rows, HIDDEN));
-    check(ops.rmsnorm(normed, last, &m.norm, 1e-5, rows));
+    check(ops.norm(normed, last, norm, rows));
     check(ops.linear(logits, normed, &m.head, rows, Epilogue::Store));
     clock.lap("head");
     check(ops.sample(logits, VOCAB, batch, 0..rows));

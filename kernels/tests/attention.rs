@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Rng, assert_close, assert_same, buffer, devices, poisoned};
+use common::{Rng, assert_close, assert_same, buffer, causal, devices, poisoned, rotation};
 use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuKvCache, CpuOps},
@@ -40,6 +40,7 @@ fn setup(heads: HeadShape, block_size: usize, dtype: DType, lens: &[usize]) -> S
         block_size,
         num_kv_heads: heads.num_kv_heads,
         head_dim: heads.head_dim,
+        value_dim: heads.head_dim,
         dtype,
     };
     let mut free: Vec<u32> = (0..num_blocks as u32).collect();
@@ -107,8 +108,8 @@ fn run(ops: &CpuOps, s: &Setup, steps: &[Vec<(usize, usize, usize)>]) -> Vec<Vec
         let rope = ops.vector(&s.rope).unwrap();
         let mut out = poisoned(ops, meta.num_tokens() * width);
         let batch = ops.upload(meta, Arc::default()).unwrap();
-        ops.rope_kv_write(&mut qkv, &mut kv, &rope, &batch, s.heads, 1).unwrap();
-        ops.paged_attention(&mut out, &qkv, &kv, &batch, s.heads, SCALE, 1).unwrap();
+        ops.rope_kv_write(&mut qkv, &mut kv, rotation(&rope, s.heads.head_dim), &batch, s.heads, 1).unwrap();
+        ops.paged_attention(&mut out, &qkv, &kv, &batch, s.heads, causal(SCALE), 1).unwrap();
         let mut at = 0;
         for &(i, from, to) in parts {
             all[i].extend(&out.as_slice()[at * width..(at + to - from) * width]);
@@ -239,7 +240,7 @@ fn other_layers_stay_untouched() {
         let mut kv = cache(&ops, &s);
         let (meta, qkv) = step(&s, &[(0, 0, 9)]);
         let (rope, batch) = (ops.vector(&s.rope).unwrap(), ops.upload(meta, Arc::default()).unwrap());
-        ops.rope_kv_write(&mut buffer(&ops, &qkv), &mut kv, &rope, &batch, s.heads, 1).unwrap();
+        ops.rope_kv_write(&mut buffer(&ops, &qkv), &mut kv, rotation(&rope, 8), &batch, s.heads, 1).unwrap();
         for storage in kv.storage_mut() {
             let half = storage.len() / 2;
             assert!(storage[..half].iter().all(|&b| b == 0xff));

@@ -10,6 +10,7 @@ use tidemill_kernels::{
     DType, KernelError, Ops,
     cpu::{Compute, CpuOps, CpuWeight},
     ops::Epilogue,
+    tensor::HostMatrix,
 };
 
 const DTYPES: [DType; 3] = [DType::Bf16, DType::F16, DType::F32];
@@ -38,7 +39,7 @@ fn matrix(
     for &rows in parts {
         let t = tensor(dtype, &[rows, k], &rng.units(rows * k), skew);
         values.extend(t.to_f32());
-        tensors.push(t);
+        tensors.push(HostMatrix::from(t));
         let b = tensor(dtype, &[rows], &rng.units(rows), skew);
         bias.extend(if with_bias { b.to_f32() } else { vec![0.0; rows] });
         biases.push(b);
@@ -189,13 +190,14 @@ fn writes_nothing_beyond_its_rows() {
 #[test]
 fn refuses_parts_that_do_not_fit() {
     let ops = &devices(Compute::Bf16, 1)[0];
-    let t = |shape: &[usize], dtype| tensor(dtype, shape, &vec![0.0; shape.iter().product()], 0);
+    let b = |shape: &[usize], dtype| tensor(dtype, shape, &vec![0.0; shape.iter().product()], 0);
+    let t = |shape: &[usize], dtype| HostMatrix::from(b(shape, dtype));
     let shape = |r: Result<CpuWeight, KernelError>| assert!(matches!(r, Err(KernelError::Shape { .. })));
     shape(ops.weight(&[], &[]));
     shape(ops.weight(&[t(&[4], DType::F32)], &[]));
     shape(ops.weight(&[t(&[4, 2], DType::F32), t(&[4, 3], DType::F32)], &[]));
-    shape(ops.weight(&[t(&[4, 2], DType::F32)], &[t(&[3], DType::F32)]));
-    shape(ops.weight(&[t(&[4, 2], DType::F32)], &[t(&[4], DType::F32), t(&[4], DType::F32)]));
+    shape(ops.weight(&[t(&[4, 2], DType::F32)], &[b(&[3], DType::F32)]));
+    shape(ops.weight(&[t(&[4, 2], DType::F32)], &[b(&[4], DType::F32), b(&[4], DType::F32)]));
     let mixed = ops.weight(&[t(&[4, 2], DType::F32), t(&[4, 2], DType::Bf16)], &[]);
     assert!(matches!(mixed, Err(KernelError::Unsupported { .. })));
 }

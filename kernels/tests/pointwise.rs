@@ -1,4 +1,4 @@
-//! `embedding`, `rmsnorm`, `silu_mul`, `gather_rows`.
+//! `embedding`, norms, additions, `gather_rows`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -7,7 +7,11 @@ mod common;
 use std::sync::Arc;
 
 use common::{Rng, assert_close, assert_same, buffer, devices, poisoned, tensor};
-use tidemill_kernels::{DType, Ops, cpu::Compute, ops::BatchMeta};
+use tidemill_kernels::{
+    DType, Ops,
+    cpu::Compute,
+    ops::{BatchMeta, Lookup, Norm},
+};
 
 const WIDTHS: [usize; 7] = [1, 2, 15, 64, 100, 768, 1031];
 
@@ -21,7 +25,13 @@ fn rmsnorm_agrees_with_f64_and_rows_stand_alone() {
                 let weight = ops.vector(&w).unwrap();
                 let norm = |x: &[f32]| {
                     let mut out = poisoned(&ops, x.len());
-                    ops.rmsnorm(&mut out, &buffer(&ops, x), &weight, 1e-5, x.len() / h).unwrap();
+                    ops.norm(
+                        &mut out,
+                        &buffer(&ops, x),
+                        Norm::Rms { weight: &weight, eps: 1e-5 },
+                        x.len() / h,
+                    )
+                    .unwrap();
                     ops.download(&out, x.len()).unwrap()
                 };
                 let all = norm(&x);
@@ -41,50 +51,6 @@ fn rmsnorm_agrees_with_f64_and_rows_stand_alone() {
 }
 
 #[test]
-fn silu_mul_agrees_with_f64_and_rows_stand_alone() {
-    for threads in [1, 2] {
-        for ops in devices(Compute::F32, threads) {
-            for i in WIDTHS {
-                let x: Vec<f32> = Rng::new(i as u64).units(65 * 2 * i).iter().map(|v| v * 30.0).collect();
-                let run = |x: &[f32]| {
-                    let rows = x.len() / (2 * i);
-                    let mut out = poisoned(&ops, rows * i);
-                    ops.silu_mul(&mut out, &buffer(&ops, x), i, rows);
-                    ops.download(&out, rows * i).unwrap()
-                };
-                let all = run(&x);
-                for (r, x) in x.chunks(2 * i).enumerate() {
-                    let (gate, up) = x.split_at(i);
-                    let want: Vec<f64> = gate
-                        .iter()
-                        .zip(up)
-                        .map(|(&g, &u)| f64::from(g) / (1.0 + (-f64::from(g)).exp()) * f64::from(u))
-                        .collect();
-                    assert_close(&all[r * i..(r + 1) * i], &want, 3e-4, ops.isa().name());
-                    assert_same(&run(x), &all[r * i..(r + 1) * i], ops.isa().name());
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn silu_mul_keeps_its_head_at_the_ends_of_the_range() {
-    for ops in devices(Compute::F32, 1) {
-        let gate = [-1e4, -100.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 100.0, 1e4, f32::NAN];
-        let x: Vec<f32> = gate.into_iter().chain([1.0; 10]).collect();
-        let mut out = poisoned(&ops, 10);
-        ops.silu_mul(&mut out, &buffer(&ops, &x), 10, 1);
-        let out = out.as_slice();
-        assert!(out[9].is_nan());
-        for (g, y) in gate.iter().zip(out).take(9) {
-            let want = f64::from(*g) / (1.0 + (-f64::from(*g)).exp());
-            assert!((f64::from(*y) - want).abs() <= 1e-6 * want.abs() + 1e-35, "{g}: {y} {want}");
-        }
-    }
-}
-
-#[test]
 fn embedding_and_gather_copy_rows() {
     for ops in devices(Compute::Bf16, 2) {
         for dtype in [DType::Bf16, DType::F16, DType::F32] {
@@ -93,7 +59,7 @@ fn embedding_and_gather_copy_rows() {
                 tensor(dtype, &[4, 9], &Rng::new(2).units(36), 3),
             );
             let rows: Vec<f32> = [a.to_f32(), b.to_f32()].concat();
-            let table = ops.weight(&[a, b], &[]).unwrap();
+            let table = ops.weight(&[a.into(), b.into()], &[]).unwrap();
             let meta = BatchMeta {
                 token_ids: vec![8, 0, 4, 5, 8],
                 logits_indices: vec![4, 1],
@@ -101,7 +67,7 @@ fn embedding_and_gather_copy_rows() {
             };
             let batch = ops.upload(Arc::new(meta.clone()), Arc::default()).unwrap();
             let mut out = poisoned(&ops, 45);
-            ops.embedding(&mut out, &table, &batch).unwrap();
+            ops.embedding(&mut out, &table, &batch, Lookup::Tokens { scale: 1.0 }).unwrap();
             for (t, &id) in meta.token_ids.iter().enumerate() {
                 assert_same(&out.as_slice()[t * 9..(t + 1) * 9], &rows[id as usize * 9..][..9], "embedding");
             }

@@ -7,7 +7,7 @@ use std::{f32::consts::PI, time::Duration};
 
 use tidemill_kernels::{
     DType, KernelError, Ops,
-    ops::{Epilogue, Extent, HeadShape, KvShape},
+    ops::{Activation, Epilogue, Extent, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
     sampling::SampleSpec,
 };
 
@@ -31,6 +31,8 @@ const MAX_SETS: usize = 64;
 const MIN_CALLS: usize = 32;
 /// Smaller cases are repeated.
 const SMALL_BYTES: f64 = 16e6;
+/// The plain look-up.
+const TOKENS: Lookup = Lookup::Tokens { scale: 1.0 };
 const BF16: f64 = 2.0;
 const F32: f64 = 4.0;
 
@@ -173,7 +175,7 @@ impl<M: Machine> Bench<'_, M> {
 
     /// A random weight.
     fn weight(&self, rows: usize, columns: usize) -> Result<Weight<M>, KernelError> {
-        self.ops.weight(&[self.random.matrix(rows, columns)], &[])
+        self.ops.weight(&[self.random.matrix(rows, columns).into()], &[])
     }
 
     /// Random activations: rows of a random embedding table.
@@ -182,7 +184,7 @@ impl<M: Machine> Bench<'_, M> {
         let batch = self.ops.upload(meta.into(), tasks(1, &SampleSpec::greedy()))?;
         let mut out = self.ops.buffer(self.ops.extent(&batch).tokens.max(rows) * width)?;
         let table = self.weight(TABLE_ROWS, width)?;
-        self.ops.embedding(&mut out, &table, &batch)?;
+        self.ops.embedding(&mut out, &table, &batch, TOKENS)?;
         // The table must live until it has been read.
         self.ops.download(&out, 1)?;
         Ok(out)
@@ -209,7 +211,9 @@ impl<M: Machine> Bench<'_, M> {
             for _ in 0..plan.passes {
                 for (x, w) in x.iter().zip(&w) {
                     match kind {
-                        Kind::Gated => self.ops.linear_silu_mul(&mut out, &mut scratch, x, w, rows)?,
+                        Kind::Gated => {
+                            self.ops.linear_gated(&mut out, &mut scratch, x, w, rows, Activation::Silu)?;
+                        }
                         _ => self.ops.linear(&mut out, x, w, rows, Epilogue::Store)?,
                     }
                 }
@@ -270,6 +274,7 @@ impl<M: Machine> Bench<'_, M> {
             block_size: BLOCK_SIZE,
             num_kv_heads,
             head_dim,
+            value_dim: head_dim,
             dtype: DType::Bf16,
         })
     }
@@ -296,7 +301,7 @@ impl<M: Machine> Bench<'_, M> {
         for chunk in chunks(step, at_once) {
             let batch = self.batch(chunk, layout, &SampleSpec::greedy())?;
             for layer in 0..plan.sets {
-                self.ops.rope_kv_write(&mut qkv, &mut kv, &rope, &batch, heads, layer)?;
+                self.ops.rope_kv_write(&mut qkv, &mut kv, transform(&rope, heads), &batch, heads, layer)?;
             }
             self.ops.download(&qkv, 1)?;
         }
@@ -305,10 +310,12 @@ impl<M: Machine> Bench<'_, M> {
         let mut out = self.ops.buffer(tokens * heads.num_heads * heads.head_dim)?;
         let batch = self.batch(step, layout, &SampleSpec::greedy())?;
         let scale = (heads.head_dim as f32).powf(-0.5);
+        let scoring =
+            Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true };
         let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
                 for layer in 0..plan.sets {
-                    self.ops.paged_attention(&mut out, &qkv, &kv, &batch, heads, scale, layer)?;
+                    self.ops.paged_attention(&mut out, &qkv, &kv, &batch, heads, scoring, layer)?;
                 }
             }
             Ok(())
@@ -334,13 +341,11 @@ impl<M: Machine> Bench<'_, M> {
     fn rmsnorm_case(&self, rows: usize, plan: Plan) -> Result<f64, KernelError> {
         let h = self.options.shapes.hidden;
         let weight = self.ops.vector(&vec![1.0; h])?;
+        let norm = Norm::Rms { weight: &weight, eps: 1e-5 };
         let x: Vec<_> = (0..plan.sets).map(|_| self.activations(rows, h)).collect::<Result<_, _>>()?;
         let mut out = self.ops.buffer(rows * h)?;
-        let mut work = || {
-            (0..plan.passes)
-                .flat_map(|_| &x)
-                .try_for_each(|x| self.ops.rmsnorm(&mut out, x, &weight, 1e-5, rows))
-        };
+        let mut work =
+            || (0..plan.passes).flat_map(|_| &x).try_for_each(|x| self.ops.norm(&mut out, x, norm, rows));
         self.seconds(plan, &mut work)
     }
 
@@ -356,7 +361,7 @@ impl<M: Machine> Bench<'_, M> {
         let mut work = || {
             (0..plan.passes)
                 .flat_map(|_| &tables)
-                .try_for_each(|table| self.ops.embedding(&mut out, table, &batch))
+                .try_for_each(|table| self.ops.embedding(&mut out, table, &batch, TOKENS))
         };
         self.seconds(plan, &mut work)
     }
@@ -373,7 +378,7 @@ impl<M: Machine> Bench<'_, M> {
         let mut work = || -> Result<(), KernelError> {
             for _ in 0..plan.passes {
                 for (layer, qkv) in qkv.iter_mut().enumerate() {
-                    self.ops.rope_kv_write(qkv, &mut kv, &rope, &batch, heads, layer)?;
+                    self.ops.rope_kv_write(qkv, &mut kv, transform(&rope, heads), &batch, heads, layer)?;
                 }
             }
             Ok(())
@@ -425,6 +430,11 @@ impl<M: Machine> Bench<'_, M> {
         let seconds = self.machine.clock().seconds(&mut work, self.options.budget)?;
         Ok(seconds / plan.sets as f64)
     }
+}
+
+/// Rotation of whole heads.
+fn transform<V>(table: &V, heads: HeadShape) -> QkTransform<'_, V> {
+    QkTransform { norm: None, rotary: Some(Rotary { table, dim: heads.head_dim, interleaved: false }) }
 }
 
 /// How a case goes over its inputs.

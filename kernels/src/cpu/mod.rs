@@ -2,7 +2,7 @@
 //!
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
 //! - `buffer`, `weight`, `kv_cache`: memory.
-//! - One file per op: `embedding`, `rmsnorm`, `linear`, `rope`, `attention`, `silu_mul`, `gather`, `sample`.
+//! - One file per op: `embedding`, `rmsnorm`, `linear`, `activation`, `rope`, `attention`, `gather`, `sample`.
 //! - [`probe`]: what the machine could do at best.
 //!
 //! For one [`Isa`] and one [`Compute`], results do not depend on the number of threads or on what shares a batch.
@@ -10,6 +10,7 @@
 // In the inner loops an index names a lane or a register, in several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+mod activation;
 mod attention;
 mod batch;
 mod buffer;
@@ -23,7 +24,6 @@ pub mod probe;
 mod rmsnorm;
 mod rope;
 mod sample;
-mod silu_mul;
 mod simd;
 mod weight;
 
@@ -95,11 +95,6 @@ impl CpuOps {
     /// Runs `f` on one of the device's threads, where its ops start fastest. Every op also works outside.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.pool.enter(f)
-    }
-
-    /// `out[r, i] = silu(gate_up[r, i]) * gate_up[r, I + i]`; `gate_up` is `[rows, 2 I]`, `out` `[rows, I]`.
-    pub fn silu_mul(&self, out: &mut CpuBuffer, gate_up: &CpuBuffer, intermediate: usize, rows: usize) {
-        silu_mul::run(self.host, &self.pool, out, gate_up, intermediate, rows);
     }
 }
 
@@ -233,7 +228,10 @@ impl Ops for CpuOps {
         rows: usize,
         epilogue: Epilogue,
     ) -> Result<()> {
-        self.linear.run(&self.pool, linear::Call { out, x, weight, rows, epilogue })
+        self.linear.run(
+            &self.pool,
+            linear::Call { out: out.as_mut_slice(), x: x.as_slice(), weight, rows, epilogue },
+        )
     }
 
     fn rope_kv_write(
@@ -318,11 +316,9 @@ impl Ops for CpuOps {
         rows: usize,
         activation: Activation,
     ) -> Result<()> {
-        if activation != Activation::Silu {
-            return later("linear_gated");
-        }
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
-        self.silu_mul(out, scratch, weight.n / 2, rows);
+        let shape = [rows, weight.n / 2];
+        activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
         Ok(())
     }
 

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tidemill_kernels::{
     DType, Ops,
-    ops::{BatchMeta, BlockCopy, HeadShape, KvShape},
+    ops::{BatchMeta, BlockCopy, HeadShape, KvShape, Lookup},
 };
 
-use crate::common::{Rng, tensor};
+use crate::common::{Rng, causal, rotation, tensor};
 
 pub const HEADS: HeadShape = HeadShape { num_heads: 2, num_kv_heads: 2, head_dim: 64 };
 pub const SHAPE: KvShape = KvShape {
@@ -16,6 +16,7 @@ pub const SHAPE: KvShape = KvShape {
     block_size: 16,
     num_kv_heads: HEADS.num_kv_heads,
     head_dim: HEADS.head_dim,
+    value_dim: HEADS.head_dim,
     dtype: DType::Bf16,
 };
 pub const HOST_BLOCKS: usize = 5;
@@ -82,7 +83,7 @@ impl<'a, O: Ops> Bed<'a, O> {
         Self {
             kv: ops.kv_cache(SHAPE).unwrap(),
             host: ops.host_kv(KvShape { num_blocks: HOST_BLOCKS, ..SHAPE }).unwrap(),
-            table: ops.weight(&[table], &[]).unwrap(),
+            table: ops.weight(&[table.into()], &[]).unwrap(),
             rope: ops.vector(&unturned).unwrap(),
             qkv: ops.buffer(SHAPE.block_size * width).unwrap(),
             out: ops.buffer(HEADS.num_heads * HEADS.head_dim).unwrap(),
@@ -100,6 +101,7 @@ impl<'a, O: Ops> Bed<'a, O> {
             max_blocks: 1,
             logits_indices: Vec::new(),
             state_indices: Vec::new(),
+            segments: Vec::new(),
             positions: positions.collect(),
         };
         self.ops.upload(Arc::new(meta), Arc::new([])).unwrap()
@@ -110,8 +112,10 @@ impl<'a, O: Ops> Bed<'a, O> {
         let batch = self.batch(0..SHAPE.block_size as u32, first_token, block);
         let Self { ops, kv, table, rope, qkv, .. } = self;
         let queue = || {
-            ops.embedding(qkv, table, &batch)?;
-            (0..SHAPE.num_layers).try_for_each(|layer| ops.rope_kv_write(qkv, kv, rope, &batch, HEADS, layer))
+            ops.embedding(qkv, table, &batch, Lookup::Tokens { scale: 1.0 })?;
+            (0..SHAPE.num_layers).try_for_each(|layer| {
+                ops.rope_kv_write(qkv, kv, rotation(rope, HEADS.head_dim), &batch, HEADS, layer)
+            })
         };
         ops.run(&batch, queue).unwrap();
     }
@@ -124,8 +128,8 @@ impl<'a, O: Ops> Bed<'a, O> {
         let (ops, in_batch, table) = (*ops, &batch, &*table);
         // The cache is not shared between threads, so it is moved there.
         let queue = move || {
-            ops.embedding(qkv, table, in_batch)?;
-            ops.paged_attention(out, qkv, kv, in_batch, HEADS, 1.0, SHAPE.num_layers - 1)
+            ops.embedding(qkv, table, in_batch, Lookup::Tokens { scale: 1.0 })?;
+            ops.paged_attention(out, qkv, kv, in_batch, HEADS, causal(1.0), SHAPE.num_layers - 1)
         };
         ops.run(&batch, queue).unwrap();
         ops.download(&self.out, HEADS.num_heads * HEADS.head_dim).unwrap()

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
     cpu::{Compute, CpuBuffer, CpuConfig, CpuOps, Isa},
+    ops::{QkTransform, Rotary, Scoring},
 };
 
 /// A small random generator (xorshift64*, Vigna 2016).
@@ -63,6 +64,7 @@ pub fn tensor(dtype: DType, shape: &[usize], values: &[f32], skew: usize) -> Hos
             DType::Bf16 => data.extend(half::bf16::from_f32(v).to_le_bytes()),
             DType::F16 => data.extend(half::f16::from_f32(v).to_le_bytes()),
             DType::F32 => data.extend(v.to_le_bytes()),
+            DType::F8E4M3 => unimplemented!("no test has such a tensor"),
         }
     }
     HostTensor { name: "test".into(), dtype, shape: shape.to_vec(), data: Bytes::from(data).slice(skew..) }
@@ -72,6 +74,16 @@ pub fn tensor(dtype: DType, shape: &[usize], values: &[f32], skew: usize) -> Hos
 pub fn rounded(x: &[f32], compute: Compute, dtype: DType) -> Vec<f32> {
     let bf16 = compute == Compute::Bf16 && dtype == DType::Bf16;
     x.iter().map(|&v| if bf16 { half::bf16::from_f32(v).to_f32() } else { v }).collect()
+}
+
+/// Rotation of whole heads by a table, and nothing else.
+pub fn rotation<V>(table: &V, dim: usize) -> QkTransform<'_, V> {
+    QkTransform { norm: None, rotary: Some(Rotary { table, dim, interleaved: false }) }
+}
+
+/// Causal attention without anything else.
+pub fn causal<'a, V>(scale: f32) -> Scoring<'a, V> {
+    Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true }
 }
 
 /// Every element within `tolerance`, and none NaN.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use tidemill_kernels::{DType, Ops, ops::BatchMeta};
+use tidemill_kernels::{
+    DType, Ops,
+    ops::{BatchMeta, Lookup},
+};
 
 use crate::common::tensor;
 
@@ -19,7 +22,7 @@ fn row(token: u32) -> Vec<f32> {
 /// logits beside them or with some.
 pub fn states_come_with_their_step<O: Ops>(ops: &O) {
     let values: Vec<f32> = (0..VOCAB as u32).flat_map(row).collect();
-    let table = ops.weight(&[tensor(DType::Bf16, &[VOCAB, WIDTH], &values, 0)], &[]).unwrap();
+    let table = ops.weight(&[tensor(DType::Bf16, &[VOCAB, WIDTH], &values, 0).into()], &[]).unwrap();
     let mut hidden = ops.buffer(MAX_TOKENS * WIDTH).unwrap();
     let mut gathered = ops.buffer(MAX_TOKENS * WIDTH).unwrap();
     let mut launch = |tokens: &[u32], logits: &[u32], wanted: &[u32]| {
@@ -34,13 +37,14 @@ pub fn states_come_with_their_step<O: Ops>(ops: &O) {
             max_blocks: 1,
             logits_indices: logits.to_vec(),
             state_indices: wanted.to_vec(),
+            segments: Vec::new(),
         };
         // Nobody asks for what the rows of logits give.
         let batch = ops.upload(Arc::new(meta), Arc::new([])).unwrap();
         let extent = ops.extent(&batch);
         assert_eq!((extent.logits_rows, extent.state_rows), (logits.len(), wanted.len()));
         ops.run(&batch, || {
-            ops.embedding(&mut hidden, &table, &batch)?;
+            ops.embedding(&mut hidden, &table, &batch, Lookup::Tokens { scale: 1.0 })?;
             if extent.state_rows > 0 {
                 let rows = extent.logits_rows..extent.logits_rows + extent.state_rows;
                 ops.gather_rows(&mut gathered, &hidden, &batch, rows, WIDTH)?;

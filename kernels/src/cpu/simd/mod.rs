@@ -11,7 +11,7 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use exp::exp;
+pub(crate) use exp::{exp, tanh};
 pub(crate) use portable::Portable;
 
 /// Vectors of `LANES` f32. A value of an implementing type proves that the CPU has the instructions, so that arithmetic is safe.
