@@ -212,7 +212,8 @@ impl Inspection {
         }
         if let Some(text) = self.note(TextModel::load(files, spec)) {
             let special_tokens = text.special_tokens().len();
-            self.tokenizer = text.tokenizer_kind().map(|kind| TokenizerFacts { kind: kind.to_string(), special_tokens });
+            self.tokenizer =
+                text.tokenizer_kind().map(|kind| TokenizerFacts { kind: kind.to_string(), special_tokens });
             self.chat_template = text.has_chat_template().then(|| match files.chat_template() {
                 Ok(Some((path, _))) => path.display().to_string(),
                 _ => "tokenizer_config.json".to_owned(),
@@ -229,7 +230,8 @@ impl Inspection {
             self.kv_bytes_per_token.insert(device::name(dtype), per_token(dtype));
         }
         let Some(stored) = self.note(device::stored_dtype(spec, checkpoint)) else { return };
-        let lengths = CONTEXTS.into_iter().filter(|&length| length < asked.max_model_len).chain([asked.max_model_len]);
+        let lengths =
+            CONTEXTS.into_iter().filter(|&length| length < asked.max_model_len).chain([asked.max_model_len]);
         let lengths: Vec<usize> = lengths.collect();
         let fit = |device: String, name: String, memory: u64, (weights, kv): (u64, DType), bound: u64| {
             let kv_tokens = memory.saturating_sub(weights) / per_token(kv).max(1);
@@ -247,10 +249,17 @@ impl Inspection {
                     .collect(),
             }
         };
-        let cpu_kv = config.kv_cache_dtype.unwrap_or(if stored == DType::Bf16 { DType::Bf16 } else { DType::F32 });
+        let cpu_kv =
+            config.kv_cache_dtype.unwrap_or(if stored == DType::Bf16 { DType::Bf16 } else { DType::F32 });
         let bound = config.kv_cache_memory.unwrap_or(CPU_KV_BYTES) as u64;
         let memory = available_memory().unwrap_or(0);
-        self.devices.push(fit("cpu".to_owned(), "this machine's CPU".to_owned(), memory, (needed, cpu_kv), bound));
+        self.devices.push(fit(
+            "cpu".to_owned(),
+            "this machine's CPU".to_owned(),
+            memory,
+            (needed, cpu_kv),
+            bound,
+        ));
         // A GPU keeps all weights in bfloat16.
         let on_gpu = if stored == DType::F32 { needed / 2 } else { needed };
         for (number, info) in gpu::devices().unwrap_or_default().into_iter().enumerate() {
@@ -263,7 +272,8 @@ impl Inspection {
 
 /// Elements of what the specification asks for, as if nothing were quantised.
 fn parameters(spec: &ModelSpec) -> u64 {
-    let count = |shape: &[usize]| shape.iter().fold(1_u64, |product, &extent| product.saturating_mul(extent as u64));
+    let count =
+        |shape: &[usize]| shape.iter().fold(1_u64, |product, &extent| product.saturating_mul(extent as u64));
     spec.tensors().iter().fold(0, |sum: u64, tensor| sum.saturating_add(count(&tensor.shape)))
 }
 

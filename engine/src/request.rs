@@ -4,6 +4,7 @@
 //! front end gives the same verdict.
 
 mod embed;
+mod words;
 
 use std::{fmt::Display, sync::Arc, time::Instant};
 
@@ -275,20 +276,6 @@ impl Validator {
             opens_thinking: form.opens_thinking,
             constraints: each(form, n),
         })
-    }
-
-    /// What is about text, where the server was told to do without a tokenizer.
-    fn check_text(&self, request: &GenerateRequest) -> Result<(), RequestError> {
-        for (asked, what) in [
-            (!request.sampling.stop.is_empty(), "a stop string"),
-            (request.structured.is_some(), "an answer of a given form"),
-            (request.thinking.is_some(), "to tell thoughts from the answer"),
-        ] {
-            if asked {
-                self.text.require(what)?;
-            }
-        }
-        Ok(())
     }
 
     fn check_id(&self, id: Option<&RequestId>, found: &mut Findings) {

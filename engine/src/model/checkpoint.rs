@@ -239,7 +239,8 @@ impl Checkpoint {
         let mut slices = Vec::new();
         for TensorSpec { name, .. } in spec.tensors() {
             let parts = format!("{}.", name.strip_suffix(".weight").unwrap_or(&name));
-            let related = self.tensors.range(parts.clone()..).take_while(|(other, _)| other.starts_with(&parts));
+            let related =
+                self.tensors.range(parts.clone()..).take_while(|(other, _)| other.starts_with(&parts));
             let plain = self.tensors.get_key_value(&name).filter(|(name, _)| !name.starts_with(&parts));
             let entries = related.chain(plain).map(|(_, entry)| entry);
             slices.extend(entries.map(|entry| self.shards[entry.shard].bytes.slice(entry.range.clone())));

@@ -121,7 +121,8 @@ impl ModelFiles {
             let path = entry.map_err(io)?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             let fits = path.extension().is_some_and(|found| found == extension) && path.is_file();
-            if let Some(name) = name.filter(|name| fits && first.as_deref().is_none_or(|first| *name < first)) {
+            if let Some(name) = name.filter(|name| fits && first.as_deref().is_none_or(|first| *name < first))
+            {
                 first = Some(name.to_owned());
             }
         }

@@ -9,10 +9,7 @@ use tokenizers::Tokenizer;
 use crate::{
     error::{LoadError, RequestError},
     ids::TokenId,
-    model::{
-        files::ModelFiles,
-        spec::ModelSpec,
-    },
+    model::{files::ModelFiles, spec::ModelSpec},
     text::{
         bound::max_bytes_per_token,
         chat::{ChatPrompt, ChatTemplates},
@@ -89,8 +86,8 @@ impl TextModel {
         let source = Source::find(files)?;
         let path = &source.path;
         let format = |detail: String| LoadError::Format { path: path.clone(), detail };
-        let file: TokenizerFile =
-            serde_json::from_slice(&source.json).map_err(|error| format(format!("not a tokenizer: {error}")))?;
+        let file: TokenizerFile = serde_json::from_slice(&source.json)
+            .map_err(|error| format(format!("not a tokenizer: {error}")))?;
         let tokenizer = build_tokenizer(&source).map_err(&format)?;
         check_ids(&file, &tokenizer, spec.vocab_size).map_err(&format)?;
         let pipeline = Pipeline::new(file.decoder.as_ref())
@@ -101,7 +98,8 @@ impl TextModel {
         let chat = ChatTemplates::load(files)?;
         let Source { kind, normalizer, .. } = source;
         let words = Some(Words { kind, normalizer, tokenizer, max_bytes_per_token });
-        let model = Self { inner: Arc::new(Inner { files: files.clone(), words, table: Arc::new(table), chat }) };
+        let model =
+            Self { inner: Arc::new(Inner { files: files.clone(), words, table: Arc::new(table), chat }) };
         // The post-processor has ids of its own; nothing else shows whether they are the model's.
         model.encode("", true).map_err(|error| format(error.to_string()))?;
         Ok(model)

@@ -13,7 +13,6 @@ use tidemill_engine::{
     text::{TextModel, TokenizerKind},
 };
 
-
 #[derive(Deserialize)]
 struct Reference {
     vocab_size: usize,
@@ -90,17 +89,33 @@ fn compare(name: &str) -> (TextModel, Reference) {
         let ours = ids(&model, &case.text);
         if ours != case.ids {
             let show = |ids: &[u32]| -> Vec<String> {
-                ids.iter().map(|&id| String::from_utf8_lossy(model.token_bytes(TokenId(id))).into_owned()).collect()
+                ids.iter()
+                    .map(|&id| String::from_utf8_lossy(model.token_bytes(TokenId(id))).into_owned())
+                    .collect()
             };
-            wrong.push(format!("{:?}\n  ours      {:?}\n  reference {:?}", case.text, show(&ours), show(&case.ids)));
+            wrong.push(format!(
+                "{:?}\n  ours      {:?}\n  reference {:?}",
+                case.text,
+                show(&ours),
+                show(&case.ids)
+            ));
         }
         let (whole, streamed) = decoded(&model, &case.ids);
         if whole != case.decoded {
-            wrong.push(format!("ids of {:?}\n  are read as {whole:?}\n  reference   {:?}", case.text, case.decoded));
+            wrong.push(format!(
+                "ids of {:?}\n  are read as {whole:?}\n  reference   {:?}",
+                case.text, case.decoded
+            ));
         }
         assert_eq!(whole, streamed, "{:?}", case.text);
     }
-    assert!(wrong.is_empty(), "{name}: {} of {} cases differ\n{}", wrong.len(), reference.cases.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{name}: {} of {} cases differ\n{}",
+        wrong.len(),
+        reference.cases.len(),
+        wrong.join("\n")
+    );
     assert!(reference.cases.len() > 30);
     (model, reference)
 }

@@ -93,7 +93,9 @@ impl FolderTokens {
             let map = parse_object(&path, &bytes)?;
             let fields = Fields::new(&path, &map);
             for (content, value) in &map {
-                let id = fields.u32(content)?.ok_or_else(|| fields.bad(content, format!("is {value}, not an id")))?;
+                let id = fields
+                    .u32(content)?
+                    .ok_or_else(|| fields.bad(content, format!("is {value}, not an id")))?;
                 tokens.added.insert(content.clone(), id);
             }
         }
@@ -118,7 +120,8 @@ impl FolderTokens {
         let field = "additional_special_tokens";
         if let Some(value) = fields.get(field) {
             let list = value.as_array().ok_or_else(|| fields.bad(field, "must be a list of tokens"))?;
-            self.additional = list.iter().map(|value| written(&fields, field, value)).collect::<Result<_, _>>()?;
+            self.additional =
+                list.iter().map(|value| written(&fields, field, value)).collect::<Result<_, _>>()?;
         }
         Ok(())
     }
@@ -134,8 +137,9 @@ impl FolderTokens {
         let field = "added_tokens_decoder";
         if let Some(decoder) = fields.object(field)? {
             for id in decoder.names() {
-                let number =
-                    id.parse::<u32>().map_err(|_| fields.bad(field, format!("has the key {:?}, which is no id", shown(id))))?;
+                let number = id
+                    .parse::<u32>()
+                    .map_err(|_| fields.bad(field, format!("has the key {:?}, which is no id", shown(id))))?;
                 let value = decoder.get(id).ok_or_else(|| decoder.bad(id, "is null"))?;
                 self.decoder.insert(number, written(&decoder, id, value)?);
             }
@@ -163,7 +167,8 @@ impl FolderTokens {
         id_of: impl Fn(&str) -> Option<u32>,
     ) -> Result<Vec<AddedToken>, LoadError> {
         let mut tokens: BTreeMap<u32, AddedToken> = base.into_iter().map(|token| (token.id, token)).collect();
-        let mut ids: HashMap<String, u32> = tokens.values().map(|token| (token.content.clone(), token.id)).collect();
+        let mut ids: HashMap<String, u32> =
+            tokens.values().map(|token| (token.content.clone(), token.id)).collect();
         for (content, &id) in &self.added {
             tokens.insert(id, AddedToken::new(id, content, false));
             ids.insert(content.clone(), id);
@@ -173,7 +178,9 @@ impl FolderTokens {
             ids.insert(written.content.clone(), id);
         }
         for written in self.roles.values().chain(&self.additional) {
-            let Some(id) = ids.get(&written.content).copied().or_else(|| id_of(&written.content)) else { continue };
+            let Some(id) = ids.get(&written.content).copied().or_else(|| id_of(&written.content)) else {
+                continue;
+            };
             match tokens.get_mut(&id) {
                 Some(token) => token.special = true,
                 None => drop(tokens.insert(id, written.token(id, true))),
@@ -182,7 +189,8 @@ impl FolderTokens {
         let mut seen = HashMap::new();
         for token in tokens.values() {
             if let Some(other) = seen.insert(token.content.as_str(), token.id) {
-                let detail = format!("token {:?} has two ids, {other} and {}", shown(&token.content), token.id);
+                let detail =
+                    format!("token {:?} has two ids, {other} and {}", shown(&token.content), token.id);
                 return Err(LoadError::Format { path: self.path.clone(), detail });
             }
         }
@@ -234,9 +242,13 @@ fn written(fields: &Fields<'_>, field: &str, value: &Value) -> Result<Written, L
         }
         _ => (None, None),
     };
-    let content = content.ok_or_else(|| fields.bad(field, "must be a token: a string, or an object with `content`"))?;
+    let content =
+        content.ok_or_else(|| fields.bad(field, "must be a token: a string, or an object with `content`"))?;
     if content.is_empty() || content.len() > MAX_PIECE_BYTES {
-        return Err(fields.bad(field, format!("is a token of {} bytes; 1 to {MAX_PIECE_BYTES} are accepted", content.len())));
+        return Err(fields.bad(
+            field,
+            format!("is a token of {} bytes; 1 to {MAX_PIECE_BYTES} are accepted", content.len()),
+        ));
     }
     Ok(Written { content: content.to_owned(), flags })
 }

@@ -51,9 +51,10 @@ pub(super) fn convert(
     };
     let is_llama3 = merged.is_ranked && family == Family::Llama3;
     let (before, after) = match family {
-        Family::Roberta => {
-            (around(true, &["cls_token", "bos_token"], Some("<s>"))?, around(true, &["sep_token", "eos_token"], Some("</s>"))?)
-        }
+        Family::Roberta => (
+            around(true, &["cls_token", "bos_token"], Some("<s>"))?,
+            around(true, &["sep_token", "eos_token"], Some("</s>"))?,
+        ),
         _ => {
             let start = if is_llama3 { Some("<|begin_of_text|>") } else { None };
             let before = around(folder.add_bos.unwrap_or(is_llama3), &["bos_token"], start)?;
@@ -139,9 +140,14 @@ pub(super) fn ranks(bytes: &[u8]) -> Result<Merged, String> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let (token, rank) = rank(line).ok_or_else(|| format!("line {} is not a token in base64 and its rank", number + 1))?;
+        let (token, rank) =
+            rank(line).ok_or_else(|| format!("line {} is not a token in base64 and its rank", number + 1))?;
         if token.is_empty() || token.len() > MAX_PIECE_BYTES {
-            return Err(format!("line {}: a token has {} bytes; 1 to {MAX_PIECE_BYTES} are accepted", number + 1, token.len()));
+            return Err(format!(
+                "line {}: a token has {} bytes; 1 to {MAX_PIECE_BYTES} are accepted",
+                number + 1,
+                token.len()
+            ));
         }
         tokens.push((token, rank));
     }
@@ -165,7 +171,8 @@ pub(super) fn ranks(bytes: &[u8]) -> Result<Merged, String> {
     let mut merges = Vec::new();
     for (token, rank) in &tokens {
         let splits = (1..token.len()).map(|at| token.split_at(at));
-        let ranked = splits.filter_map(|(left, right)| Some((*rank, *ranks.get(left)?, *ranks.get(right)?, left, right)));
+        let ranked = splits
+            .filter_map(|(left, right)| Some((*rank, *ranks.get(left)?, *ranks.get(right)?, left, right)));
         merges.extend(ranked);
     }
     merges.sort_unstable_by_key(|&(rank, left, right, ..)| (rank, left, right));
@@ -197,7 +204,8 @@ pub(super) fn merges(text: &str, vocab: HashMap<String, u32>) -> Result<Merged, 
         if line.is_empty() || (number == 0 && line.starts_with("#version")) {
             continue;
         }
-        let (left, right) = line.split_once(' ').ok_or_else(|| format!("line {} is not two tokens", number + 1))?;
+        let (left, right) =
+            line.split_once(' ').ok_or_else(|| format!("line {} is not two tokens", number + 1))?;
         for token in [left, right, &format!("{left}{right}")] {
             if !vocab.contains_key(token) {
                 return Err(format!("line {}: {:?} is not in vocab.json", number + 1, shown(token)));

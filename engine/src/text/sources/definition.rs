@@ -30,7 +30,11 @@ pub(super) enum Model<'a> {
         byte_fallback: bool,
         ignore_merges: bool,
     },
-    Unigram { vocab: Vec<(&'a str, f64)>, unk_id: usize, byte_fallback: bool },
+    Unigram {
+        vocab: Vec<(&'a str, f64)>,
+        unk_id: usize,
+        byte_fallback: bool,
+    },
 }
 
 /// Tokens and their ids.
@@ -55,9 +59,10 @@ pub(super) fn template(before: &[(&str, u32)], after: &[(&str, u32)]) -> Option<
         let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
         [special(before, type_id), vec![text], special(after, type_id)].concat()
     };
-    let tokens = before.iter().chain(after).map(|(token, id)| {
-        ((*token).to_owned(), json!({"id": token, "ids": [id], "tokens": [token]}))
-    });
+    let tokens = before
+        .iter()
+        .chain(after)
+        .map(|(token, id)| ((*token).to_owned(), json!({"id": token, "ids": [id], "tokens": [token]})));
     let pair = [around("A", 0), around("B", 1)].concat();
     Some(json!({
         "type": "TemplateProcessing",

@@ -56,9 +56,7 @@ impl Family {
     }
 
     pub(super) fn pre_tokenizer(self, add_prefix_space: bool) -> Value {
-        let bytes = |use_regex: bool| {
-            json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": use_regex})
-        };
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": use_regex});
         let pattern = match self {
             Self::Llama3 => LLAMA3,
             Self::Qwen => QWEN,

@@ -131,9 +131,14 @@ impl Source {
         })
     }
 
-    fn vocab_and_merges(files: &ModelFiles, folder: FolderTokens, model_type: Option<&str>) -> Result<Self, LoadError> {
+    fn vocab_and_merges(
+        files: &ModelFiles,
+        folder: FolderTokens,
+        model_type: Option<&str>,
+    ) -> Result<Self, LoadError> {
         let (path, merges) = (files.path(VOCAB), files.path(MERGES));
-        let family = family(&folder, model_type, &path, |family| !matches!(family, Family::Llama3 | Family::GptOss))?;
+        let family =
+            family(&folder, model_type, &path, |family| !matches!(family, Family::Llama3 | Family::GptOss))?;
         let vocab = byte_level::vocab(&files.require(VOCAB)?)
             .map_err(|detail| LoadError::Format { path: path.clone(), detail })?;
         let merged = byte_level::merges(utf8(&merges, &files.require(MERGES)?)?, vocab)

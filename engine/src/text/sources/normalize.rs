@@ -37,8 +37,7 @@ pub(crate) struct Normalizer {
 impl Normalizer {
     /// The tokens of `kept` stay as they are. The error says what is wrong with the rules.
     pub(super) fn new(spec: &NormalizerSpec, prefix: Prefix, kept: Vec<AddedToken>) -> Result<Self, String> {
-        let charsmap =
-            if spec.charsmap.is_empty() { None } else { Some(Charsmap::parse(&spec.charsmap)?) };
+        let charsmap = if spec.charsmap.is_empty() { None } else { Some(Charsmap::parse(&spec.charsmap)?) };
         let finder = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             // The other kinds take far more memory for long tokens, and little time is spent here.

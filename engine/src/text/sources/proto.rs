@@ -97,7 +97,8 @@ impl SentencePieces {
             match number {
                 1 => {
                     let id = model.pieces.len();
-                    let piece = value.bytes().and_then(piece).ok_or_else(|| format!("piece {id} cannot be read"))?;
+                    let piece =
+                        value.bytes().and_then(piece).ok_or_else(|| format!("piece {id} cannot be read"))?;
                     model.pieces.push(piece);
                 }
                 2 => model.trainer(message(value, "trainer_spec")?)?,
@@ -126,7 +127,9 @@ impl SentencePieces {
                                 Some(4) => "characters",
                                 _ => "an unknown kind",
                             };
-                            return Err(format!("trainer_spec.model_type: a model of {kind} is not supported; unigram and BPE are"));
+                            return Err(format!(
+                                "trainer_spec.model_type: a model of {kind} is not supported; unigram and BPE are"
+                            ));
                         }
                     }
                 }
@@ -149,7 +152,8 @@ impl SentencePieces {
         if let Some(id) = self.pieces.iter().position(|piece| piece.text.is_empty()) {
             return Err(format!("piece {id} is empty"));
         }
-        if let Some((id, piece)) = self.pieces.iter().enumerate().find(|(_, piece)| !piece.score.is_finite()) {
+        if let Some((id, piece)) = self.pieces.iter().enumerate().find(|(_, piece)| !piece.score.is_finite())
+        {
             return Err(format!("piece {id} ({:?}) has the score {}", shown(&piece.text), piece.score));
         }
         if let Some(id) = self.pieces.iter().position(|piece| piece.text.len() > MAX_PIECE_BYTES) {

@@ -13,7 +13,8 @@ use super::{
 use crate::error::LoadError;
 
 /// Classes of tokenizers whose texts begin with the start token unless the folder says otherwise.
-const STARTS_TEXTS: [&str; 8] = ["llama", "codellama", "mistral", "mixtral", "gemma", "cohere", "phi3", "baichuan"];
+const STARTS_TEXTS: [&str; 8] =
+    ["llama", "codellama", "mistral", "mixtral", "gemma", "cohere", "phi3", "baichuan"];
 
 /// How far the score of a piece that is never given lies below all others.
 const NEVER: f64 = 200.0;
@@ -41,13 +42,18 @@ pub(super) fn convert(
         let added = || added.iter().find(|token| token.content == content).map(|token| token.id);
         ids.get(content).copied().or_else(added)
     };
-    let role = |role: &str, id| folder.role(role).or(model.control(id)).and_then(|token| Some((token, id_of(token)?)));
+    let role = |role: &str, id| {
+        folder.role(role).or(model.control(id)).and_then(|token| Some((token, id_of(token)?)))
+    };
     let (bos, eos) = (role("bos_token", model.bos_id), role("eos_token", model.eos_id));
     let fairseq = is_fairseq(folder, model_type);
     let add_bos = fairseq || folder.add_bos.unwrap_or_else(|| starts_texts(folder, model_type));
     let add_eos = fairseq || folder.add_eos.unwrap_or(false);
     if (add_bos && bos.is_none()) || (add_eos && eos.is_none()) {
-        return Err(fail("tokenizer_config.json asks for a start or end token, which the vocabulary does not have".to_owned()));
+        return Err(fail(
+            "tokenizer_config.json asks for a start or end token, which the vocabulary does not have"
+                .to_owned(),
+        ));
     }
     let before: Vec<_> = bos.filter(|_| add_bos).into_iter().collect();
     let after: Vec<_> = eos.filter(|_| add_eos).into_iter().collect();
@@ -85,7 +91,11 @@ fn is_fairseq(folder: &FolderTokens, model_type: Option<&str>) -> bool {
     is_family(folder, model_type, &["xlmroberta", "xlm-roberta"])
 }
 
-fn arrange<'a>(model: &'a SentencePieces, folder: &FolderTokens, model_type: Option<&str>) -> std::borrow::Cow<'a, [Piece]> {
+fn arrange<'a>(
+    model: &'a SentencePieces,
+    folder: &FolderTokens,
+    model_type: Option<&str>,
+) -> std::borrow::Cow<'a, [Piece]> {
     if !is_fairseq(folder, model_type) {
         return (&model.pieces).into();
     }
@@ -134,7 +144,11 @@ fn decoder(model: &SentencePieces, prefix: Prefix) -> serde_json::Value {
     json!({"type": "Sequence", "decoders": steps})
 }
 
-fn tokenizer_model<'a>(model: &SentencePieces, pieces: &'a [Piece], ids: &HashMap<&'a str, u32>) -> Model<'a> {
+fn tokenizer_model<'a>(
+    model: &SentencePieces,
+    pieces: &'a [Piece],
+    ids: &HashMap<&'a str, u32>,
+) -> Model<'a> {
     let unknown = pieces.iter().position(|piece| piece.kind == PieceType::Unknown);
     match model.model {
         PieceModel::Unigram => Model::Unigram {
@@ -161,12 +175,16 @@ fn is_text(piece: &Piece) -> bool {
 fn scores(pieces: &[Piece]) -> Vec<(&str, f64)> {
     let text = pieces.iter().filter(|piece| is_text(piece)).map(|piece| f64::from(piece.score));
     let never = text.fold(0.0, f64::min) - NEVER;
-    pieces.iter().map(|piece| (piece.text.as_str(), if is_text(piece) { piece.score.into() } else { never })).collect()
+    pieces
+        .iter()
+        .map(|piece| (piece.text.as_str(), if is_text(piece) { piece.score.into() } else { never }))
+        .collect()
 }
 
 /// SentencePiece joins the two neighbours whose joint piece scores best; so every split of a piece is a merge of its rank.
 fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&'a str, u32>) -> Vec<(&'a str, &'a str)> {
-    let text: HashSet<&str> = pieces.iter().filter(|piece| is_text(piece)).map(|piece| piece.text.as_str()).collect();
+    let text: HashSet<&str> =
+        pieces.iter().filter(|piece| is_text(piece)).map(|piece| piece.text.as_str()).collect();
     let mut merges = Vec::new();
     for piece in pieces.iter().filter(|piece| piece.kind == PieceType::Normal) {
         let splits = piece.text.char_indices().skip(1).map(|(at, _)| piece.text.split_at(at));
@@ -176,7 +194,9 @@ fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&'a str, u32>) -> Vec<(&'a str,
         merges.append(&mut local);
     }
     // The longer left part first, as one who reads from the left would have it.
-    let order = |(score, left, right): &(f32, &str, &str)| (-score, usize::MAX - left.len(), usize::MAX - right.len());
+    let order = |(score, left, right): &(f32, &str, &str)| {
+        (-score, usize::MAX - left.len(), usize::MAX - right.len())
+    };
     merges.sort_by(|a, b| {
         let ((x, i, j), (y, k, l)) = (order(a), order(b));
         x.total_cmp(&y).then(i.cmp(&k)).then(j.cmp(&l))

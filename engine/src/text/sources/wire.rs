@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn every_kind_of_field_is_read() {
-        let bytes = [0x08, 0x96, 0x01, 0x12, 2, b'h', b'i', 0x1D, 0, 0, 0x80, 0x3F, 0x21, 1, 0, 0, 0, 0, 0, 0, 0];
+        let bytes =
+            [0x08, 0x96, 0x01, 0x12, 2, b'h', b'i', 0x1D, 0, 0, 0x80, 0x3F, 0x21, 1, 0, 0, 0, 0, 0, 0, 0];
         let fields: Option<Vec<_>> = Message::new(&bytes).collect();
         let fields = fields.unwrap_or_default();
         assert_eq!(fields[0], (1, Value::Varint(150)));
@@ -122,7 +123,14 @@ mod tests {
 
     #[test]
     fn what_is_cut_short_or_too_long_is_no_message() {
-        for bytes in [&[0x08][..], &[0x12, 5, 1], &[0x0B], &[0x00, 1], &[0xFF; 11], &[0x12, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F]] {
+        for bytes in [
+            &[0x08][..],
+            &[0x12, 5, 1],
+            &[0x0B],
+            &[0x00, 1],
+            &[0xFF; 11],
+            &[0x12, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F],
+        ] {
             assert!(Message::new(bytes).any(|field| field.is_none()), "{bytes:?}");
         }
     }

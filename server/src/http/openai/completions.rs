@@ -146,7 +146,8 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
         writers.push((Answer::start(&app.engine, ask).await?, echo));
     }
     let with_ids = fields.return_token_ids.unwrap_or(!card.has_tokenizer);
-    let writer = CompletionWriter::new(&call.id, card, fields.logprobs, writers, group).with_token_ids(with_ids);
+    let writer =
+        CompletionWriter::new(&call.id, card, fields.logprobs, writers, group).with_token_ids(with_ids);
     if stream { Ok(writer.stream(options)) } else { writer.whole().await }
 }
 

@@ -179,7 +179,11 @@ impl CompletionWriter {
         if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() && !has_ids {
             return;
         }
-        if line.logprobs.is_none() && line.end.is_none() && line.token_ids.is_none() && !options.continuous_usage_stats {
+        if line.logprobs.is_none()
+            && line.end.is_none()
+            && line.token_ids.is_none()
+            && !options.continuous_usage_stats
+        {
             let mut texts = std::mem::take(&mut self.texts);
             texts.write(buffer, line.index, &line.text, |buffer, text| {
                 self.choice(buffer, Choice::of(line, text), options);
