@@ -158,7 +158,7 @@ impl Model<'_> {
                 max_rows: asked.max_num_seqs,
                 max_model_len: asked.max_model_len,
                 block_size: asked.block_size,
-                heads: spec.head_shape(),
+                attention: spec.cuda_attention(),
                 vocab: spec.vocab_size,
                 graphs: !config.enforce_eager,
             },

@@ -50,7 +50,7 @@ struct Tiled {
         for (int c = 0; c < COPIES; c++) {
             const uint32_t r = (threadIdx.x + c * LINEAR_THREADS) / BLOCK_CHUNKS;
             const uint32_t row = c < WEIGHT_COPIES ? weight_row(a, first_row + r)
-                                                   : x_row<GROUPED>(a, min(tile.first + r - ROWS, tile.end - 1));
+                                                   : x_row<GROUPED>(a, tile, min(tile.first + r - ROWS, tile.end - 1));
             from[c] = row * chunks + threadIdx.x % BLOCK_CHUNKS;
         }
         TM_UNROLL
@@ -165,7 +165,7 @@ struct Tiled {
             const uint32_t n = (gated ? first_row / 2 : first_row) + 8 * octet;
             if (r >= tile.end || n >= a.width) continue;
             const float *at = staged + token * STAGED_STRIDE + octet * (gated ? 16 : 8);
-            store_octet(out_row<GROUPED>(a, r) * a.width + n, n, at, at + (gated ? 8 : 0));
+            store_octet(out_row<GROUPED>(a, tile, r) * a.width + n, n, at, at + (gated ? 8 : 0));
         }
     }
     TM_DEVICE void store_octet(size_t at, uint32_t n, const float *staged, const float *staged_up) {

@@ -105,13 +105,12 @@ fn cpu(name: &str) -> Model<CpuOps> {
 
 fn cuda(name: &str, schedule: Schedule) -> Model<CudaOps> {
     Model::load(name, |spec| {
-        let heads = spec.head_shape();
         let config = CudaConfig {
             max_tokens: MAX_LEN,
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads,
+            attention: spec.cuda_attention(),
             vocab: spec.vocab_size,
             graphs: false,
         };

@@ -62,7 +62,7 @@ fn cuda() -> Steps {
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads: spec.head_shape(),
+            attention: spec.cuda_attention(),
             vocab: spec.vocab_size,
             graphs: true,
         };

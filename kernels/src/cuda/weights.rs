@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    tensor::{DType, HostMatrix, HostTensor, f8_to_f32},
+    tensor::{DType, ExpertParts, HostMatrix, HostTensor, f8_to_f32},
 };
 
 /// Bytes of one staging buffer: some milliseconds of PCIe.
@@ -24,6 +24,56 @@ pub struct CudaWeight {
     pub(super) bias: Option<DeviceBuffer>,
     pub(super) n: usize,
     pub(super) k: usize,
+}
+
+/// Matrices `[X, N, K]` in bf16 with optional biases `[X, N]` in f32.
+pub struct CudaExperts {
+    pub(super) matrix: DeviceBuffer,
+    pub(super) bias: Option<DeviceBuffer>,
+    pub(super) count: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+/// Parts of a matrix that are stacked along its rows, and their biases.
+struct Stack<'a> {
+    parts: Vec<&'a HostTensor>,
+    bias: &'a [HostTensor],
+    rows: usize,
+    width: usize,
+}
+
+impl<'a> Stack<'a> {
+    fn new(op: &'static str, parts: &'a [HostMatrix], bias: &'a [HostTensor]) -> Result<Self> {
+        let parts = parts.iter().map(|part| match part {
+            HostMatrix::Dense(tensor) => Ok(tensor),
+            HostMatrix::Quantized(matrix) => {
+                let detail = format!("{} is {:?}", matrix.name, matrix.format);
+                Err(KernelError::Unsupported { op, detail })
+            }
+        });
+        let parts = parts.collect::<Result<Vec<&HostTensor>>>()?;
+        let width = parts.first().and_then(|part| part.shape.last()).copied().unwrap_or(0);
+        for part in &parts {
+            check(op, part, &[part.shape.first().copied().unwrap_or(0), width])?;
+        }
+        if !bias.is_empty() && bias.len() != parts.len() {
+            return Err(KernelError::Shape {
+                op,
+                what: "bias".into(),
+                got: vec![bias.len()],
+                expected: vec![parts.len()],
+            });
+        }
+        bias.iter().zip(&parts).try_for_each(|(bias, part)| check(op, bias, &part.shape[..1]))?;
+        let rows = parts.iter().map(|part| part.shape[0]).sum();
+        Ok(Self { parts, bias, rows, width })
+    }
+
+    /// The first part's name, for error messages.
+    fn name(&self) -> String {
+        self.parts.first().map_or(String::new(), |part| part.name.clone())
+    }
 }
 
 /// Copies host tensors to a device.
@@ -50,42 +100,41 @@ impl Uploader {
 
     /// `Ops::weight`.
     pub(super) fn weight(&mut self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CudaWeight> {
-        let parts = parts.iter().map(|part| match part {
-            HostMatrix::Dense(tensor) => Ok(tensor),
-            HostMatrix::Quantized(matrix) => {
-                let detail = format!("{} is {:?}", matrix.name, matrix.format);
-                Err(KernelError::Unsupported { op: "weight", detail })
+        let stack = Stack::new("weight", parts, bias)?;
+        let Stack { rows: n, width: k, .. } = stack;
+        let (matrix, bias) = self.stacks(&[stack])?;
+        Ok(CudaWeight { matrix, bias, n, k })
+    }
+
+    /// `Ops::experts`.
+    pub(super) fn experts(&mut self, experts: &[ExpertParts]) -> Result<CudaExperts> {
+        const OP: &str = "experts";
+        let stacks = experts.iter().map(|expert| Stack::new(OP, &expert.parts, &expert.bias));
+        let stacks = stacks.collect::<Result<Vec<_>>>()?;
+        let (n, k) = stacks.first().map_or((0, 0), |first| (first.rows, first.width));
+        for stack in &stacks {
+            let (got, expected) = (vec![stack.rows, stack.width], vec![n, k]);
+            if got != expected || stack.bias.is_empty() != stacks[0].bias.is_empty() {
+                return Err(KernelError::Shape { op: OP, what: stack.name(), got, expected });
             }
-        });
-        let parts = parts.collect::<Result<Vec<&HostTensor>>>()?;
-        let width = parts.first().and_then(|part| part.shape.last()).copied().unwrap_or(0);
-        for part in &parts {
-            check(part, &[part.shape.first().copied().unwrap_or(0), width])?;
         }
-        if !bias.is_empty() && bias.len() != parts.len() {
-            return Err(KernelError::Shape {
-                op: "weight",
-                what: "bias".into(),
-                got: vec![bias.len()],
-                expected: vec![parts.len()],
-            });
+        let (matrix, bias) = self.stacks(&stacks)?;
+        Ok(CudaExperts { matrix, bias, count: stacks.len(), n, k })
+    }
+
+    /// The matrices of all stacks, one after the other, and their biases; all have one shape.
+    fn stacks(&mut self, stacks: &[Stack<'_>]) -> Result<(DeviceBuffer, Option<DeviceBuffer>)> {
+        let elems = stacks.iter().map(|stack| stack.rows * stack.width).sum();
+        let matrix = self.device.buffer(DType::Bf16, elems, "weights")?;
+        let mut at = 0;
+        for part in stacks.iter().flat_map(|stack| &stack.parts) {
+            self.copy(matrix.ptr().offset(2 * at), part)?;
+            at += part.elems();
         }
-        bias.iter().zip(&parts).try_for_each(|(bias, part)| check(bias, &part.shape[..1]))?;
-        let rows = parts.iter().map(|part| part.shape[0]).sum();
-        let matrix = self.device.buffer(DType::Bf16, rows * width, "weights")?;
-        let mut at = matrix.ptr();
-        for part in &parts {
-            self.copy(at, part)?;
-            at = at.offset(part.elems() * DType::Bf16.size());
-        }
-        let bias = match bias {
-            [] => None,
-            _ => {
-                let values: Vec<f32> = bias.iter().flat_map(HostTensor::to_f32).collect();
-                Some(self.vector(&values)?)
-            }
-        };
-        Ok(CudaWeight { matrix, bias, n: rows, k: width })
+        let bias: Vec<f32> =
+            stacks.iter().flat_map(|stack| stack.bias).flat_map(HostTensor::to_f32).collect();
+        let bias = if bias.is_empty() { None } else { Some(self.vector(&bias)?) };
+        Ok((matrix, bias))
     }
 
     /// `Ops::vector`.
@@ -138,12 +187,12 @@ impl Drop for Uploader {
     }
 }
 
-fn check(tensor: &HostTensor, expected: &[usize]) -> Result<()> {
+fn check(op: &'static str, tensor: &HostTensor, expected: &[usize]) -> Result<()> {
     if tensor.shape == expected {
         return Ok(());
     }
     Err(KernelError::Shape {
-        op: "weight",
+        op,
         what: tensor.name.clone(),
         got: tensor.shape.clone(),
         expected: expected.to_vec(),

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use tidemill_kernels::{
     DType,
+    cuda::CudaAttention,
     ops::{HeadShape, KvShape, LatentShape},
 };
 
@@ -260,6 +261,17 @@ impl ModelSpec {
                 num_kv_heads: 1,
                 head_dim: heads.latent_dim + heads.rope_dim,
             },
+        }
+    }
+
+    /// What a GPU is opened for.
+    pub fn cuda_attention(&self) -> CudaAttention {
+        match self.heads {
+            Heads::Grouped(heads) => {
+                let causal = self.layers.iter().all(|layer| layer.attention.is_causal);
+                CudaAttention::Heads { heads, causal }
+            }
+            Heads::Latent(heads) => CudaAttention::Latent(heads.shape()),
         }
     }
 }

@@ -3,8 +3,10 @@
 //! - [`kernel`]: the kernels there are, and which one suits a shape. All give the same bits (`linear.cuh`).
 //! - [`arguments`]: the checks at the door, and the kernels' common argument.
 //! - `skinny`, `tiled`: the tables of the two files.
+//! - `heads`: a product per head.
 
 mod arguments;
+mod heads;
 mod kernel;
 mod skinny;
 mod tiled;
@@ -14,6 +16,7 @@ pub(super) use skinny::KERNELS as SKINNY_KERNELS;
 pub(super) use tiled::KERNELS as TILED_KERNELS;
 
 pub use arguments::LinearEpilogue;
+pub use heads::{LinearHeads, linear_heads};
 pub use kernel::LinearKernel;
 
 use crate::cuda::{Device, driver::Result, memory::DeviceBuffer};
