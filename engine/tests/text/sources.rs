@@ -101,11 +101,11 @@ fn compare(name: &str) -> (TextModel, Reference) {
             ));
         }
         let (whole, streamed) = decoded(&model, &case.ids);
-        if whole != case.decoded {
-            wrong.push(format!(
-                "ids of {:?}\n  are read as {whole:?}\n  reference   {:?}",
-                case.text, case.decoded
-            ));
+        // SentencePiece has a text for what it does not know; transformers and we show the special token.
+        let expected = case.decoded.replace(" ⁇ ", "<unk>");
+        if whole != expected {
+            wrong
+                .push(format!("ids of {:?}\n  are read as {whole:?}\n  reference   {expected:?}", case.text));
         }
         assert_eq!(whole, streamed, "{:?}", case.text);
     }
