@@ -277,7 +277,11 @@ async fn without_a_tokenizer_ids_go_in_and_out_over_grpc() {
     let request = vllm::GenerateRequest {
         request_id: "ids".into(),
         input: Some(vllm::generate_request::Input::Tokenized(input)),
-        sampling_params: Some(vllm::SamplingParams { max_tokens: Some(6), ..Default::default() }),
+        sampling_params: Some(vllm::SamplingParams {
+            temperature: Some(0.0),
+            max_tokens: Some(6),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let mut stream = gateway.generate(request).await.unwrap().into_inner();

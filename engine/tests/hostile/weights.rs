@@ -96,8 +96,8 @@ fn headers_that_lie_are_refused_by_name() {
                 h[first]["shape"] = json!([count, 1, 1]);
             }),
         ),
-        ("another type of the same size", changed(&whole, |h| h[first]["dtype"] = "I32".into())),
-        ("another type of another size", changed(&whole, |h| h[first]["dtype"] = "BF16".into())),
+        ("another type of the same size", changed(&whole, |h| h[first]["dtype"] = "I16".into())),
+        ("another type of another size", changed(&whole, |h| h[first]["dtype"] = "F32".into())),
         ("an unknown type", changed(&whole, |h| h[first]["dtype"] = "F7".into())),
         (
             "a name that is missing",

@@ -113,7 +113,9 @@ impl FolderTokens {
     fn roles(&mut self, path: &Path, map: &Map<String, Value>) -> Result<(), LoadError> {
         let fields = Fields::new(path, map);
         for role in ROLES {
-            if let Some(value) = fields.get(role) {
+            // An empty text or false is how some folders write that there is none.
+            let given = fields.get(role).filter(|value| *value != "" && *value != &Value::Bool(false));
+            if let Some(value) = given {
                 self.roles.insert(role, written(&fields, role, value)?);
             }
         }
