@@ -26,6 +26,7 @@ use crate::{
         generation_config::GenerationDefaults,
         heads::HeadSpec,
         lora::Sites,
+        prefetch::{Loaded, Prefetch},
         spec::ModelSpec,
     },
     queue::Queue,
@@ -41,12 +42,19 @@ use crate::{
 /// What loading has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// So many of so many layers are loaded.
+    /// So many of so many layers are set up.
     Layers {
         /// Done.
         done: usize,
         /// In all.
         total: usize,
+    },
+    /// So many of so many bytes of weights are read.
+    Bytes {
+        /// Done.
+        done: u64,
+        /// In all.
+        total: u64,
     },
 }
 
@@ -105,12 +113,20 @@ impl Engine {
         }
         let mut files = ModelFiles::open(&config.source)?;
         if let Some(path) = &config.chat_template {
+            if config.skip_tokenizer_init {
+                let detail = "conversations become text, which --skip-tokenizer-init leaves out; leave out one of the two".into();
+                return Err(LoadError::Option { option: "--chat-template", detail });
+            }
             files = files.with_chat_template(path);
         }
         let mut spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
         let head_spec = HeadSpec::read(&files, &spec, config.classifier_from_token.as_ref())?;
-        let text = Arc::new(TextModel::load(&files, &spec)?);
+        let text = match config.skip_tokenizer_init {
+            true => TextModel::without_tokenizer(&files, &spec),
+            false => TextModel::load(&files, &spec)?,
+        };
+        let text = Arc::new(text);
         let checkpoint = Checkpoint::open(&files)?;
         spec.follow_names(|name| checkpoint.contains(name));
         checkpoint.verify(&spec)?;
@@ -131,11 +147,18 @@ impl Engine {
         let (runner, facts) = RunnerThread::start(move || {
             let total = runner_spec.layers.len();
             let model = Model { config: &runner_config, spec: &runner_spec, checkpoint: &checkpoint };
-            let progress = |done| progress(Progress::Layers { done, total });
-            let built = match driver {
-                Some(driver) => model.on_cuda(driver, progress)?,
-                None => model.on_cpu(progress)?,
+            let prefetch = Prefetch::start(checkpoint.needed(&runner_spec), checkpoint.total_bytes());
+            let layers = |done_layers| {
+                progress(Progress::Layers { done: done_layers, total });
+                let (done, total) = prefetch.progress();
+                progress(Progress::Bytes { done, total });
             };
+            let built = match driver {
+                Some(driver) => model.on_cuda(driver, layers)?,
+                None => model.on_cpu(layers)?,
+            };
+            let loaded = prefetch.finish(|done, total| progress(Progress::Bytes { done, total }));
+            log_loaded(&loaded);
             Ok((built.runner, built.facts))
         })?;
         let info = ModelInfo {
@@ -319,6 +342,17 @@ fn adapters(config: &EngineConfig, spec: &ModelSpec, name: &str) -> Result<Arc<A
     };
     adapters.load_modules()?;
     Ok(Arc::new(adapters))
+}
+
+fn log_loaded(loaded: &Loaded) {
+    let hundredths = |value: f64| (value * 100.0).round() / 100.0;
+    tracing::info!(
+        gigabytes = hundredths(loaded.bytes as f64 / 1e9),
+        of_gigabytes = hundredths(loaded.file_bytes as f64 / 1e9),
+        seconds = hundredths(loaded.time.as_secs_f64()),
+        gigabytes_per_second = hundredths(loaded.rate()),
+        "read the weights"
+    );
 }
 
 /// A model's name when none is given: its folder's.

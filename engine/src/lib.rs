@@ -19,6 +19,7 @@ mod handle;
 mod heads;
 pub mod ids;
 mod info;
+pub mod inspect;
 pub mod kv;
 mod ledger;
 mod life;

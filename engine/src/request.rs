@@ -6,6 +6,7 @@
 mod embed;
 mod prompt;
 mod score;
+mod words;
 
 use std::{sync::Arc, time::Instant};
 
@@ -247,6 +248,7 @@ impl Validator {
                     .into()
             },
         );
+        self.check_text(&request)?;
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -273,7 +275,7 @@ impl Validator {
             segments: None,
             stop: request.sampling.stop,
             n,
-            text_output: !request.token_ids_only,
+            text_output: !request.token_ids_only && self.text.tokenizer_kind().is_some(),
             include_special_tokens: request.include_special_tokens,
             deadline: request.deadline,
             priority: request.priority,

@@ -1,7 +1,7 @@
 //! A model: its files, its specification, its weights, and the decoder that computes it.
 
 mod families;
-mod fields;
+pub(crate) mod fields;
 pub(crate) mod formats;
 mod gguf;
 mod parts;
@@ -12,6 +12,7 @@ pub mod files;
 pub mod generation_config;
 pub mod heads;
 pub mod lora;
+pub mod prefetch;
 pub mod rope;
 pub mod spec;
 

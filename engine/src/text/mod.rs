@@ -6,6 +6,7 @@ mod bound;
 mod guard;
 mod pairs;
 mod pyjson;
+mod sources;
 mod vocab;
 
 pub mod chat;
@@ -17,5 +18,6 @@ pub mod tokenizer;
 pub use chat::{ChatMessage, ChatPrompt};
 pub use detokenize::Detokenizer;
 pub use pairs::{Encoded, MAX_CUT_BYTES};
+pub use sources::TokenizerKind;
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::TextModel;

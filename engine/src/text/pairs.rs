@@ -47,9 +47,10 @@ impl TextModel {
         second: Option<&str>,
         most: Option<usize>,
     ) -> Result<Encoding, RequestError> {
-        let tokenizer = self.tokenizer();
+        let words = self.words("text")?;
+        let tokenizer = &words.tokenizer;
         let refused = |error| RequestError::invalid("prompt.text", format!("cannot be encoded: {error}"));
-        let alone = |text: &str| tokenizer.encode_fast(text, false).map_err(refused);
+        let alone = |text: &str| tokenizer.encode_fast(words.normalized(text), false).map_err(refused);
         let (mut first, mut second) = (alone(first)?, second.map(alone).transpose()?);
         if let Some(most) = most {
             let added = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(second.is_some()));

@@ -199,9 +199,9 @@ fn char_byte(c: char) -> Option<u8> {
     }
 }
 
-/// The alphabet the other way, in byte order.
-pub(super) fn byte_level_alphabet() -> impl Iterator<Item = char> {
-    (0..=0x143).filter_map(char::from_u32).filter(|c| char_byte(*c).is_some())
+/// The alphabet: each byte and its character.
+pub(super) fn byte_level_alphabet() -> impl Iterator<Item = (u8, char)> {
+    (0..=0x143).filter_map(char::from_u32).filter_map(|c| Some((char_byte(c)?, c)))
 }
 
 /// What an id of the model's vocabulary is to the tokenizer.
@@ -251,6 +251,18 @@ impl TokenTable {
             table.ends.push(u32::try_from(table.bytes.len()).map_err(|_| "the vocabulary has over 4 GiB")?);
         }
         Ok(table)
+    }
+
+    /// A table of ids that stand for no text.
+    pub(super) fn without_text(vocab_size: usize) -> Self {
+        Self {
+            ends: vec![0; vocab_size],
+            bytes: Vec::new(),
+            first: HashMap::new(),
+            kinds: vec![TokenKind::Absent; vocab_size],
+            invalid: Invalid::PerSequence,
+            strip_start: None,
+        }
     }
 
     /// Number of ids.

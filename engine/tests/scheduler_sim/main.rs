@@ -76,7 +76,17 @@ fn invariants_hold_over_ten_million_events() {
     let Seen { finished, embedded, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
     let Seen { fed_back, aborts_over_two_steps, failed_steps, shortages, late_rows, .. } = seen;
     let Seen {
-        cached_tokens, saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, ..
+        cached_tokens,
+        saves,
+        loads,
+        compared,
+        forced,
+        complete,
+        unformed,
+        whole,
+        adapters,
+        overtaken,
+        ..
     } = seen;
     let ends = finished > 500_000
         && embedded > 50_000

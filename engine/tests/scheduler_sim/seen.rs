@@ -44,7 +44,8 @@ impl Seen {
             finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
         } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
-        let Self { saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, .. } = other;
+        let Self { saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, .. } =
+            other;
         self.finished += finished;
         self.embedded += embedded;
         self.whole += whole;

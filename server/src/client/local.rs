@@ -173,6 +173,7 @@ fn card(engine: &EngineHandle, parsers: &Parsers) -> ModelCard {
         max_model_len: info.max_model_len,
         vocab_size: info.vocab_size,
         has_chat_template: info.has_chat_template,
+        has_tokenizer: text.tokenizer_kind().is_some(),
         block_size: info.block_size,
         num_kv_blocks: info.num_kv_blocks,
         tokens: TokenBytes::Model(text.clone()),

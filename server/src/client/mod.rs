@@ -40,6 +40,8 @@ pub struct ModelCard {
     pub vocab_size: usize,
     /// Whether chat prompts can be rendered.
     pub has_chat_template: bool,
+    /// Whether there is text at all; without it prompts and answers are token ids.
+    pub has_tokenizer: bool,
     /// Tokens per KV block.
     pub block_size: usize,
     /// KV blocks in all.
