@@ -100,6 +100,12 @@ impl From<HostTensor> for HostMatrix {
     }
 }
 
+impl From<QuantMatrix> for HostMatrix {
+    fn from(matrix: QuantMatrix) -> Self {
+        HostMatrix::Quantized(matrix)
+    }
+}
+
 /// A quantised matrix `[N, K]`, row-major.
 #[derive(Debug, Clone)]
 pub struct QuantMatrix {

@@ -204,7 +204,7 @@ impl Ops for CudaOps {
     }
 
     fn table(&self, matrix: &HostMatrix) -> Result<CudaWeight> {
-        self.weight(std::slice::from_ref(matrix), &[])
+        self.uploader.lock().table(matrix)
     }
 
     fn experts(&self, _experts: &[ExpertParts]) -> Result<()> {
@@ -319,7 +319,7 @@ impl Ops for CudaOps {
             &self.device,
             Embedding {
                 out,
-                table: &table.matrix,
+                table: table.matrix.bf16("embedding")?,
                 token_ids: steps.words(batch.layout.token_ids, tokens)?,
                 feedback: Some(steps.feedback()),
                 width: table.k,

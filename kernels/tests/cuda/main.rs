@@ -19,6 +19,7 @@ mod moe;
 mod paged;
 mod planted;
 mod probe;
+mod quantized;
 mod rmsnorm;
 mod rope_kv_write;
 mod rows;

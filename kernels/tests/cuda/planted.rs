@@ -12,7 +12,7 @@ use std::{
 
 use tidemill_kernels_emu::{EmuDriver, Schedule, Site};
 
-use crate::{attention, layernorm, linear, moe, paged::Bed, rmsnorm, rope_kv_write, sampling};
+use crate::{attention, layernorm, linear, moe, paged::Bed, quantized, rmsnorm, rope_kv_write, sampling};
 
 /// Random schedules that are tried after the four of every test.
 const MORE_SCHEDULES: u64 = 8;
@@ -26,6 +26,7 @@ const SAMPLES: &[(&str, Sample)] = &[
     ("attention, 192", |bed| attention::sample(bed, 192)),
     ("layernorm", |bed| layernorm::sample(&bed.device)),
     ("linear", |bed| linear::sample(&bed.device)),
+    ("linear, quantised", |bed| quantized::sample(&bed.device)),
     ("moe", moe::sample),
     ("rmsnorm", |bed| rmsnorm::sample(&bed.device)),
     ("rope_kv_write", rope_kv_write::sample),
@@ -56,13 +57,13 @@ const UNDETECTED: &[Undetected] = &[
     },
     Undetected {
         sample: None,
-        file: "linear_skinny.cu",
+        file: "linear_skinny.cuh",
         text: "cp_async_wait<0>();",
         reason: NOTHING_IN_FLIGHT,
     },
     Undetected {
         sample: None,
-        file: "linear_tiled.cu",
+        file: "linear_tiled.cuh",
         text: "cp_async_wait<0>();",
         reason: NOTHING_IN_FLIGHT,
     },
