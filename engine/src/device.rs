@@ -10,7 +10,7 @@ use tidemill_kernels::{
         driver::Driver,
         gpu::{self, GpuDriver, GpuError, GpuOptions},
     },
-    ops::{HeadShape, KvShape},
+    ops::KvShape,
 };
 
 use crate::{
@@ -158,11 +158,7 @@ impl Model<'_> {
                 max_rows: asked.max_num_seqs,
                 max_model_len: asked.max_model_len,
                 block_size: asked.block_size,
-                heads: HeadShape {
-                    num_heads: spec.num_heads,
-                    num_kv_heads: spec.num_kv_heads,
-                    head_dim: spec.head_dim,
-                },
+                attention: spec.cuda_attention(),
                 vocab: spec.vocab_size,
                 graphs: !config.enforce_eager,
             },
@@ -208,7 +204,7 @@ impl Model<'_> {
     /// The element type of the checkpoint's embedding, and so of all its matrices.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
         let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        Ok(self.checkpoint.tensor(&self.spec.tensor_name("embed_tokens.weight"), &shape)?.dtype)
+        Ok(self.checkpoint.tensor(&self.spec.embedding_name(), &shape)?.dtype)
     }
 }
 

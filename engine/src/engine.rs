@@ -100,17 +100,18 @@ impl Engine {
         if let Some(path) = &config.chat_template {
             files = files.with_chat_template(path);
         }
-        let spec = ModelSpec::load(&files)?;
+        let mut spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
         let embedding = embedding_info(&files, &spec)?;
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
+        spec.follow_names(|name| checkpoint.contains(name));
         checkpoint.verify(&spec)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = spec.tensor_name("embed_tokens.weight");
+        let table = spec.embedding_name();
         let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
-        let is_output = spec.tie_word_embeddings && !spec.is_headless;
+        let is_output = spec.tie_word_embeddings && !spec.is_headless();
         let looked_up = if is_output { 0 } else { table.data.len() as u64 };
         // A GPU keeps all weights in bfloat16.
         let halved = driver.is_some() && table.dtype == DType::F32;
@@ -119,7 +120,7 @@ impl Engine {
         let look_ahead = config.look_ahead.unwrap_or(driver.is_some());
         let (runner_config, runner_spec) = (config.clone(), spec.clone());
         let (runner, facts) = RunnerThread::start(move || {
-            let total = runner_spec.num_layers;
+            let total = runner_spec.layers.len();
             let model = Model { config: &runner_config, spec: &runner_spec, checkpoint: &checkpoint };
             let progress = |done| progress(Progress::Layers { done, total });
             let built = match driver {
@@ -130,7 +131,7 @@ impl Engine {
         })?;
         let info = ModelInfo {
             served_model_name: config.served_model_name.unwrap_or_else(|| model_name(&config.source)),
-            architecture: spec.architecture_name().to_owned(),
+            architecture: spec.architecture.to_owned(),
             num_parameters,
             weight_bytes_per_step,
             vocab_size: spec.vocab_size,

@@ -103,15 +103,7 @@ impl Asked {
 
     /// A KV cache of `num_blocks` blocks.
     pub fn kv_shape(&self, spec: &ModelSpec, dtype: DType, num_blocks: usize) -> KvShape {
-        KvShape {
-            num_layers: spec.num_layers,
-            num_blocks,
-            block_size: self.block_size,
-            num_kv_heads: spec.num_kv_heads,
-            head_dim: spec.head_dim,
-            value_dim: spec.head_dim,
-            dtype,
-        }
+        spec.kv_shape(num_blocks, self.block_size, dtype)
     }
 }
 

@@ -17,7 +17,7 @@ use tidemill_engine::model::{
 use tidemill_kernels::{
     DType,
     cpu::{Compute, CpuConfig, CpuOps, Isa},
-    ops::{BatchMeta, KvShape},
+    ops::BatchMeta,
 };
 
 const TINY: [&str; 5] = ["llama", "llama3_rope", "llama_bias", "llama_linear", "llama_yarn"];
@@ -66,15 +66,11 @@ impl Model {
         let files = ModelFiles::open(&source).unwrap();
         let spec = ModelSpec::load(&files).unwrap();
         let checkpoint = Checkpoint::open(&files).unwrap();
-        let kv = KvShape {
-            num_layers: spec.num_layers,
-            num_blocks: NUM_BLOCKS,
-            block_size: BLOCK_SIZE,
-            num_kv_heads: spec.num_kv_heads,
-            head_dim: spec.head_dim,
-            value_dim: spec.head_dim,
-            dtype: if compute == Compute::F32 { DType::F32 } else { DType::Bf16 },
-        };
+        let kv = spec.kv_shape(
+            NUM_BLOCKS,
+            BLOCK_SIZE,
+            if compute == Compute::F32 { DType::F32 } else { DType::Bf16 },
+        );
         let limits = DecoderLimits {
             max_num_batched_tokens: 384,
             max_model_len: 384.min(spec.max_position_embeddings),

@@ -16,7 +16,7 @@ use tidemill_engine::{
 use tidemill_kernels::{
     DType,
     cpu::{Compute, CpuConfig, CpuOps},
-    ops::{BatchMeta, KvShape},
+    ops::BatchMeta,
 };
 
 /// One engine for all tests; chunks are small, so prompts take several steps.
@@ -164,15 +164,7 @@ fn reference_logprobs(tokens: &[TokenId]) -> Vec<Vec<f64>> {
     let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
     let spec = ModelSpec::load(&files).unwrap();
     let checkpoint = Checkpoint::open(&files).unwrap();
-    let kv = KvShape {
-        num_layers: spec.num_layers,
-        num_blocks: 8,
-        block_size: 32,
-        num_kv_heads: spec.num_kv_heads,
-        head_dim: spec.head_dim,
-        value_dim: spec.head_dim,
-        dtype: DType::Bf16,
-    };
+    let kv = spec.kv_shape(8, 32, DType::Bf16);
     let count = tokens.len() as u32;
     let limits = DecoderLimits { max_num_batched_tokens: 256, max_model_len: 256 };
     let ops = CpuOps::new(CpuConfig { compute: Compute::Bf16, isa: None, threads: Some(1) }).unwrap();

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
     cpu::{Compute, CpuBatch, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
-    ops::{BatchMeta, Epilogue, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
+    ops::{Activation, BatchMeta, Epilogue, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
     sampling::{RowTask, SampleSpec},
     tensor::HostMatrix,
 };
@@ -408,10 +408,8 @@ fn forward(
         clock.lap("o");
         check(ops.norm(normed, h, norm, t));
         clock.lap("rmsnorm");
-        check(ops.linear(gate_up, normed, &layer.gate_up, t, Epilogue::Store));
+        check(ops.linear_gated(act, gate_up, normed, &layer.gate_up, t, Activation::Silu));
         clock.lap("gate_up");
-        ops.silu_mul(act, gate_up, INTER, t);
-        clock.lap("silu");
         check(ops.linear(h, act, &layer.down, t, Epilogue::Add));
         clock.lap("down");
     }

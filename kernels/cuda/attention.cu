@@ -1,9 +1,9 @@
-// Causal attention over paged keys and values (the paging of Kwon et al. 2023), prompt chunks and decode rows alike.
+// Attention over paged keys and values (the paging of Kwon et al. 2023), prompt chunks and decode rows alike.
 //
 //   out[t, q, :] = sum_j w[j] * v[j, q / G, :],   w = softmax_j(score(t, q, j)),   G = Q / K
 //   score = q . k[j] * scale, then soft_cap * tanh(score / soft_cap), then + slope[q] * (j - p)      (each only if given)
-// over the positions j <= p of the token's own row, and j > p - window if a window is given. With sinks the denominator of the
-// softmax has one more term, exp(sink[q]).
+// over the positions j <= p of the token's own row, and j > p - window if a window is given. With `both_ways` over all positions of the
+// row, whose tokens are all in the step, or those with |p - j| < window. With sinks the denominator of the softmax has one more term, exp(sink[q]).
 //
 // qkv [T, (Q + 2K) * D], out [T, Q * D] bf16, 16-byte aligned; slopes, sinks [Q] f32.
 // kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size a power of two >= 16. Slots after the last

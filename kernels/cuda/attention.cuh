@@ -20,6 +20,7 @@ struct AttentionArgs {
     int window;      // 0: none
     float scale;
     float soft_cap;  // 0: none
+    int both_ways;   // 1: a token sees later positions too
 };
 
 // Partly unrolled where addresses computed ahead would cost more registers than there are.
@@ -42,7 +43,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 struct __align__(16) Item {
     uint32_t table;      // word of the plan at which the row's block table begins
     uint32_t token;      // of the step: the row's first
-    uint32_t position;   // of that token
+    uint32_t position;   // of that token; or, where tokens see later ones, the row's length: its first token is at position 0
     uint32_t head_rows;  // key/value head, number of query rows << 16
     uint32_t first;      // packed query row
     uint32_t tile;       // first tile
@@ -51,6 +52,10 @@ struct __align__(16) Item {
 
     TM_DEVICE int head() const { return (int)(head_rows & 0xffff); }
     TM_DEVICE int rows() const { return (int)(head_rows >> 16); }
+    // Position of a packed query row.
+    TM_DEVICE int at(const AttentionArgs &a, int packed, int group) const { return (a.both_ways ? 0 : (int)position) + packed / group; }
+    // The row's last position, where tokens see it.
+    TM_DEVICE int end() const { return (int)position - 1; }
 };
 
 TM_DEVICE int lane_id() { return (int)(threadIdx.x & 31); }
@@ -72,8 +77,9 @@ struct Span {
     int low, high, first_step, end_step;
 
     TM_DEVICE Span(const AttentionArgs &a, const Item &item, int group) {
-        const int oldest = (int)item.position + (int)item.first / group;
-        high = (int)item.position + ((int)item.first + item.rows() - 1) / group;
+        const int oldest = item.at(a, (int)item.first, group), newest = item.at(a, (int)item.first + item.rows() - 1, group);
+        high = newest;
+        if (a.both_ways) high = a.window ? min(item.end(), newest + a.window - 1) : item.end();
         low = a.window && oldest >= a.window ? oldest - a.window + 1 : 0;
         first_step = max(low, (int)item.tile * KV_TILE) / STEP;
         end_step = (min(high + 1, (int)(item.tile + item.tiles) * KV_TILE) + STEP - 1) / STEP;
@@ -115,18 +121,18 @@ TM_DEVICE void load_queries(const AttentionArgs &a, const Item &item, int group,
 struct QueryRows {
     int position[2];     // -1: no such row
     float slope[2];
-    int oldest, newest;  // positions; newest -1: no row at all
+    int oldest, newest;  // the last positions that the first and the last of them see; newest -1: no row at all
 
     TM_DEVICE QueryRows(const AttentionArgs &a, const Item &item, int group, int row0) {
         TM_UNROLL
         for (int i = 0; i < 2; i++) {
             const int r = row0 + lane_id() / 4 + 8 * i, packed = (int)item.first + r;
-            position[i] = r < item.rows() ? (int)item.position + packed / group : -1;
+            position[i] = r < item.rows() ? item.at(a, packed, group) : -1;
             slope[i] = a.slopes && position[i] >= 0 ? a.slopes[item.head() * group + packed % group] : 0.0f;
         }
         const int last = min(item.rows(), row0 + MMA_ROWS) - 1;
-        oldest = (int)item.position + ((int)item.first + row0) / group;
-        newest = last < row0 ? -1 : (int)item.position + ((int)item.first + last) / group;
+        oldest = a.both_ways ? item.end() : item.at(a, (int)item.first + row0, group);
+        newest = last < row0 ? -1 : a.both_ways ? item.end() : item.at(a, (int)item.first + last, group);
     }
 };
 
@@ -224,14 +230,15 @@ TM_DEVICE void shape_scores(const AttentionArgs &a, const QueryRows &rows, float
 template <int N, int COLS>
 TM_DEVICE void softmax_step(const AttentionArgs &a, const QueryRows &rows, float c, float (&s)[N][4], Sum<COLS> &sum, int position) {
     if (!raw_scores(a)) shape_scores(a, rows, s, position);
-    const bool all_seen = position + 8 * N - 1 <= rows.oldest && (!a.window || position + a.window > rows.newest);
+    const bool all_seen = position + 8 * N - 1 <= rows.oldest && (!a.window || (!a.both_ways && position + a.window > rows.newest));
     if (!all_seen) {
         TM_UNROLL
         for (int n = 0; n < N; n++)
             TM_UNROLL
             for (int i = 0; i < 4; i++) {
                 const int j = position + 8 * n + 2 * (lane_id() & 3) + (i & 1), p = rows.position[i / 2];
-                if (j > p || (a.window && j + a.window <= p)) s[n][i] = empty_max();
+                const int last = a.both_ways ? rows.newest : p;
+                if (j > last || (a.window && (j + a.window <= p || j >= p + a.window))) s[n][i] = empty_max();
             }
     }
     float alpha[2];

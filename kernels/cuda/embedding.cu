@@ -7,6 +7,8 @@
 //
 // out [T, H], table [V, H] bf16, 16-byte aligned; token_ids [T], feedback u32 (may be null when no id has its top bit set).
 // H a multiple of 8; every id is below V. Grid (T), block 256.
+//
+// embedding_add_bf16:  out[t, h] += table[rows[t] + first, h], in f32, rounded once: learned positions and segments.
 #include "primitives.cuh"
 
 using namespace tidemill;
@@ -33,3 +35,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 KERNEL(embedding_bf16);
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    embedding_add_bf16(bf16 *out, const bf16 *table, const uint32_t *rows, uint32_t first, int width) {
+    const bf16x8 *in = (const bf16x8 *)(table + ((size_t)rows[blockIdx.x] + first) * width);
+    bf16x8 *to = (bf16x8 *)(out + (size_t)blockIdx.x * width);
+    for (int i = threadIdx.x; i < width / 8; i += THREADS) {
+        float v[8], x[8];
+        unpack(to[i], v);
+        unpack(in[i], x);
+        TM_UNROLL
+        for (int j = 0; j < 8; j++) v[j] += x[j];
+        to[i] = pack(v);
+    }
+}
+KERNEL(embedding_add_bf16);

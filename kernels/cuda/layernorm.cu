@@ -1,11 +1,12 @@
-// Layer norm over the last axis (Ba, Kiros and Hinton 2016, eq. 4), optionally after adding to the residual stream.
+// Layer norm over rows or parts of rows (Ba, Kiros and Hinton 2016, eq. 4).
 //
-//   residual[r, h] += x[r, h]                                (only when residual is given; rounded to bf16)
-//   out[r, h] = (v[r, h] - mean) / sqrt(variance + eps) * weight[h] + bias[h]   where v is the residual if given, else x
+//   y = (v - mean) / sqrt(variance + eps) * weight[g * width ..] + bias[g * width ..],   v = part g of row r:
+//                                                                              x[r * stride + offset + g * width ..][.. width]
+//   out at the same place becomes y; with `add`, y is added to it
 //
-// Mean and variance are those of the row (variance divides by H), in two passes: the variance of a row far from zero keeps its digits.
-// out, x, residual [rows, H] bf16, 16-byte aligned; weight, bias [H] f32, bias may be null; H a multiple of 8. out may be x.
-// Grid (rows), block 256. The order of the sums depends on H alone.
+// Mean and variance are those of the part (variance divides by its width), in two passes: the variance of a row far from zero keeps its
+// digits. out, x bf16, 16-byte aligned, may be the same; weight, bias [groups * width] f32, bias may be null; width, stride and offset
+// multiples of 8. Whole rows are one group of width = stride. Grid (rows * groups), block 256. The order of the sums depends on the width alone.
 #include "primitives.cuh"
 
 using namespace tidemill;
@@ -24,48 +25,44 @@ TM_DEVICE float block_sum(float v, float (&partial)[WARPS]) {
     return total;
 }
 
-// Adds eight elements to the residual stream; `v` becomes what is stored.
-TM_DEVICE void add_to_stream(float (&v)[8], bf16x8 *stream) {
-    float r[8];
-    unpack(*stream, r);
-    TM_UNROLL
-    for (int j = 0; j < 8; j++) v[j] += r[j];
-    *stream = pack(v);
-    unpack(*stream, v);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
-    layernorm_bf16(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, const float *bias, int width, float eps) {
+    layernorm_bf16(bf16 *out, const bf16 *x, const float *weight, const float *bias, int groups, int width, int stride, int offset, int add,
+                   float eps) {
     SHARED(float, sums, [WARPS]);
     SHARED(float, squares, [WARPS]);
-    const size_t row = (size_t)blockIdx.x * width;
-    const bf16x8 *in = (const bf16x8 *)(x + row);
-    bf16x8 *stream = residual ? (bf16x8 *)(residual + row) : nullptr;
+    const int group = (int)blockIdx.x % groups;
+    const size_t at = (size_t)(blockIdx.x / groups) * stride + offset + group * width;
+    const bf16x8 *in = (const bf16x8 *)(x + at);
+    bf16x8 *to = (bf16x8 *)(out + at);
     float v[8];
     float sum = 0.0f;
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
         unpack(in[i], v);
-        if (stream) add_to_stream(v, stream + i);
         TM_UNROLL
         for (int j = 0; j < 8; j++) sum += v[j];
     }
     const float mean = block_sum(sum, sums) / (float)width;
-    const bf16x8 *again = stream ? stream : in;
     float square = 0.0f;
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
-        unpack(again[i], v);
+        unpack(in[i], v);
         TM_UNROLL
         for (int j = 0; j < 8; j++) square += (v[j] - mean) * (v[j] - mean);
     }
     const float scale = rsqrtf(block_sum(square, squares) / (float)width + eps);
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
         float w[8], b[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-        unpack(again[i], v);
-        load8(weight + 8 * i, w);
-        if (bias) load8(bias + 8 * i, b);
+        unpack(in[i], v);
+        load8(weight + group * width + 8 * i, w);
+        if (bias) load8(bias + group * width + 8 * i, b);
         TM_UNROLL
         for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * scale * w[j] + b[j];
-        ((bf16x8 *)(out + row))[i] = pack(v);
+        if (add) {
+            float old[8];
+            unpack(to[i], old);
+            TM_UNROLL
+            for (int j = 0; j < 8; j++) v[j] += old[j];
+        }
+        to[i] = pack(v);
     }
 }
 KERNEL(layernorm_bf16);

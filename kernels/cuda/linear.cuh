@@ -24,23 +24,24 @@ static constexpr uint32_t BLOCK_CHUNKS = 4;
 
 // Bits of LinearArgs::flags.
 static constexpr uint32_t GATED = 1, RESIDUAL = 2, OUT_F32 = 4, BIAS_BF16 = 8, OFFSETS = 16, FLOAT_CODES = 32;
-// Values of LinearArgs::activation. SOFT_CAP: cap * tanh(v / cap).
-static constexpr uint32_t IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3, SOFT_CAP = 4;
+// Values of LinearArgs::activation. SOFT_CAP: cap * tanh(v / cap). SWIGLU_OAI, gated alone: (u + 1) * g / (1 + e^(-alpha g)) with
+// g = min(gate, cap), u = up within -cap..cap.
+static constexpr uint32_t IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3, SOFT_CAP = 4, RELU = 5, SWIGLU_OAI = 6;
 // Expert of a token tile that holds nothing.
 static constexpr uint32_t NO_EXPERT = 0xffffffffu;
 
-// The same struct stands in linear.rs. The fields from `tiles` to `divisor` are for grouped products alone: there `weight` is
-// [E, W, K], `bias` [E, W], and rows are positions in an order sorted by expert; `offsets` [E + 1] says where each begins.
+// The same struct stands in ops/linear/arguments.rs. `divisor` and the fields from `tiles` to `pairs` are for grouped products alone: there
+// `weight` is [E, W, K], `bias` [E, W], and rows are positions in an order of (token, expert) pairs that is sorted by expert; `offsets`
+// [E + 1] says where each begins. Without `tiles` every expert has `rows` rows: row r of expert e is row r * divisor + e of x and out.
 struct LinearArgs {
     void *out;
     const bf16 *x;
     const void *weight;
     const void *bias;           // [W] f32 or bf16, or null
     const uint32_t *scales;     // of a quantised weight
-    const uint2 *tiles;         // one token tile per entry: its expert, its first row
+    const uint2 *tiles;         // one token tile per entry: its expert, its first row; or null
     const uint32_t *offsets;
-    const uint32_t *gather;     // row r reads x[gather[r] / divisor]; null: x[r]
-    const uint32_t *scatter;    // row r writes out[scatter[r]]; null: out[r]
+    const uint32_t *pairs;      // row r reads x[pairs[r] / divisor] and writes out[pairs[r]]
     uint32_t rows;              // M
     uint32_t width;             // N
     uint32_t depth;             // K
@@ -50,6 +51,7 @@ struct LinearArgs {
     float cap;
     uint32_t scale_stride;      // words from one row's scales to the next
     uint32_t scale_shift;
+    float alpha;
 };
 
 // Rows first..end of the product, and whose weights they meet.
@@ -60,17 +62,23 @@ struct TokenTile {
 template <bool GROUPED>
 TM_DEVICE TokenTile token_tile(const LinearArgs &a, uint32_t index, uint32_t tokens) {
     if (!GROUPED) return {index * tokens, min(a.rows, (index + 1) * tokens), 0};
+    if (!a.tiles) {
+        const uint32_t per_expert = (a.rows + tokens - 1) / tokens, first = index % per_expert * tokens;
+        return {first, min(a.rows, first + tokens), index / per_expert};
+    }
     const uint2 tile = a.tiles[index];
     if (tile.x == NO_EXPERT) return {0, 0, 0};
     return {tile.y, min(a.offsets[tile.x + 1], tile.y + tokens), tile.x};
 }
 template <bool GROUPED>
-TM_DEVICE uint32_t x_row(const LinearArgs &a, uint32_t row) {
-    return GROUPED && a.gather ? a.gather[row] / a.divisor : row;
+TM_DEVICE uint32_t x_row(const LinearArgs &a, const TokenTile &tile, uint32_t row) {
+    if (!GROUPED) return row;
+    return a.tiles ? a.pairs[row] / a.divisor : row * a.divisor + tile.expert;
 }
 template <bool GROUPED>
-TM_DEVICE size_t out_row(const LinearArgs &a, uint32_t row) {
-    return GROUPED && a.scatter ? a.scatter[row] : row;
+TM_DEVICE size_t out_row(const LinearArgs &a, const TokenTile &tile, uint32_t row) {
+    if (!GROUPED) return row;
+    return a.tiles ? a.pairs[row] : (size_t)row * a.divisor + tile.expert;
 }
 
 TM_DEVICE uint32_t weight_rows(const LinearArgs &a) { return a.flags & GATED ? 2 * a.width : a.width; }
@@ -141,8 +149,24 @@ TM_DEVICE void activate(const LinearArgs &a, float (&v)[COUNT]) {
             TM_UNROLL
             for (int i = 0; i < COUNT; i++) v[i] = a.cap * tanhf(v[i] / a.cap);
             break;
+        case RELU:
+            TM_UNROLL
+            for (int i = 0; i < COUNT; i++) v[i] = v[i] < 0.0f ? 0.0f : v[i];
+            break;
+        case SWIGLU_OAI:
+            TM_UNROLL
+            for (int i = 0; i < COUNT; i++) {
+                const float g = v[i] > a.cap ? a.cap : v[i];
+                v[i] = g / (1.0f + __expf(-a.alpha * g));
+            }
+            break;
         default: break;
     }
+}
+// What the activated gate is multiplied with.
+TM_DEVICE float gated_up(const LinearArgs &a, float up) {
+    if (a.activation != SWIGLU_OAI) return up;
+    return (up > a.cap ? a.cap : up < -a.cap ? -a.cap : up) + 1.0f;
 }
 
 template <int COUNT>
@@ -162,7 +186,7 @@ TM_DEVICE void finish(const LinearArgs &a, uint32_t expert, uint32_t n, float (&
     if (a.flags & GATED) {
         add_bias(a, expert, a.width + n, up);
         TM_UNROLL
-        for (int i = 0; i < COUNT; i++) v[i] *= up[i];
+        for (int i = 0; i < COUNT; i++) v[i] *= gated_up(a, up[i]);
     }
 }
 TM_DEVICE void store_one(const LinearArgs &a, size_t at, float v) {

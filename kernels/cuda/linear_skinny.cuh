@@ -47,7 +47,7 @@ struct Skinny {
             }
         TM_UNROLL
         for (int j = 0; j < (GROUPED ? T : 1); j++)
-            token[j] = x_row<GROUPED>(a, min(tile.first + 8 * j + g, tile.end - 1)) * chunks + t;
+            token[j] = x_row<GROUPED>(a, tile, min(tile.first + 8 * j + g, tile.end - 1)) * chunks + t;
         TM_UNROLL
         for (int i = 0; i < R; i++)
             TM_UNROLL
@@ -143,7 +143,7 @@ struct Skinny {
                 if (a.flags & GATED) up[0] += from[s * SLICE_STRIDE + 8];
             }
             finish(a, tile.expert, n, v, up);
-            store_one(a, out_row<GROUPED>(a, r) * a.width + n, v[0]);
+            store_one(a, out_row<GROUPED>(a, tile, r) * a.width + n, v[0]);
         }
     }
 };

@@ -64,7 +64,7 @@ struct Tiled {
         TM_UNROLL
         for (int c = 0; c < TOKEN_COPIES; c++) {
             const uint32_t r = tile.first + (threadIdx.x + c * LINEAR_THREADS) / BLOCK_CHUNKS;
-            tokens_from[c] = x_row<GROUPED>(a, min(r, tile.end - 1)) * chunks + threadIdx.x % BLOCK_CHUNKS;
+            tokens_from[c] = x_row<GROUPED>(a, tile, min(r, tile.end - 1)) * chunks + threadIdx.x % BLOCK_CHUNKS;
         }
         if (BITS < 16) scales = expert_scales(a, of.expert) + weight_row(a, first_row + threadIdx.x / 2) * a.scale_stride;
         TM_UNROLL
@@ -206,7 +206,7 @@ struct Tiled {
             const uint32_t n = (gated ? first_row / 2 : first_row) + 8 * octet;
             if (r >= tile.end || n >= a.width) continue;
             const float *at = staged + token * STAGED_STRIDE + octet * (gated ? 16 : 8);
-            store_octet(out_row<GROUPED>(a, r) * a.width + n, n, at, at + (gated ? 8 : 0));
+            store_octet(out_row<GROUPED>(a, tile, r) * a.width + n, n, at, at + (gated ? 8 : 0));
         }
     }
     TM_DEVICE void store_octet(size_t at, uint32_t n, const float *staged, const float *staged_up) {

@@ -11,7 +11,7 @@
 using namespace tidemill;
 
 static constexpr uint32_t THREADS = 512, WARPS = THREADS / 32, ITEMS = 8, FULL = 0xffffffffu;
-static constexpr uint32_t MAX_EXPERTS = 256;
+static constexpr uint32_t MAX_EXPERTS = 512;
 
 // Exclusive prefix sum over the block; `sum` receives the total. `partial` is in use until the next barrier.
 TM_DEVICE uint32_t block_scan(uint32_t v, uint32_t (&partial)[WARPS], uint32_t &sum) {

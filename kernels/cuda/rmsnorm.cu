@@ -1,10 +1,10 @@
-// Root-mean-square norm over the last axis (Zhang and Sennrich 2019, eq. 4), optionally after adding to the residual stream.
+// Root-mean-square norm over rows or parts of rows (Zhang and Sennrich 2019, eq. 4).
 //
-//   residual[r, h] += x[r, h]                                (only when residual is given; rounded to bf16)
-//   out[r, h] = v[r, h] / sqrt(mean_h(v[r, :]^2) + eps) * weight[h]   where v is the residual if given, else x
+//   y = v / sqrt(mean(v^2) + eps) * weight[g * width ..],   v = part g of row r: x[r * stride + offset + g * width ..][.. width]
+//   out at the same place becomes y; with `add`, y is added to it
 //
-// out, x, residual [rows, H] bf16, 16-byte aligned; weight [H] f32; H a multiple of 8. out may be x.
-// Grid (rows), block 256. The order of the sum depends on H alone.
+// out, x bf16, 16-byte aligned, may be the same; weight [groups * width] f32; width, stride and offset multiples of 8. Whole rows are one group
+// of width = stride. Grid (rows * groups), block 256. The order of the sum depends on the width alone.
 #include "primitives.cuh"
 
 using namespace tidemill;
@@ -22,35 +22,28 @@ TM_DEVICE float block_sum(float v, float (&partial)[THREADS / 32]) {
     return total;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    rmsnorm_bf16(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int width, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS) rmsnorm_bf16(bf16 *out, const bf16 *x, const float *weight, int groups, int width,
+                                                                   int stride, int offset, int add, float eps) {
     SHARED(float, partial, [THREADS / 32]);
-    const size_t row = (size_t)blockIdx.x * width;
-    const bf16x8 *in = (const bf16x8 *)(x + row);
-    bf16x8 *stream = residual ? (bf16x8 *)(residual + row) : nullptr;
+    const int group = (int)blockIdx.x % groups;
+    const size_t at = (size_t)(blockIdx.x / groups) * stride + offset + group * width;
+    const bf16x8 *in = (const bf16x8 *)(x + at);
+    bf16x8 *to = (bf16x8 *)(out + at);
     float sum = 0.0f;
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
         float v[8];
         unpack(in[i], v);
-        if (stream) {
-            float r[8];
-            unpack(stream[i], r);
-            for (int j = 0; j < 8; j++) v[j] += r[j];
-            const bf16x8 rounded = pack(v);
-            stream[i] = rounded;
-            unpack(rounded, v);
-        }
         for (int j = 0; j < 8; j++) sum += v[j] * v[j];
     }
     const float scale = rsqrtf(block_sum(sum, partial) / (float)width + eps);
-    const bf16x8 *again = stream ? stream : in;
     for (int i = threadIdx.x; i < width / 8; i += THREADS) {
-        float v[8], w[8];
-        unpack(again[i], v);
-        load8(weight + 8 * i, w);
+        float v[8], w[8], old[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        unpack(in[i], v);
+        load8(weight + group * width + 8 * i, w);
+        if (add) unpack(to[i], old);
         TM_UNROLL
-        for (int j = 0; j < 8; j++) v[j] = v[j] * scale * w[j];
-        ((bf16x8 *)(out + row))[i] = pack(v);
+        for (int j = 0; j < 8; j++) v[j] = add ? __fmaf_rn(v[j] * scale, w[j], old[j]) : v[j] * scale * w[j];
+        to[i] = pack(v);
     }
 }
 KERNEL(rmsnorm_bf16);

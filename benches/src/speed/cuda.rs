@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tidemill_kernels::cuda::{
-    CudaConfig, CudaOps, Device,
+    CudaAttention, CudaConfig, CudaOps, Device,
     driver::Driver,
     gpu::{self, GpuOptions},
 };
@@ -69,7 +69,7 @@ impl Machine for CudaMachine {
             max_rows,
             max_model_len,
             block_size: BLOCK_SIZE,
-            heads,
+            attention: CudaAttention::causal(heads),
             vocab,
             graphs: true,
         };

@@ -13,6 +13,7 @@ use tidemill_kernels::{
         },
         words::DeviceWords,
     },
+    ops::{ExpertScoring, Routing},
 };
 
 use super::{clock::Work, cuda::CudaMachine, machine::Machine, random::RandomTensors, table::Cost};
@@ -138,11 +139,19 @@ impl Layer {
         };
         let ids = DeviceWords::new(&self.ids);
         let (weights, logits) = (&mut self.weights, &self.logits[set]);
-        moe_route(device, MoeRoute { ids, weights, logits, shape, renormalize: true, tokens })?;
+        let routing = Routing {
+            experts,
+            top_k,
+            scoring: ExpertScoring::Softmax,
+            groups: None,
+            renormalize: true,
+            scale: 1.0,
+        };
+        moe_route(device, MoeRoute { ids, weights, logits, bias: None, routing: &routing, tokens })?;
         moe_permute(device, MoePermute { order, ids })?;
         let first = MoeLinear {
             order,
-            rows: MoeRows::Gather,
+            rows: MoeRows::Tokens,
             out: &mut self.inner,
             x: &self.x,
             weight: &self.gate_up,
@@ -154,7 +163,7 @@ impl Layer {
         moe_linear(device, first)?;
         let last = MoeLinear {
             order,
-            rows: MoeRows::Scatter,
+            rows: MoeRows::Pairs,
             out: &mut self.rows,
             x: &self.inner,
             weight: &self.down,

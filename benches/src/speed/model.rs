@@ -17,7 +17,7 @@ use tidemill_engine::model::{
 };
 use tidemill_kernels::{
     DType,
-    ops::{BatchMeta, HeadShape, KvShape},
+    ops::BatchMeta,
     sampling::{RowTask, SampleSpec},
 };
 
@@ -203,11 +203,7 @@ impl<'a, M: Machine> Model<'a, M> {
             max_tokens: options.max_tokens,
             max_rows: rows,
             max_model_len,
-            heads: HeadShape {
-                num_heads: spec.num_heads,
-                num_kv_heads: spec.num_kv_heads,
-                head_dim: spec.head_dim,
-            },
+            heads: spec.head_shape(),
             vocab: spec.vocab_size,
         };
         let largest =
@@ -216,15 +212,8 @@ impl<'a, M: Machine> Model<'a, M> {
         let limits_of_steps = DecoderLimits { max_num_batched_tokens: options.max_tokens, max_model_len };
         let mut decoder = Decoder::load(machine.ops(sizes)?, spec, &random, limits_of_steps, |_| ())?;
         let layout = Layout::new(rows, capacity);
-        decoder.allocate_kv(KvShape {
-            num_layers: spec.num_layers,
-            num_blocks: layout.num_blocks().max(Layout::new(1, longest).num_blocks()),
-            block_size: BLOCK_SIZE,
-            num_kv_heads: spec.num_kv_heads,
-            head_dim: spec.head_dim,
-            value_dim: spec.head_dim,
-            dtype: DType::Bf16,
-        })?;
+        let num_blocks = layout.num_blocks().max(Layout::new(1, longest).num_blocks());
+        decoder.allocate_kv(spec.kv_shape(num_blocks, BLOCK_SIZE, DType::Bf16))?;
         decoder.warm_up()?;
         println!("{name}: ready in {:.1} s", start.elapsed().as_secs_f64());
         Ok(Self { machine, options, limits, spec: spec.clone(), name, layout, decoder })
@@ -354,10 +343,12 @@ impl<'a, M: Machine> Model<'a, M> {
         let head = (spec.vocab_size * spec.hidden_size) as f64;
         let flops = 2.0 * (layers * tokens + head * rows);
         let products = self.limits.floor(BF16 * (layers + head), flops);
-        let per_layer = (2 * spec.num_kv_heads * spec.head_dim) as f64;
-        let kv = BF16 * spec.num_layers as f64 * per_layer * rows * step.context as f64;
+        let heads = spec.head_shape();
+        let per_layer = (2 * heads.num_kv_heads * heads.head_dim) as f64;
+        let layers = spec.layers.len();
+        let kv = BF16 * layers as f64 * per_layer * rows * step.context as f64;
         let pairs: f64 = (step.context - step.new..step.context).map(|p| rows * (p + 1) as f64).sum();
-        let attention = 4.0 * pairs * (spec.num_layers * spec.num_heads * spec.head_dim) as f64;
+        let attention = 4.0 * pairs * (layers * heads.num_heads * heads.head_dim) as f64;
         products + self.limits.floor(kv, attention)
     }
 }

@@ -14,6 +14,7 @@ use tidemill_kernels::tensor::{DType, HostMatrix, HostTensor};
 use crate::{
     error::LoadError,
     model::{
+        decoder::transposed,
         files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX},
         spec::{ModelSpec, TensorSpec},
     },
@@ -33,6 +34,22 @@ pub trait Tensors {
     /// As [`Tensors::tensor`].
     fn matrix(&self, name: &str, expected_shape: [usize; 2]) -> Result<HostMatrix, LoadError> {
         self.tensor(&format!("{name}.weight"), &expected_shape).map(HostMatrix::Dense)
+    }
+
+    /// The matrices `[N, K]` of X experts that are stored together under this name, in whatever format: `extents` are X, N and K. Where they are not
+    /// quantised, the tensor is `[X, K, N]`.
+    ///
+    /// # Errors
+    /// As [`Tensors::tensor`].
+    fn experts(&self, name: &str, extents: [usize; 3]) -> Result<Vec<HostMatrix>, LoadError> {
+        let [experts, n, k] = extents;
+        let all = self.tensor(name, &[experts, k, n])?;
+        let bytes = n * k * all.dtype.size();
+        let expert = |x: usize| {
+            let data = all.data.slice(x * bytes..(x + 1) * bytes);
+            transposed(&HostTensor { shape: vec![k, n], data, ..all.clone() }).into()
+        };
+        Ok((0..experts).map(expert).collect())
     }
 }
 
@@ -162,7 +179,9 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::tensor`], for the first that fails.
     pub fn verify(&self, spec: &ModelSpec) -> Result<(), LoadError> {
-        spec.tensors().iter().try_for_each(|TensorSpec { name, shape }| self.find(name, shape).map(|_| ()))
+        spec.tensors()
+            .iter()
+            .try_for_each(|TensorSpec { name, shape, .. }| self.find(name, shape).map(|_| ()))
     }
 
     /// A tensor without copying its bytes.

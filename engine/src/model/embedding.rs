@@ -37,7 +37,7 @@ const MODE_FIELDS: [(&str, &str); 6] = [
 /// [`LoadError::Unsupported`] for modules and pooling modes that Tidemill does not implement, [`LoadError::Format`] for files that are
 /// missing, malformed or in contradiction. Both name the file and the field.
 pub fn embedding_info(files: &ModelFiles, spec: &ModelSpec) -> Result<EmbeddingInfo, LoadError> {
-    let (dimensions, is_only_output) = (spec.hidden_size, spec.is_headless);
+    let (dimensions, is_only_output) = (spec.hidden_size, spec.is_headless());
     let Some(bytes) = files.read(MODULES)? else {
         return Ok(EmbeddingInfo { dimensions, pooling: Pooling::Last, normalize: true, is_only_output });
     };

@@ -1,6 +1,6 @@
 //! Typed access to a JSON object from a model folder, with errors that name the file and the field.
 
-use std::path::Path;
+use std::{cell::RefCell, collections::BTreeSet, path::Path};
 
 use serde_json::{Map, Value};
 
@@ -11,6 +11,8 @@ pub(super) struct Fields<'a> {
     file: &'a Path,
     prefix: String,
     map: &'a Map<String, Value>,
+    /// Fields that were asked for.
+    asked: RefCell<BTreeSet<String>>,
 }
 
 /// Parses a file whose top level must be an object.
@@ -34,7 +36,7 @@ pub(super) fn parse_array(file: &Path, bytes: &[u8]) -> Result<Vec<Map<String, V
 impl<'a> Fields<'a> {
     /// The top level of a file.
     pub(super) fn new(file: &'a Path, map: &'a Map<String, Value>) -> Self {
-        Self { file, prefix: String::new(), map }
+        Self { file, prefix: String::new(), map, asked: RefCell::default() }
     }
 
     /// The error for one field.
@@ -55,6 +57,7 @@ impl<'a> Fields<'a> {
 
     /// The value, or `None` where the field is absent or null.
     pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
+        self.asked.borrow_mut().insert(field.to_owned());
         self.map.get(field).filter(|value| !value.is_null())
     }
 
@@ -66,6 +69,16 @@ impl<'a> Fields<'a> {
     /// Names of all fields.
     pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
         self.map.keys().map(String::as_str)
+    }
+
+    /// Whether a field says something and nobody asked for it.
+    pub(super) fn is_ignored(&self, field: &str) -> bool {
+        self.map.get(field).is_some_and(|value| !value.is_null()) && !self.asked.borrow().contains(field)
+    }
+
+    /// Whether the field is an object.
+    pub(super) fn is_object(&self, field: &str) -> bool {
+        self.map.get(field).is_some_and(Value::is_object)
     }
 
     fn typed<T>(
@@ -137,10 +150,29 @@ impl<'a> Fields<'a> {
         self.typed(field, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
     }
 
+    /// A list of numbers over zero.
+    pub(super) fn positives(&self, field: &str) -> Result<Option<Vec<f64>>, LoadError> {
+        let number = |value: &Value| value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+        self.typed(field, "a list of numbers over 0", |value| value.as_array()?.iter().map(number).collect())
+    }
+
+    /// A list of non-negative integers.
+    pub(super) fn counts(&self, field: &str) -> Result<Option<Vec<usize>>, LoadError> {
+        let count = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+        self.typed(field, "a list of non-negative integers", |value| {
+            value.as_array()?.iter().map(count).collect()
+        })
+    }
+
     /// An object, for reading its own fields.
     pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, LoadError> {
         let map = self.typed(field, "an object", Value::as_object)?;
-        Ok(map.map(|map| Fields { file: self.file, prefix: format!("{}{field}.", self.prefix), map }))
+        Ok(map.map(|map| Fields {
+            file: self.file,
+            prefix: format!("{}{field}.", self.prefix),
+            map,
+            asked: RefCell::default(),
+        }))
     }
 
     /// One token id or a list of them, each below `vocab_size`. Absent and null give an empty list.

@@ -1,6 +1,8 @@
 //! A model: its files, its specification, its weights, and the decoder that computes it.
 
+mod families;
 mod fields;
+mod parts;
 
 pub mod checkpoint;
 pub mod decoder;
@@ -16,4 +18,4 @@ pub use embedding::embedding_info;
 pub use files::{ModelFiles, ModelSource};
 pub use generation_config::GenerationDefaults;
 pub use rope::{RopeScaling, RopeSpec, rope_table};
-pub use spec::{Architecture, ModelSpec, TensorSpec};
+pub use spec::{ModelSpec, TensorSpec};

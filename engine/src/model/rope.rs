@@ -7,8 +7,12 @@
 use std::f64::consts::PI;
 
 /// Base frequency and what stretches it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
+    /// R: elements of a head that are rotated, the first ones; even.
+    pub dim: usize,
+    /// Neighbours are rotated together, instead of elements that are R / 2 apart.
+    pub is_interleaved: bool,
     /// Base of the geometric series of wavelengths.
     pub theta: f64,
     /// How frequencies are adapted to longer contexts.
@@ -16,7 +20,7 @@ pub struct RopeSpec {
 }
 
 /// How frequencies are adapted to longer contexts than the model was first trained on.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     Default,
@@ -51,24 +55,39 @@ pub enum RopeScaling {
         /// Rounds the ramp's ends outwards to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE (Ding et al., arXiv 2402.13753): each frequency is divided by a factor of its own. There are two sets of them; which one
+    /// holds is decided once, by the longest context that there can be: a switch within a sequence would change what its cached keys mean.
+    LongRope {
+        /// R / 2 factors for contexts up to `original_max_position_embeddings`.
+        short_factor: Vec<f64>,
+        /// R / 2 factors for longer ones.
+        long_factor: Vec<f64>,
+        /// What cosines and sines are multiplied with.
+        attention_factor: f64,
+        /// Context length of the first training, in tokens.
+        original_max_position_embeddings: usize,
+    },
 }
 
 impl RopeSpec {
     /// What cosines and sines are multiplied with.
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor
+            }
             _ => 1.0,
         }
     }
 
-    /// The `head_dim / 2` frequencies in radians per position.
-    pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
-        let powers = powers(self.theta, head_dim);
-        match self.scaling {
+    /// The `R / 2` frequencies in radians per position, for contexts of at most `positions` tokens.
+    pub fn inv_freq(&self, positions: usize) -> Vec<f32> {
+        let dim = self.dim;
+        let powers = powers(self.theta, dim);
+        match &self.scaling {
             RopeScaling::Default => powers.iter().map(|p| 1.0 / p).collect(),
-            RopeScaling::Linear { factor } => powers.iter().map(|p| (1.0 / p) / factor as f32).collect(),
-            RopeScaling::Llama3 {
+            RopeScaling::Linear { factor } => powers.iter().map(|p| (1.0 / p) / *factor as f32).collect(),
+            &RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
@@ -82,7 +101,7 @@ impl RopeSpec {
                 };
                 powers.iter().map(|p| scale.apply(1.0 / p)).collect()
             }
-            RopeScaling::Yarn {
+            &RopeScaling::Yarn {
                 factor,
                 beta_fast,
                 beta_slow,
@@ -91,13 +110,18 @@ impl RopeSpec {
                 ..
             } => {
                 let original = original_max_position_embeddings as f64;
-                let dim = |turns| correction_dim(turns, head_dim, self.theta, original);
-                let (mut low, mut high) = (dim(beta_fast), dim(beta_slow));
+                let at = |turns| correction_dim(turns, dim, self.theta, original);
+                let (mut low, mut high) = (at(beta_fast), at(beta_slow));
                 if truncate {
                     (low, high) = (low.floor(), high.ceil());
                 }
-                let ramp = Ramp::new(low.max(0.0), high.min(head_dim as f64 - 1.0));
+                let ramp = Ramp::new(low.max(0.0), high.min(dim as f64 - 1.0));
                 powers.iter().enumerate().map(|(i, &p)| ramp.mix(i, p, factor as f32)).collect()
+            }
+            RopeScaling::LongRope { short_factor, long_factor, original_max_position_embeddings, .. } => {
+                let is_long = positions > *original_max_position_embeddings;
+                let factors = if is_long { long_factor } else { short_factor };
+                powers.iter().zip(factors).map(|(p, &factor)| 1.0 / (factor as f32 * p)).collect()
             }
         }
     }
@@ -158,12 +182,12 @@ impl Ramp {
     }
 }
 
-/// Cosines and sines for positions `0..positions`: shape `[positions, head_dim]`, row-major, each row holding
-/// `head_dim / 2` cosines and then `head_dim / 2` sines, multiplied with the attention factor.
+/// Cosines and sines for positions `0..positions`: shape `[positions, R]`, row-major, each row holding
+/// `R / 2` cosines and then `R / 2` sines, multiplied with the attention factor.
 ///
 /// The angle is the product of position and frequency in f32, as in the reference.
-pub fn rope_table(spec: &RopeSpec, head_dim: usize, positions: usize) -> Vec<f32> {
-    let inv_freq = spec.inv_freq(head_dim);
+pub fn rope_table(spec: &RopeSpec, positions: usize) -> Vec<f32> {
+    let inv_freq = spec.inv_freq(positions);
     let scale = spec.attention_factor() as f32;
     let mut table = Vec::with_capacity(positions * inv_freq.len() * 2);
     for position in 0..positions {

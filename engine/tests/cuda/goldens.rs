@@ -13,7 +13,7 @@ use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
     cuda::{CudaConfig, CudaOps, Device},
-    ops::{BatchMeta, HeadShape, KvShape},
+    ops::BatchMeta,
     sampling::RowTask,
 };
 use tidemill_kernels_emu::Schedule;
@@ -55,15 +55,7 @@ impl<O: Ops> Model<O> {
         let files = ModelFiles::open(&source(name)).unwrap();
         let spec = ModelSpec::load(&files).unwrap();
         let checkpoint = Checkpoint::open(&files).unwrap();
-        let kv = KvShape {
-            num_layers: spec.num_layers,
-            num_blocks: NUM_BLOCKS,
-            block_size: BLOCK_SIZE,
-            num_kv_heads: spec.num_kv_heads,
-            head_dim: spec.head_dim,
-            value_dim: spec.head_dim,
-            dtype: DType::Bf16,
-        };
+        let kv = spec.kv_shape(NUM_BLOCKS, BLOCK_SIZE, DType::Bf16);
         let limits = DecoderLimits { max_num_batched_tokens: MAX_LEN, max_model_len: MAX_LEN };
         let mut decoder = Decoder::load(ops(&spec), &spec, &checkpoint, limits, |_| ()).unwrap();
         decoder.allocate_kv(kv).unwrap();
@@ -113,14 +105,12 @@ fn cpu(name: &str) -> Model<CpuOps> {
 
 fn cuda(name: &str, schedule: Schedule) -> Model<CudaOps> {
     Model::load(name, |spec| {
-        let heads =
-            HeadShape { num_heads: spec.num_heads, num_kv_heads: spec.num_kv_heads, head_dim: spec.head_dim };
         let config = CudaConfig {
             max_tokens: MAX_LEN,
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads,
+            attention: spec.cuda_attention(),
             vocab: spec.vocab_size,
             graphs: false,
         };

@@ -19,7 +19,6 @@ use tidemill_kernels::{
     DType, Ops,
     cpu::{Compute, CpuConfig, CpuOps},
     cuda::{CudaConfig, CudaOps, Device},
-    ops::{HeadShape, KvShape},
 };
 use tidemill_kernels_emu::Schedule;
 
@@ -43,15 +42,7 @@ fn steps<O: Ops + 'static>(ops: impl FnOnce(&ModelSpec) -> O) -> Steps {
     let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
     let spec = ModelSpec::load(&files).unwrap();
     let checkpoint = Checkpoint::open(&files).unwrap();
-    let kv = KvShape {
-        num_layers: spec.num_layers,
-        num_blocks: NUM_BLOCKS,
-        block_size: BLOCK_SIZE,
-        num_kv_heads: spec.num_kv_heads,
-        head_dim: spec.head_dim,
-        value_dim: spec.head_dim,
-        dtype: DType::Bf16,
-    };
+    let kv = spec.kv_shape(NUM_BLOCKS, BLOCK_SIZE, DType::Bf16);
     let limits = DecoderLimits { max_num_batched_tokens: MAX_LEN, max_model_len: MAX_LEN };
     let mut decoder = Decoder::load(ops(&spec), &spec, &checkpoint, limits, |_| ()).unwrap();
     decoder.allocate_kv(kv).unwrap();
@@ -71,11 +62,7 @@ fn cuda() -> Steps {
             max_rows: 4,
             max_model_len: MAX_LEN,
             block_size: BLOCK_SIZE,
-            heads: HeadShape {
-                num_heads: spec.num_heads,
-                num_kv_heads: spec.num_kv_heads,
-                head_dim: spec.head_dim,
-            },
+            attention: spec.cuda_attention(),
             vocab: spec.vocab_size,
             graphs: true,
         };

@@ -18,7 +18,6 @@ use tidemill_engine::{
 use tidemill_kernels::{
     DType,
     cpu::{Compute, CpuConfig, CpuOps},
-    ops::KvShape,
 };
 
 use crate::{folder, here, length};
@@ -48,7 +47,7 @@ fn engine(dir: &Path, max_num_batched_tokens: usize) -> Engine {
     let max_model_len = NUM_BLOCKS * BLOCK_SIZE;
     let info = ModelInfo {
         served_model_name: "tiny".into(),
-        architecture: spec.architecture.name().into(),
+        architecture: spec.architecture.into(),
         num_parameters: 0,
         weight_bytes_per_step: 0,
         vocab_size: spec.vocab_size,
@@ -69,15 +68,7 @@ fn engine(dir: &Path, max_num_batched_tokens: usize) -> Engine {
         let ops = CpuOps::new(CpuConfig { compute: Compute::F32, isa: None, threads: Some(2) })?;
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
         let mut decoder = Decoder::load(ops, &spec, &checkpoint, limits, |_| ())?;
-        decoder.allocate_kv(KvShape {
-            num_layers: spec.num_layers,
-            num_blocks: NUM_BLOCKS,
-            block_size: BLOCK_SIZE,
-            num_kv_heads: spec.num_kv_heads,
-            head_dim: spec.head_dim,
-            value_dim: spec.head_dim,
-            dtype: DType::F32,
-        })?;
+        decoder.allocate_kv(spec.kv_shape(NUM_BLOCKS, BLOCK_SIZE, DType::F32))?;
         Ok((DecoderRunner::new(decoder, BLOCK_SIZE), ()))
     })
     .unwrap();

@@ -23,7 +23,7 @@ fn the_built_in_model_opens() {
     let files = ModelFiles::open(&ModelSource::Builtin).unwrap();
     assert!(files.contains("tokenizer.json") && !files.contains("model.safetensors.index.json"));
     assert!(files.path("config.json").display().to_string().contains("built-in"));
-    assert_eq!(ModelSpec::load(&files).unwrap().architecture.name(), "LlamaForCausalLM");
+    assert_eq!(ModelSpec::load(&files).unwrap().architecture, "LlamaForCausalLM");
 }
 
 #[test]

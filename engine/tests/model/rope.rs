@@ -23,7 +23,7 @@ fn spec(rope: &Value, head_dim: usize, max_positions: usize) -> RopeSpec {
         "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": head_dim, "rms_norm_eps": 1e-5,
         "max_position_embeddings": max_positions, "rope_parameters": rope,
     });
-    ModelSpec::from_json(Path::new("config.json"), config.to_string().as_bytes()).unwrap().rope
+    ModelSpec::from_json(Path::new("config.json"), config.to_string().as_bytes()).unwrap().ropes.remove(0)
 }
 
 /// One unit in the last place: PyTorch's vectorised power is not always correctly rounded; ours is. Among the frequencies of
@@ -201,12 +201,12 @@ fn frequencies_and_table_are_those_of_transformers() {
         let rope = spec(&case.rope, case.head_dim, case.max_positions);
         let name = &case.rope;
         assert_eq!(rope.attention_factor(), case.attention_factor, "{name}");
-        let inv_freq = rope.inv_freq(case.head_dim);
+        let inv_freq = rope.inv_freq(case.max_positions);
         assert_eq!(inv_freq.len(), case.head_dim / 2);
         for (i, want) in case.inv_freq {
             assert!(close(inv_freq[i], want), "{name}: frequency {i} is {}, not {want}", inv_freq[i]);
         }
-        let table = rope_table(&rope, case.head_dim, case.position + 1);
+        let table = rope_table(&rope, case.position + 1);
         assert_eq!(table.len(), (case.position + 1) * case.head_dim);
         let row = &table[case.position * case.head_dim..];
         for (i, cos, sin) in case.table {
@@ -226,8 +226,8 @@ fn frequencies_and_table_are_those_of_transformers() {
 #[test]
 fn position_zero_turns_nothing() {
     let rope = spec(&json!({"rope_type": "default", "rope_theta": 10000.0}), 8, 16);
-    assert_eq!(rope_table(&rope, 8, 1), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
-    assert!(rope_table(&rope, 8, 0).is_empty());
+    assert_eq!(rope_table(&rope, 1), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+    assert!(rope_table(&rope, 0).is_empty());
 }
 
 /// Both ends of the ramp fall on one dimension: the reference avoids the division by zero.
@@ -237,6 +237,6 @@ fn a_yarn_ramp_of_no_width_is_finite() {
         "original_max_position_embeddings": 32, "rope_theta": 10000.0});
     for head_dim in [2, 4, 64] {
         let rope = spec(&yarn, head_dim, 128);
-        assert!(rope.inv_freq(head_dim).iter().all(|freq| freq.is_finite() && *freq > 0.0));
+        assert!(rope.inv_freq(128).iter().all(|freq| freq.is_finite() && *freq > 0.0));
     }
 }

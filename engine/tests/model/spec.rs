@@ -5,9 +5,15 @@ use serde_json::{Map, Value, json};
 use tidemill_engine::{
     error::LoadError,
     ids::TokenId,
-    model::{Architecture, ModelSpec, RopeScaling},
+    model::{
+        ModelSpec, RopeScaling, RopeSpec,
+        spec::{DenseSpec, MlpSpec, Output},
+    },
 };
-use tidemill_kernels::tensor::DType;
+use tidemill_kernels::{
+    ops::{Activation, HeadShape},
+    tensor::DType,
+};
 
 fn base() -> Map<String, Value> {
     let Value::Object(map) = json!({
@@ -43,15 +49,16 @@ fn with(changes: Value) -> Result<ModelSpec, LoadError> {
 #[test]
 fn every_field_is_read() {
     let spec = read(&base()).unwrap();
-    assert_eq!((spec.architecture, spec.vocab_size, spec.hidden_size), (Architecture::Llama, 256, 64));
-    assert_eq!((spec.intermediate_size, spec.num_layers, spec.num_heads, spec.num_kv_heads), (96, 2, 4, 2));
-    assert_eq!((spec.head_dim, spec.rms_norm_eps, spec.max_position_embeddings), (32, 1e-5, 256));
+    assert_eq!((spec.architecture, spec.vocab_size, spec.hidden_size), ("LlamaForCausalLM", 256, 64));
+    assert_eq!((spec.layers.len(), spec.norm.eps, spec.max_position_embeddings), (2, 1e-5, 256));
+    assert_eq!(spec.head_shape(), HeadShape { num_heads: 4, num_kv_heads: 2, head_dim: 32 });
+    let MlpSpec::Dense(dense) = spec.layers[1].mlp else { panic!("{:?}", spec.layers[1].mlp) };
+    assert_eq!(dense, DenseSpec { width: 96, activation: Activation::Silu, is_gated: true, bias: false });
     assert_eq!((spec.bos, spec.eos), (Some(TokenId(1)), vec![TokenId(2), TokenId(3)]));
-    assert_eq!((spec.tie_word_embeddings, spec.attention_bias, spec.mlp_bias), (true, false, false));
-    assert_eq!(
-        (spec.rope.theta, spec.rope.scaling, spec.dtype),
-        (10000.0, RopeScaling::Default, Some(DType::Bf16))
-    );
+    let attention = &spec.layers[0].attention;
+    assert_eq!((spec.tie_word_embeddings, attention.qkv_bias, attention.output_bias), (true, false, false));
+    let rope = RopeSpec { dim: 32, is_interleaved: false, theta: 10000.0, scaling: RopeScaling::Default };
+    assert_eq!((&spec.ropes[..], attention.rope, spec.dtype), (&[rope][..], Some(0), Some(DType::Bf16)));
 }
 
 #[test]
@@ -61,8 +68,9 @@ fn absent_fields_take_the_defaults_of_transformers() {
         "attention_bias": "absent", "mlp_bias": "absent", "dtype": "absent", "rope_parameters": "absent",
         "hidden_act": "absent", "model_type": "absent", "bos_token_id": "absent", "eos_token_id": null}))
         .unwrap();
-    assert_eq!((spec.head_dim, spec.num_kv_heads, spec.tie_word_embeddings), (16, 4, false));
-    assert_eq!((spec.rope.theta, spec.dtype, spec.bos), (10000.0, None, None));
+    assert_eq!(spec.head_shape(), HeadShape { num_heads: 4, num_kv_heads: 4, head_dim: 16 });
+    assert_eq!((spec.ropes[0].theta, spec.tie_word_embeddings), (10000.0, false));
+    assert_eq!((spec.dtype, spec.bos), (None, None));
     assert!(spec.eos.is_empty());
 }
 
@@ -87,7 +95,7 @@ fn both_dialects_say_the_same() {
         let older = with(json!({"rope_parameters": "absent", "rope_theta": 500000.0, "rope_scaling": older,
             "dtype": "float16", "torch_dtype": "float16"}));
         assert_eq!(new, older.unwrap());
-        assert_eq!((new.rope.theta, new.dtype), (500000.0, Some(DType::F16)));
+        assert_eq!((new.ropes[0].theta, new.dtype), (500000.0, Some(DType::F16)));
     }
 }
 
@@ -96,7 +104,7 @@ fn yarn_follows_the_rules_of_transformers() {
     let rope = |rope: Value, top: Value| {
         let mut changes = json!({"rope_parameters": rope, "max_position_embeddings": 4096});
         changes.as_object_mut().unwrap().extend(top.as_object().unwrap().clone());
-        match with(changes).unwrap().rope.scaling {
+        match with(changes).unwrap().ropes[0].scaling {
             RopeScaling::Yarn {
                 attention_factor,
                 original_max_position_embeddings,
@@ -104,7 +112,7 @@ fn yarn_follows_the_rules_of_transformers() {
                 beta_fast,
                 ..
             } => (attention_factor, original_max_position_embeddings, truncate, beta_fast),
-            other => panic!("{other:?}"),
+            ref other => panic!("{other:?}"),
         }
     };
     let yarn = |extra: Value| {
@@ -129,20 +137,20 @@ fn yarn_follows_the_rules_of_transformers() {
 }
 
 #[test]
-fn mistral_without_a_window_is_llama() {
-    let mistral =
-        json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": null});
-    assert_eq!(with(mistral).unwrap().architecture, Architecture::Mistral);
+fn a_window_of_mistral_is_what_the_field_says_and_4096_where_it_is_absent() {
+    for (window, expected) in [(json!(null), None), (json!(8), Some(8)), (json!("absent"), Some(4096))] {
+        let mistral = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window});
+        let spec = with(mistral).unwrap();
+        assert!(spec.layers.iter().all(|layer| layer.attention.window == expected), "{window}");
+    }
 }
 
 #[test]
 fn a_model_without_an_output_layer_has_its_tensors_without_a_prefix() {
-    for (name, model_type, architecture) in
-        [("LlamaModel", "llama", Architecture::Llama), ("MistralModel", "mistral", Architecture::Mistral)]
-    {
+    for (name, model_type) in [("LlamaModel", "llama"), ("MistralModel", "mistral")] {
         let headless =
             with(json!({"architectures": [name], "model_type": model_type, "sliding_window": null})).unwrap();
-        assert_eq!((headless.architecture, headless.architecture_name()), (architecture, name));
+        assert_eq!((headless.architecture, headless.output), (name, Output::Hidden));
         for tied in [true, false] {
             let names = |spec: &ModelSpec| {
                 let spec = ModelSpec { tie_word_embeddings: tied, ..spec.clone() };
@@ -160,18 +168,14 @@ fn a_model_without_an_output_layer_has_its_tensors_without_a_prefix() {
 #[test]
 fn what_we_cannot_compute_is_refused_by_name() {
     let unsupported = [
-        (json!({"architectures": ["Qwen3ForCausalLM"]}), ["Qwen3ForCausalLM", "LlamaForCausalLM"]),
-        (json!({"hidden_act": "gelu"}), ["hidden_act", "silu"]),
+        (json!({"architectures": ["BloomForCausalLM"]}), ["BloomForCausalLM", "LlamaForCausalLM"]),
+        (json!({"hidden_act": "quick_gelu"}), ["hidden_act", "silu"]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), ["quantization_config", "unquantised"]),
         (json!({"compression_config": {}}), ["compression_config", "unquantised"]),
-        (json!({"sliding_window": 4096}), ["sliding_window", "full attention"]),
-        (
-            json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}),
-            ["sliding_window", "4096"],
-        ),
+        (json!({"sliding_window": 4096}), ["sliding_window", "LlamaForCausalLM has no such thing"]),
         (
             json!({"layer_types": ["full_attention", "sliding_attention"]}),
-            ["layer_types", "sliding_attention"],
+            ["layer_types", "LlamaForCausalLM"],
         ),
         (json!({"num_local_experts": 8}), ["num_local_experts", ""]),
         (json!({"num_experts": 8}), ["num_experts", ""]),
@@ -181,7 +185,11 @@ fn what_we_cannot_compute_is_refused_by_name() {
             json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
             ["rope_parameters.partial_rotary_factor", ""],
         ),
-        (json!({"rope_parameters": {"rope_type": "longrope"}}), ["longrope", "llama3"]),
+        (json!({"rope_parameters": {"rope_type": "proportional"}}), ["proportional", "llama3"]),
+        (
+            json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}),
+            ["rope_parameters.full_attention", "all layers"],
+        ),
         (
             json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": null}),
             ["dynamic", "yarn"],
@@ -331,13 +339,11 @@ fn any_value_in_any_field_is_read_or_refused() {
     for field in &fields {
         for value in &values {
             let Ok(spec) = with(json!({ field: value })) else { continue };
-            assert_eq!(spec.num_heads % spec.num_kv_heads, 0);
-            assert!(spec.head_dim.is_multiple_of(2) && spec.head_dim > 0 && spec.vocab_size > 0);
-            assert!(
-                spec.rope.attention_factor().is_finite() && spec.rope.attention_factor() > 0.0,
-                "{field} {value}"
-            );
-            let _ = (spec.tensors(), spec.rope.inv_freq(spec.head_dim));
+            let (heads, rope) = (spec.head_shape(), &spec.ropes[0]);
+            assert_eq!(heads.num_heads % heads.num_kv_heads, 0);
+            assert!(rope.dim.is_multiple_of(2) && rope.dim > 0 && spec.vocab_size > 0);
+            assert!(rope.attention_factor().is_finite() && rope.attention_factor() > 0.0, "{field} {value}");
+            let _ = (spec.tensors(), rope.inv_freq(64));
         }
     }
 }

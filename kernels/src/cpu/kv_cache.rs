@@ -1,7 +1,7 @@
 //! Keys and values of all layers.
 //!
 //! Per layer, block and key/value head: keys `[D, block_size]`, values `[block_size, D]`. With the tokens of a block innermost, a vector of
-//! keys is a vector of scores, and no sum over D crosses lanes.
+//! keys is a vector of scores, and no sum over D crosses lanes. The cache of latent attention has no values: they are read from the keys.
 
 use super::buffer::Arena;
 use crate::{
@@ -32,10 +32,13 @@ impl CpuKvCache {
         if shape.block_size == 0 || shape.num_kv_heads == 0 {
             return unsupported("a block without slots or heads".to_owned());
         }
-        let bytes = shape.num_layers * shape.num_blocks * (shape.block_bytes() / 2 / shape.num_layers.max(1));
+        if shape.value_dim != shape.head_dim && (shape.value_dim, shape.num_kv_heads) != (0, 1) {
+            return unsupported(format!("values of {} elements beside such keys", shape.value_dim));
+        }
+        let bytes = |dim: usize| shape.num_layers * shape.num_blocks * block_bytes(shape, dim);
         Ok(CpuKvCache {
-            keys: Arena::new("key cache", bytes)?,
-            values: Arena::new("value cache", bytes)?,
+            keys: Arena::new("key cache", bytes(shape.head_dim))?,
+            values: Arena::new("value cache", bytes(shape.value_dim))?,
             shape,
         })
     }
@@ -52,27 +55,28 @@ impl CpuKvCache {
 
     /// First byte of the keys and of the values of `layer`.
     pub(crate) fn layer(&self, layer: usize) -> [*const u8; 2] {
-        let at = self.layer_offset(layer);
-        // SAFETY: `layer_offset` lies inside both arenas.
-        unsafe { [self.keys.as_ptr().add(at), self.values.as_ptr().add(at)] }
+        let [keys, values] = self.layer_bytes(layer);
+        // SAFETY: a layer lies inside both arenas.
+        unsafe { [self.keys.as_ptr().add(keys * layer), self.values.as_ptr().add(values * layer)] }
     }
 
     /// First byte of the keys and of the values of `layer`, and the bytes of each.
     pub(crate) fn layer_mut(&mut self, layer: usize) -> [&mut [u8]; 2] {
-        let at = self.layer_offset(layer);
-        let len = self.keys.bytes() / self.shape.num_layers;
-        [&mut self.keys.as_mut_bytes()[at..at + len], &mut self.values.as_mut_bytes()[at..at + len]]
+        let [keys, values] = self.layer_bytes(layer);
+        let keys = &mut self.keys.as_mut_bytes()[keys * layer..][..keys];
+        [keys, &mut self.values.as_mut_bytes()[values * layer..][..values]]
     }
 
-    /// Bytes of one block's keys in one layer, and of its values.
-    fn block_bytes(&self) -> usize {
-        self.shape.block_bytes() / (2 * self.shape.num_layers)
-    }
-
-    fn layer_offset(&self, layer: usize) -> usize {
+    /// Bytes of the keys and of the values of `layer`, and of every other.
+    fn layer_bytes(&self, layer: usize) -> [usize; 2] {
         assert!(layer < self.shape.num_layers, "layer {layer} of {}", self.shape.num_layers);
-        self.keys.bytes() / self.shape.num_layers * layer
+        [self.keys.bytes(), self.values.bytes()].map(|bytes| bytes / self.shape.num_layers)
     }
+}
+
+/// Bytes of one block in one layer, of what has `dim` elements.
+fn block_bytes(shape: KvShape, dim: usize) -> usize {
+    shape.block_size * shape.num_kv_heads * dim * shape.dtype.size()
 }
 
 /// Blocks of a KV cache that are kept aside, in the layout of the cache.
@@ -89,8 +93,9 @@ pub(super) fn copy_blocks(kv: &mut CpuKvCache, host: &mut CpuHostKv, copies: &[B
     let host = &mut host.0;
     BlockCopy::check(copies, kv.shape, host.shape);
     for layer in 0..kv.shape.num_layers {
-        let bytes = kv.block_bytes();
-        for (cache, host) in kv.layer_mut(layer).into_iter().zip(host.layer_mut(layer)) {
+        let bytes = [kv.shape.head_dim, kv.shape.value_dim].map(|dim| block_bytes(kv.shape, dim));
+        let storages = kv.layer_mut(layer).into_iter().zip(host.layer_mut(layer));
+        for ((cache, host), bytes) in storages.zip(bytes) {
             for copy in copies {
                 let (block, at) = copy.ids();
                 let block = &mut cache[block * bytes..][..bytes];

@@ -2,7 +2,7 @@
 //!
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
 //! - `buffer`, `weight`, `kv_cache`: memory.
-//! - One file per op: `embedding`, `rmsnorm`, `linear`, `rope`, `attention`, `silu_mul`, `gather`, `sample`.
+//! - One file per kind of op: `embedding`, `norm`, `linear`, `activation`, `kv_write` with `rope`, `attention`, `experts` with `routes`, `add`, `gather`, `sample`.
 //! - [`probe`]: what the machine could do at best.
 //!
 //! For one [`Isa`] and one [`Compute`], results do not depend on the number of threads or on what shares a batch.
@@ -10,24 +10,31 @@
 // In the inner loops an index names a lane or a register, in several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+mod activation;
+mod add;
 mod attention;
 mod batch;
 mod buffer;
 mod embedding;
+mod experts;
 mod gather;
 mod isa;
 mod kv_cache;
+mod kv_write;
 mod linear;
+mod norm;
 mod pool;
 pub mod probe;
-mod rmsnorm;
 mod rope;
+mod routes;
 mod sample;
-mod silu_mul;
 mod simd;
 mod weight;
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex},
+};
 
 pub use self::{
     batch::CpuBatch,
@@ -35,9 +42,10 @@ pub use self::{
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
+    routes::CpuRoutes,
     weight::CpuWeight,
 };
-use self::{batch::Feedback, isa::Host, linear::Linear, pool::Pool};
+use self::{batch::Feedback, experts::Experts, isa::Host, linear::Linear, norm::Fate, pool::Pool};
 use crate::{
     error::KernelError,
     ops::{
@@ -65,6 +73,8 @@ pub struct CpuOps {
     pool: Pool,
     linear: Linear,
     feedback: Feedback,
+    /// Rows on their way to and from experts.
+    gathered: Mutex<Vec<f32>>,
 }
 
 impl CpuOps {
@@ -79,7 +89,7 @@ impl CpuOps {
             .ok_or_else(|| unsupported(format!("this CPU has no {isa}; leave the choice open")))?;
         let pool = Pool::new(config.threads).map_err(|e| unsupported(format!("no threads: {e}")))?;
         let linear = Linear::new(host, config.compute)?;
-        Ok(CpuOps { host, pool, linear, feedback: Feedback::default() })
+        Ok(CpuOps { host, pool, linear, feedback: Feedback::default(), gathered: Mutex::default() })
     }
 
     /// The instruction set in use.
@@ -92,20 +102,15 @@ impl CpuOps {
         self.pool.threads()
     }
 
+    /// What products of experts and of heads need.
+    fn grouped(&self) -> Experts<'_> {
+        Experts { host: self.host, pool: &self.pool, linear: &self.linear, gathered: &self.gathered }
+    }
+
     /// Runs `f` on one of the device's threads, where its ops start fastest. Every op also works outside.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.pool.enter(f)
     }
-
-    /// `out[r, i] = silu(gate_up[r, i]) * gate_up[r, I + i]`; `gate_up` is `[rows, 2 I]`, `out` `[rows, I]`.
-    pub fn silu_mul(&self, out: &mut CpuBuffer, gate_up: &CpuBuffer, intermediate: usize, rows: usize) {
-        silu_mul::run(self.host, &self.pool, out, gate_up, intermediate, rows);
-    }
-}
-
-/// TEMPORARY: what is still to be written.
-fn later<T>(op: &'static str) -> Result<T> {
-    Err(KernelError::Unsupported { op, detail: "not written yet".to_owned() })
 }
 
 /// More rows than this share a weight just as well.
@@ -116,7 +121,7 @@ impl Ops for CpuOps {
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type Experts = Vec<CpuWeight>;
-    type Routes = ();
+    type Routes = CpuRoutes;
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
     type Batch = CpuBatch;
@@ -151,11 +156,11 @@ impl Ops for CpuOps {
     }
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<Vec<CpuWeight>> {
-        experts.iter().map(|expert| CpuWeight::new(&expert.parts, &expert.bias)).collect()
+        experts::new(experts)
     }
 
-    fn routes(&self, _tokens: usize, _routing: &Routing) -> Result<()> {
-        later("routes")
+    fn routes(&self, tokens: usize, routing: &Routing) -> Result<CpuRoutes> {
+        CpuRoutes::new(tokens, routing)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
@@ -204,25 +209,29 @@ impl Ops for CpuOps {
         batch: &CpuBatch,
         lookup: Lookup,
     ) -> Result<()> {
-        if lookup != (Lookup::Tokens { scale: 1.0 }) {
-            return later("embedding");
-        }
-        embedding::run(&self.pool, out, table, &batch.meta.token_ids);
+        embedding::run(&self.pool, out, table, &batch.meta, lookup);
         Ok(())
     }
 
     fn norm(&self, out: &mut CpuBuffer, x: &CpuBuffer, norm: Norm<'_, Vec<f32>>, rows: usize) -> Result<()> {
-        let Norm::Rms { weight, eps } = norm else { return later("norm") };
-        rmsnorm::run(self.host, &self.pool, out, x, weight, eps, rows);
+        norm::run(self.host, &self.pool, out, x, norm, (rows, Fate::Store));
         Ok(())
     }
 
-    fn norm_add(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: Norm<'_, Vec<f32>>, _: usize) -> Result<()> {
-        later("norm_add")
+    fn norm_add(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        norm: Norm<'_, Vec<f32>>,
+        rows: usize,
+    ) -> Result<()> {
+        norm::run(self.host, &self.pool, out, x, norm, (rows, Fate::Add));
+        Ok(())
     }
 
-    fn norm_slices(&self, _: &mut CpuBuffer, _: Norm<'_, Vec<f32>>, _: Slices) -> Result<()> {
-        later("norm_slices")
+    fn norm_slices(&self, x: &mut CpuBuffer, norm: Norm<'_, Vec<f32>>, slices: Slices) -> Result<()> {
+        norm::slices(self.host, &self.pool, x, norm, slices);
+        Ok(())
     }
 
     fn linear(
@@ -233,7 +242,10 @@ impl Ops for CpuOps {
         rows: usize,
         epilogue: Epilogue,
     ) -> Result<()> {
-        self.linear.run(&self.pool, linear::Call { out, x, weight, rows, epilogue })
+        self.linear.run(
+            &self.pool,
+            linear::Call { out: out.as_mut_slice(), x: x.as_slice(), weight, rows, epilogue },
+        )
     }
 
     fn rope_kv_write(
@@ -245,12 +257,8 @@ impl Ops for CpuOps {
         heads: HeadShape,
         layer: usize,
     ) -> Result<()> {
-        let QkTransform { norm: None, rotary: Some(Rotary { table: rope, interleaved: false, .. }) } =
-            transform
-        else {
-            return later("rope_kv_write");
-        };
-        rope::run(self.host, &self.pool, rope::Call { qkv, kv, rope, meta: &batch.meta, heads, layer });
+        let meta = &*batch.meta;
+        kv_write::run(self.host, &self.pool, kv_write::Call { qkv, kv, transform, meta, heads, layer });
         Ok(())
     }
 
@@ -264,49 +272,54 @@ impl Ops for CpuOps {
         scoring: Scoring<'_, Vec<f32>>,
         layer: usize,
     ) -> Result<()> {
-        let Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true } =
-            scoring
-        else {
-            return later("paged_attention");
-        };
-        attention::run(
-            self.host,
-            &self.pool,
-            attention::Call { out, qkv, kv, meta: &batch.meta, heads, scale, layer },
-        );
+        let meta = &*batch.meta;
+        let call = attention::Call { out, qkv, kv, meta, heads, scoring, layer };
+        attention::run(self.host, &self.pool, call);
         Ok(())
     }
 
     fn latent_kv_write(
         &self,
-        _: &mut CpuBuffer,
-        _: &mut CpuBuffer,
-        _: &mut CpuKvCache,
-        _: Norm<'_, Vec<f32>>,
-        _: Rotary<'_, Vec<f32>>,
-        _: &CpuBatch,
-        _: LatentShape,
-        _: usize,
+        q_rope: &mut CpuBuffer,
+        latent: &mut CpuBuffer,
+        kv: &mut CpuKvCache,
+        norm: Norm<'_, Vec<f32>>,
+        rotary: Rotary<'_, Vec<f32>>,
+        batch: &CpuBatch,
+        shape: LatentShape,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_kv_write")
+        let meta = &*batch.meta;
+        let call = kv_write::Latent { q_rope, latent, kv, norm, rotary, meta, shape, layer };
+        kv_write::latent(self.host, &self.pool, call);
+        Ok(())
     }
 
     fn latent_attention(
         &self,
-        _: &mut CpuBuffer,
-        _: &CpuBuffer,
-        _: &CpuBuffer,
-        _: &CpuKvCache,
-        _: &CpuBatch,
-        _: LatentShape,
-        _: f32,
-        _: usize,
+        out: &mut CpuBuffer,
+        q_latent: &CpuBuffer,
+        q_rope: &CpuBuffer,
+        kv: &CpuKvCache,
+        batch: &CpuBatch,
+        shape: LatentShape,
+        scale: f32,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_attention")
+        let meta = &*batch.meta;
+        let call = attention::Latent { out, q_latent, q_rope, kv, meta, shape, scale, layer };
+        attention::run_latent(self.host, &self.pool, call);
+        Ok(())
     }
 
-    fn linear_heads(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &Vec<CpuWeight>, _: usize) -> Result<()> {
-        later("linear_heads")
+    fn linear_heads(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        heads: &Vec<CpuWeight>,
+        rows: usize,
+    ) -> Result<()> {
+        self.grouped().heads(out, x, heads, rows)
     }
 
     fn linear_gated(
@@ -318,56 +331,64 @@ impl Ops for CpuOps {
         rows: usize,
         activation: Activation,
     ) -> Result<()> {
-        if activation != Activation::Silu {
-            return later("linear_gated");
-        }
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
-        self.silu_mul(out, scratch, weight.n / 2, rows);
+        let shape = [rows, weight.n / 2];
+        activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
         Ok(())
     }
 
-    fn add_gated(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: &CpuBuffer, _: usize, _: usize) -> Result<()> {
-        later("add_gated")
+    fn add_gated(
+        &self,
+        out: &mut CpuBuffer,
+        x: &CpuBuffer,
+        gate: &CpuBuffer,
+        rows: usize,
+        width: usize,
+    ) -> Result<()> {
+        add::gated(self.host, &self.pool, out, x, gate, [rows, width]);
+        Ok(())
     }
 
-    fn add(&self, _: &mut CpuBuffer, _: &CpuBuffer, _: usize) -> Result<()> {
-        later("add")
+    fn add(&self, out: &mut CpuBuffer, x: &CpuBuffer, elems: usize) -> Result<()> {
+        add::run(self.host, &self.pool, out, x, elems);
+        Ok(())
     }
 
     fn moe_route(
         &self,
-        _: &mut (),
-        _: &CpuBuffer,
-        _: Option<&Vec<f32>>,
-        _: &Routing,
-        _: usize,
+        routes: &mut CpuRoutes,
+        logits: &CpuBuffer,
+        bias: Option<&Vec<f32>>,
+        routing: &Routing,
+        rows: usize,
     ) -> Result<()> {
-        later("moe_route")
+        routes.choose(self.host, &self.pool, logits, bias, (routing, rows));
+        Ok(())
     }
 
     fn moe_gated(
         &self,
-        _: &mut CpuBuffer,
-        _: &mut CpuBuffer,
-        _: &CpuBuffer,
-        _: &Vec<CpuWeight>,
-        _routes: &(),
-        _: usize,
-        _: Activation,
+        out: &mut CpuBuffer,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        experts: &Vec<CpuWeight>,
+        routes: &CpuRoutes,
+        rows: usize,
+        activation: Activation,
     ) -> Result<()> {
-        later("moe_gated")
+        self.grouped().gated(out, scratch, x, (experts, routes), (rows, activation))
     }
 
     fn moe_combine(
         &self,
-        _: &mut CpuBuffer,
-        _: &mut CpuBuffer,
-        _: &CpuBuffer,
-        _: &Vec<CpuWeight>,
-        _routes: &(),
-        _: usize,
+        out: &mut CpuBuffer,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        experts: &Vec<CpuWeight>,
+        routes: &CpuRoutes,
+        rows: usize,
     ) -> Result<()> {
-        later("moe_combine")
+        self.grouped().combine(out, scratch, x, (experts, routes), rows)
     }
 
     fn gather_rows(

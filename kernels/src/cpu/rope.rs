@@ -1,95 +1,52 @@
-//! Rotary position embedding, and the write of keys and values into the cache.
+//! Rotary position embedding of one head.
 
 use super::{
-    CpuBuffer, CpuKvCache,
     isa::{Host, Job},
-    pool::{Pool, Shared},
     simd::Simd,
 };
-use crate::{
-    ops::{BatchMeta, HeadShape},
-    tensor::DType,
-};
+use crate::ops::Rotary;
 
-/// The arguments of one call.
-pub(super) struct Call<'a> {
-    pub(super) qkv: &'a mut CpuBuffer,
-    pub(super) kv: &'a mut CpuKvCache,
-    pub(super) rope: &'a [f32],
-    pub(super) meta: &'a BatchMeta,
-    pub(super) heads: HeadShape,
-    pub(super) layer: usize,
+/// A table of rotations and how it applies.
+#[derive(Clone, Copy)]
+pub(super) struct Rotation<'a> {
+    table: &'a [f32],
+    dim: usize,
+    interleaved: bool,
 }
 
-/// `Ops::rope_kv_write`.
-///
-/// A task is a key/value head with its group of query heads: whatever the slots are, no two tasks write to the same place.
-pub(super) fn run(host: Host, pool: &Pool, call: Call) {
-    let Call { qkv, kv, rope, meta, heads, layer } = call;
-    let shape = kv.shape;
-    assert_eq!(
-        (shape.num_kv_heads, shape.head_dim),
-        (heads.num_kv_heads, heads.head_dim),
-        "cache of another model"
-    );
-    let (tokens, width, d) = (meta.num_tokens(), heads.qkv_width(), heads.head_dim);
-    let group = heads.num_heads / heads.num_kv_heads;
-    let qkv = Shared::new(&mut qkv.as_mut_slice()[..tokens * width]);
-    let [keys, values] = kv.layer_mut(layer);
-    let block_bytes = shape.block_size * d * shape.dtype.size();
-    let (keys, values) = (Shared::new(keys), Shared::new(values));
+impl<'a> Rotation<'a> {
+    /// For heads of `head_dim` elements.
+    pub(super) fn new(rotary: &Rotary<'a, Vec<f32>>, head_dim: usize) -> Self {
+        let &Rotary { table, dim, interleaved } = rotary;
+        assert!(dim.is_multiple_of(2) && dim <= head_dim, "{dim} of {head_dim} elements are rotated");
+        Rotation { table, dim, interleaved }
+    }
 
-    pool.for_each(heads.num_kv_heads, tokens * width / 4, |h| {
-        for t in 0..tokens {
-            let slot = meta.slot_mapping[t] as usize;
-            let (block, offset) = (slot / shape.block_size, slot % shape.block_size);
-            assert!(block < shape.num_blocks, "slot {slot} of {}", shape.num_blocks * shape.block_size);
-            let at = (block * heads.num_kv_heads + h) * block_bytes;
-            // SAFETY: block `block` exists, and head `h` of it is this task's own.
-            let (keys, values) = unsafe { (keys.slice(at, block_bytes), values.slice(at, block_bytes)) };
-            let position = meta.positions[t] as usize;
-            let (cos, sin) = rope[position * d..(position + 1) * d].split_at(d / 2);
-            for q in 0..group {
-                // SAFETY: query head `h * group + q` of token `t` is this task's own.
-                let x = unsafe { qkv.slice(t * width + (h * group + q) * d, d) };
-                host.run(Rotate { x, cos, sin });
+    /// Rotates the first elements of a head at `position`.
+    pub(super) fn turn(self, host: Host, x: &mut [f32], position: u32) {
+        let at = position as usize * self.dim;
+        let (cos, sin) = self.table[at..at + self.dim].split_at(self.dim / 2);
+        let x = &mut x[..self.dim];
+        if self.interleaved {
+            for ((pair, c), s) in x.chunks_exact_mut(2).zip(cos).zip(sin) {
+                let [a, b] = [pair[0], pair[1]];
+                pair[0] = a * c - b * s;
+                pair[1] = b * c + a * s;
             }
-            // SAFETY: so are its key head and its value head.
-            let [key, value] = [heads.num_heads + h, heads.num_heads + heads.num_kv_heads + h]
-                .map(|i| unsafe { qkv.slice(t * width + i * d, d) });
-            host.run(Rotate { x: key, cos, sin });
-
-            write(keys, key, shape.dtype, offset, shape.block_size);
-            write(values, value, shape.dtype, offset * d, 1);
-        }
-    });
-}
-
-/// Stores `x[i]` at element `first + i * stride`.
-fn write(out: &mut [u8], x: &[f32], dtype: DType, first: usize, stride: usize) {
-    let size = dtype.size();
-    let places = out[first * size..].chunks_mut(stride * size);
-    match dtype {
-        DType::F32 => {
-            for (place, v) in places.zip(x) {
-                place[..4].copy_from_slice(&v.to_ne_bytes());
-            }
-        }
-        _ => {
-            for (place, v) in places.zip(x) {
-                place[..2].copy_from_slice(&half::bf16::from_f32(*v).to_ne_bytes());
-            }
+        } else {
+            host.run(Halves { x, cos, sin });
         }
     }
 }
 
-struct Rotate<'a> {
+/// Pairs of an element of the first half with its like of the second.
+struct Halves<'a> {
     x: &'a mut [f32],
     cos: &'a [f32],
     sin: &'a [f32],
 }
 
-impl Job for Rotate<'_> {
+impl Job for Halves<'_> {
     type Out = ();
 
     #[inline(always)]

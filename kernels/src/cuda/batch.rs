@@ -8,12 +8,12 @@ use super::{
     driver::Result,
     graphs::GraphKey,
     layout::Layout,
-    ops::{AttentionKernels, BlockShape, Needs, PlanLimits, attention_plan},
+    ops::{AttentionKernels, BlockShape, Needs, PlanLimits, PlanShape, attention_plan},
     steps::{Slot, StateMemory},
 };
 use crate::{
     error::KernelError,
-    ops::{BatchMeta, Extent, HeadShape},
+    ops::{BatchMeta, Extent},
     sampling::RowTask,
 };
 
@@ -66,9 +66,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub fn new(meta: &BatchMeta, heads: HeadShape, block_size: usize, limits: &PlanLimits) -> Result<Self> {
+    pub fn new(meta: &BatchMeta, shape: PlanShape, limits: &PlanLimits) -> Result<Self> {
         let mut words = Vec::new();
-        let kernels = attention_plan(&mut words, meta, heads, block_size, None, limits)?;
+        let kernels = attention_plan(&mut words, meta, &shape, limits)?;
         Ok(Self { words, kernels })
     }
 }

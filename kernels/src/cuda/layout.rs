@@ -15,6 +15,8 @@ pub(super) struct Layout {
     pub token_ids: usize,
     /// `[T]`.
     pub positions: usize,
+    /// `[T]`, 0 where the step names none.
+    pub segments: usize,
     /// `[T]`.
     pub slot_mapping: usize,
     /// `[R]`, and behind them the `[E]` of the hidden states.
@@ -37,6 +39,7 @@ impl Layout {
         Self {
             token_ids: section(extent.tokens),
             positions: section(extent.tokens),
+            segments: section(extent.tokens),
             slot_mapping: section(extent.tokens),
             logits_indices: section(extent.logits_rows + extent.state_rows),
             tasks: section(task_words),
@@ -59,6 +62,7 @@ impl Layout {
         let mut put = |at: usize, values: &[u32]| words[at..at + values.len()].copy_from_slice(values);
         put(self.token_ids, &meta.token_ids);
         put(self.positions, &meta.positions);
+        put(self.segments, &meta.segments);
         put(self.slot_mapping, &meta.slot_mapping);
         put(self.logits_indices, &meta.logits_indices);
         // Where there are any the step is not padded.
@@ -79,6 +83,7 @@ mod tests {
             token_ids: vec![7, 8, 9],
             positions: vec![5, 0, 3],
             slot_mapping: vec![21, 48, 3],
+            segments: vec![1, 0, 1],
             logits_indices: vec![0, 2],
             ..BatchMeta::default()
         };
@@ -86,11 +91,13 @@ mod tests {
         let words = layout.write(&meta, &[(layout.tasks, vec![1, 2, 3])], &[4, 5], [88, 99]);
         assert_eq!(words[layout.token_ids..][..6], [7, 8, 9, 0, 0, 0]);
         assert_eq!(words[layout.positions..][..6], [5, 0, 3, 0, 0, 0]);
+        assert_eq!(words[layout.segments..][..6], [1, 0, 1, 0, 0, 0]);
         assert_eq!(words[layout.slot_mapping..][..6], [21, 48, 3, 88, 88, 88]);
         assert_eq!(words[layout.logits_indices..][..4], [0, 2, 99, 99]);
         assert_eq!(words[layout.tasks..][..7], [1, 2, 3, 0, 0, 0, 0]);
         assert_eq!(words[layout.plan..], [4, 5]);
-        let sections = [layout.token_ids, layout.positions, layout.slot_mapping, layout.tasks, layout.plan];
+        let Layout { token_ids, positions, segments, slot_mapping, tasks, plan, .. } = layout;
+        let sections = [token_ids, positions, segments, slot_mapping, tasks, plan];
         assert!(sections.iter().all(|at| at % ALIGN == 0));
     }
 

@@ -5,11 +5,12 @@
 //! - [`table`]: the kernels and their signatures.
 //! - [`memory`]: owned device memory; [`words`]: index tensors in it; [`matrix`]: matrices, quantised or not.
 //! - [`ops`]: one file per op: checks its contract and launches.
-//! - [`CudaOps`]: the decoder's ops over them. `weights`: how weights get there; `steps`, `batch`, `layout`: how a step's metadata does, and
+//! - [`CudaOps`]: the decoder's ops over them; `decoder`: their bodies. `weights`: how weights get there; `steps`, `batch`, `layout`: how a step's metadata does, and
 //!   how its results come back; `graphs`: which steps run from CUDA graphs.
 
 mod batch;
 mod cuda_ops;
+mod decoder;
 pub mod driver;
 pub mod gpu;
 mod graphs;
@@ -28,8 +29,14 @@ use half::bf16;
 
 pub use self::{
     batch::CudaBatch,
-    cuda_ops::{CudaConfig, CudaHostKv, CudaKvCache, CudaOps, CudaPending},
-    weights::{CudaWeight, Uploader},
+    cuda_ops::CudaOps,
+    decoder::{
+        cache::{CudaHostKv, CudaKvCache},
+        config::{CudaAttention, CudaConfig},
+        experts::CudaRoutes,
+        step::CudaPending,
+    },
+    weights::{CudaExperts, CudaWeight, Uploader},
 };
 use self::{
     driver::{Driver, Pinned, Result},

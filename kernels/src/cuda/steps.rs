@@ -113,7 +113,7 @@ impl Steps {
             state_memories: Vec::new(),
             slot_words: config.max_tokens.max(max_logits_rows) * RESULT_WORDS,
             sampler: Sampler::new(device, shape)?,
-            workspace: AttentionWorkspace::new(device, SPLIT_TILES, config.heads.head_dim)?,
+            workspace: AttentionWorkspace::new(device, SPLIT_TILES, config.attention.value_dim())?,
             // A prompt whose every position is scored has a row of logits per token.
             feedback: DeviceMemory::new(
                 driver.clone(),
@@ -121,7 +121,7 @@ impl Steps {
                 "sampled tokens",
             )?,
             limits,
-            graphs: if config.graphs {
+            graphs: if config.graphs && config.attention.decodes() {
                 Graphs::new(config.max_rows.min(config.max_tokens).min(max_logits_rows))
             } else {
                 Graphs::off()
@@ -250,10 +250,10 @@ impl Steps {
 /// needs more grows the arena, which costs all graphs.
 fn usual_words(config: &CudaConfig) -> usize {
     let tables = config.max_rows * config.max_model_len.div_ceil(config.block_size);
-    let items = config.heads.num_kv_heads * config.max_rows
-        + 2 * SPLIT_TILES
-        + config.max_tokens * config.heads.num_heads / 32;
-    4 * config.max_tokens + 64 * config.max_rows + 8 * items + tables
+    let heads = config.attention.heads();
+    let items =
+        heads.num_kv_heads * config.max_rows + 2 * SPLIT_TILES + config.max_tokens * heads.num_heads / 32;
+    5 * config.max_tokens + 64 * config.max_rows + 8 * items + tables
 }
 
 impl Drop for Steps {

@@ -7,12 +7,12 @@ use tidemill_kernels::{
     cuda::{
         memory::DeviceBuffer,
         ops::{
-            Attention, AttentionKernels, AttentionWorkspace, KvLayer, PlanLimits, Scoring, attention,
-            attention_plan,
+            Attention, AttentionKernels, AttentionWorkspace, KvLayer, PlanKind, PlanLimits, PlanShape,
+            attention, attention_plan,
         },
         words::DeviceWords,
     },
-    ops::{BatchMeta, HeadShape},
+    ops::{BatchMeta, HeadShape, Scoring},
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
@@ -30,6 +30,7 @@ struct Options {
     soft_cap: Option<f32>,
     slopes: bool,
     sinks: bool,
+    causal: bool,
     /// Room for split tiles, and the multiprocessors that rows are split for.
     split: (usize, usize),
     block_size: usize,
@@ -46,6 +47,7 @@ fn plain(heads: HeadShape) -> Options {
         soft_cap: None,
         slopes: false,
         sinks: false,
+        causal: true,
         split: (256, 64),
         block_size: 16,
     }
@@ -68,6 +70,11 @@ impl Options {
         let (split_tiles, num_sms) = self.split;
         PlanLimits { max_tokens: step.tokens(), max_rows: step.rows.len(), split_tiles, num_sms }
     }
+
+    fn plan(&self) -> PlanShape {
+        let kind = if self.causal { PlanKind::Causal } else { PlanKind::BothWays };
+        PlanShape { heads: self.heads, block_size: self.block_size, window: self.window, kind }
+    }
 }
 
 /// Runs a step; tokens of padding rows stay NaN.
@@ -75,9 +82,7 @@ fn run(bed: &Bed, options: &Options, rows: &[Row]) -> Vec<f32> {
     let step = Step::new(options.heads, rows, options.window, options.block_size);
     let mut plan = Vec::new();
     let limits = options.limits(&step);
-    let kernels =
-        attention_plan(&mut plan, &step.meta, options.heads, step.shape.block_size, options.window, &limits)
-            .unwrap();
+    let kernels = attention_plan(&mut plan, &step.meta, &options.plan(), &limits).unwrap();
     launch(bed, options, &step, &plan, kernels)
 }
 
@@ -104,6 +109,7 @@ fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: Atte
             soft_cap: options.soft_cap,
             slopes: options.slopes.then_some(&slopes),
             sinks: options.sinks.then_some(&sinks),
+            causal: options.causal,
         },
         tokens: step.tokens(),
     };
@@ -113,6 +119,11 @@ fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: Atte
 
 /// One token and head in f64.
 fn expected(options: &Options, id: u64, position: usize, head: usize) -> Vec<f64> {
+    expected_in(options, id, (position, position + 1), head)
+}
+
+/// The same in a row of so many tokens.
+fn expected_in(options: &Options, id: u64, (position, context): (usize, usize), head: usize) -> Vec<f64> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = options.heads;
     let kv_head = head / (num_heads / num_kv_heads);
     let q = query(id, position, head, head_dim);
@@ -124,15 +135,24 @@ fn expected(options: &Options, id: u64, position: usize, head: usize) -> Vec<f64
         if let Some(cap) = options.soft_cap.map(f64::from) {
             score = cap * (score / cap).tanh();
         }
-        if options.slopes { score - f64::from(options.slope(head)) * (position - j) as f64 } else { score }
+        if options.slopes {
+            score + f64::from(options.slope(head)) * (j as f64 - position as f64)
+        } else {
+            score
+        }
     };
-    let scores: Vec<f64> = (first..=position).map(score).collect();
+    let last = match options.window {
+        _ if options.causal => position,
+        Some(window) => (context - 1).min(position + window - 1),
+        None => context - 1,
+    };
+    let scores: Vec<f64> = (first..=last).map(score).collect();
     let greatest = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
     let weights: Vec<f64> = scores.iter().map(|s| (s - greatest).exp()).collect();
     let sink = if options.sinks { (f64::from(options.sink(head)) - greatest).exp() } else { 0.0 };
     let total = weights.iter().sum::<f64>() + sink;
     let mut out = vec![0.0; head_dim];
-    for (j, weight) in (first..=position).zip(&weights) {
+    for (j, weight) in (first..=last).zip(&weights) {
         for (o, v) in out.iter_mut().zip(kv(id, j, 1, kv_head, head_dim)) {
             *o += weight / total * f64::from(v);
         }
@@ -142,9 +162,9 @@ fn expected(options: &Options, id: u64, position: usize, head: usize) -> Vec<f64
 
 fn all_expected(options: &Options, rows: &[Row]) -> Vec<f64> {
     rows.iter()
-        .flat_map(|r| (0..r.new).map(|i| (r.id, r.context - r.new + i)))
-        .flat_map(|(id, position)| {
-            (0..options.heads.num_heads).flat_map(move |head| expected(options, id, position, head))
+        .flat_map(|r| (0..r.new).map(|i| (r.id, (r.context - r.new + i, r.context))))
+        .flat_map(|(id, place)| {
+            (0..options.heads.num_heads).flat_map(move |head| expected_in(options, id, place, head))
         })
         .collect()
 }
@@ -229,6 +249,37 @@ fn attention_agrees_with_f64_with_window_soft_cap_slopes_and_sinks() {
     ];
     for (i, options) in cases.iter().enumerate() {
         agrees(&Bed::new(Schedule::all()[i % 4]), options, &rows);
+    }
+}
+
+#[test]
+fn tokens_that_see_their_whole_row_agree_with_f64_and_keep_their_bits_in_any_company() {
+    let both_ways = |head_dim| Options { causal: false, ..plain(heads(4, 2, head_dim)) };
+    let cases = [
+        both_ways(64),
+        Options { split: (256, 1), ..both_ways(32) },
+        Options { split: (0, 64), ..both_ways(192) },
+        Options { window: Some(1), ..both_ways(64) },
+        Options { window: Some(70), slopes: true, soft_cap: Some(3.0), sinks: true, ..both_ways(80) },
+        Options { window: Some(150), ..both_ways(64) },
+    ];
+    let rows = [row(1, 1, 1), row(2, 20, 20), row(3, 0, 0), row(4, 300, 300), row(5, 4, 4), row(6, 131, 131)];
+    for (i, options) in cases.iter().enumerate() {
+        let bed = Bed::new(Schedule::all()[i % 4]);
+        agrees(&bed, options, &rows);
+        let all = run(&bed, options, &rows);
+        let mut first = 0;
+        for r in rows {
+            let alone = if r.new > 0 { run(&bed, options, &[r]) } else { Vec::new() };
+            assert_same(&tokens(&all, options, first, r.new), &alone, &format!("{r:?} alone"));
+            first += r.new;
+        }
+        // A plan without a window serves every layer.
+        let step = Step::new(options.heads, &rows, None, options.block_size);
+        let (mut plan, limits) = (Vec::new(), options.limits(&step));
+        let shape = PlanShape { window: None, ..options.plan() };
+        let kernels = attention_plan(&mut plan, &step.meta, &shape, &limits).unwrap();
+        assert_same(&launch(&bed, options, &step, &plan, kernels), &all, "a plan without a window");
     }
 }
 
@@ -334,15 +385,8 @@ fn attention_reads_shared_memory_without_bank_conflicts() {
         ] {
             let step = Step::new(options.heads, &rows, None, 16);
             let mut plan = Vec::new();
-            let needed = attention_plan(
-                &mut plan,
-                &step.meta,
-                options.heads,
-                step.shape.block_size,
-                None,
-                &options.limits(&step),
-            )
-            .unwrap();
+            let needed =
+                attention_plan(&mut plan, &step.meta, &options.plan(), &options.limits(&step)).unwrap();
             assert_eq!(needed, kernels);
             launch(&bed, &options, &step, &plan, kernels);
             let stats = emulator.last_stats();
@@ -363,7 +407,14 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     let plan = bed.words(&[0; 1024]);
     let mut workspace = AttentionWorkspace::new(&bed.device, options.split.0, heads.head_dim).unwrap();
     let mut out = poisoned(&bed.device, 2 * heads.num_heads * heads.head_dim);
-    let scoring = Scoring { scale: options.scale(), window: None, soft_cap: None, slopes: None, sinks: None };
+    let scoring = Scoring {
+        scale: options.scale(),
+        window: None,
+        soft_cap: None,
+        slopes: None,
+        sinks: None,
+        causal: true,
+    };
     driver.begin_capture().unwrap();
     let call = Attention {
         out: &mut out,
@@ -383,7 +434,7 @@ fn a_captured_decode_step_serves_steps_of_other_lengths() {
     // The same launches with nothing to do, then with the first row as padding, then with all.
     for contexts in [[0, 0], [0, 3], [290, 3]] {
         let meta = BatchMeta { context_lens: contexts.to_vec(), ..step.meta.clone() };
-        attention_plan(&mut words, &meta, heads, step.shape.block_size, None, &limits).unwrap();
+        attention_plan(&mut words, &meta, &options.plan(), &limits).unwrap();
         bed.rewrite(&plan, &words);
         // SAFETY: all buffers of the recorded launches live.
         unsafe { driver.launch_graph(graph) }.unwrap();
@@ -421,7 +472,8 @@ fn a_plan_has_every_query_row_every_tile_and_every_block_table_once() {
             num_sms: [1, 4, 132][rng.below(3)],
         };
         let mut plan = Vec::new();
-        attention_plan(&mut plan, &meta, heads, 16, window, &limits).unwrap();
+        let shape = PlanShape { heads, block_size: 16, window, kind: PlanKind::Causal };
+        attention_plan(&mut plan, &meta, &shape, &limits).unwrap();
         check_plan(&plan, &meta, heads, window, limits.split_tiles);
     }
 }
@@ -474,9 +526,7 @@ fn attention_refuses_what_the_kernels_cannot_take() {
         let step = Step::new(options.heads, &[row(1, 1, 5)], None, 16);
         let mut plan = Vec::new();
         let limits = options.limits(&step);
-        let kernels =
-            attention_plan(&mut plan, &step.meta, options.heads, step.shape.block_size, None, &limits)
-                .unwrap();
+        let kernels = attention_plan(&mut plan, &step.meta, &options.plan(), &limits).unwrap();
         let (cache, qkv) = step.upload(&bed);
         let plan = bed.words(&plan);
         let mut workspace = AttentionWorkspace::new(&bed.device, 1, options.heads.head_dim).unwrap();
@@ -489,7 +539,14 @@ fn attention_refuses_what_the_kernels_cannot_take() {
             plan: DeviceWords::new(&plan),
             kernels,
             workspace: &mut workspace,
-            scoring: Scoring { scale: 1.0, window: None, soft_cap: None, slopes: None, sinks: None },
+            scoring: Scoring {
+                scale: 1.0,
+                window: None,
+                soft_cap: None,
+                slopes: None,
+                sinks: None,
+                causal: true,
+            },
             tokens: 1,
         };
         tamper(&mut call);
@@ -521,15 +578,20 @@ fn attention_refuses_what_the_kernels_cannot_take() {
 fn a_plan_refuses_steps_beyond_its_limits() {
     let heads = heads(2, 1, 64);
     let limits = PlanLimits { max_tokens: 4, max_rows: 2, split_tiles: 0, num_sms: 1 };
-    let plan = |cu_seqlens_q: &[u32], context_lens: &[u32]| {
+    let plan_of = |kind: PlanKind, cu_seqlens_q: &[u32], context_lens: &[u32]| {
         let (cu_seqlens_q, context_lens) = (cu_seqlens_q.to_vec(), context_lens.to_vec());
         let block_tables = vec![0; context_lens.len()];
         let meta =
             BatchMeta { cu_seqlens_q, context_lens, block_tables, max_blocks: 1, ..BatchMeta::default() };
-        attention_plan(&mut Vec::new(), &meta, heads, 16, None, &limits)
+        let shape = PlanShape { heads, block_size: 16, window: None, kind };
+        attention_plan(&mut Vec::new(), &meta, &shape, &limits)
     };
+    let plan =
+        |cu_seqlens_q: &[u32], context_lens: &[u32]| plan_of(PlanKind::Causal, cu_seqlens_q, context_lens);
     assert!(plan(&[0, 2, 4], &[2, 9]).is_ok());
-    for refused in [plan(&[0, 5], &[5]), plan(&[0, 1, 2, 3], &[1, 1, 1]), plan(&[0, 3], &[2])] {
+    assert!(plan_of(PlanKind::BothWays, &[0, 2, 4], &[2, 2]).is_ok());
+    let in_part = plan_of(PlanKind::BothWays, &[0, 2, 4], &[2, 9]);
+    for refused in [in_part, plan(&[0, 5], &[5]), plan(&[0, 1, 2, 3], &[1, 1, 1]), plan(&[0, 3], &[2])] {
         assert!(matches!(refused, Err(KernelError::Unsupported { op: "attention_plan", .. })));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tidemill_kernels::{
     Ops,
     cuda::{
-        CudaConfig, CudaOps, Device,
+        CudaAttention, CudaConfig, CudaOps, Device,
         driver::{Driver, Pinned},
     },
     ops::KvShape,
@@ -23,7 +23,7 @@ fn ops(driver: &Arc<dyn Driver>) -> CudaOps {
         max_rows: 2,
         max_model_len: 64,
         block_size: SHAPE.block_size,
-        heads: HEADS,
+        attention: CudaAttention::causal(HEADS),
         vocab: VOCAB,
         graphs: false,
     };

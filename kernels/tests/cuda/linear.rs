@@ -13,13 +13,13 @@ use tidemill_kernels::{
 use tidemill_kernels_emu::EmuDriver;
 
 use crate::{
-    activation::exact,
+    activation::{OAI, exact, exact_up},
     common::{Rng, assert_same},
     harness::{bf16s, f32s, on_every_schedule, poisoned, rounded, values},
     words,
 };
 
-use ActivationKind::{Gelu, GeluTanh, Silu};
+use ActivationKind::{Gelu, GeluTanh, Relu, Silu};
 use LinearEpilogue::{Activate, Add, Gated, SoftCap, Store};
 
 /// A product and its operands; weights are small enough that activations see arguments of a few units.
@@ -113,7 +113,7 @@ impl Problem {
             Activate(kind) => (exact(kind, v), 1.2 * error + 4e-6),
             Gated(kind) => {
                 let (up, up_error) = self.product(r, self.n + n);
-                let gate = exact(kind, v);
+                let (gate, up) = (exact(kind, v), exact_up(kind, up));
                 (gate * up, (1.2 * error + 4e-6) * up.abs() + up_error * gate.abs() + 1e-6)
             }
             SoftCap(cap) => {
@@ -184,8 +184,11 @@ fn every_epilogue_agrees_with_f64_and_has_the_same_bits_in_every_kernel() {
         (Activate(Silu), DType::Bf16),
         (Activate(Gelu), DType::F32),
         (Activate(GeluTanh), DType::Bf16),
+        (Activate(Relu), DType::F32),
         (Gated(Silu), DType::Bf16),
         (Gated(Silu), DType::F32),
+        (Gated(Relu), DType::Bf16),
+        (Gated(OAI), DType::F32),
         (Gated(Gelu), DType::Bf16),
         (Gated(GeluTanh), DType::Bf16),
         (SoftCap(2.0), DType::F32),

@@ -1,4 +1,4 @@
-//! `moe_route.cu`, `moe_permute.cu`, the grouped kernels of the matrix product, and `moe_combine.cu`.
+//! `moe_permute.cu`, the grouped kernels of the matrix product, and `moe_combine.cu`.
 
 use std::sync::Arc;
 
@@ -9,8 +9,9 @@ use tidemill_kernels::{
         driver::Driver,
         memory::{DeviceBuffer, DeviceMemory},
         ops::{
-            ActivationKind, Linear, LinearEpilogue, LinearKernel, MoeCombine, MoeLinear, MoeOrder,
-            MoePermute, MoeRoute, MoeRows, MoeShape, linear, moe_combine, moe_linear, moe_permute, moe_route,
+            ActivationKind, Linear, LinearEpilogue, LinearHeads, LinearKernel, MoeCombine, MoeLinear,
+            MoeOrder, MoePermute, MoeRows, MoeShape, linear, linear_heads, moe_combine, moe_linear,
+            moe_permute,
         },
         words::DeviceWords,
     },
@@ -30,81 +31,6 @@ fn unwritten(driver: &Arc<dyn Driver>, count: usize) -> DeviceMemory {
 
 fn nan_f32s(device: &Device, elems: usize) -> DeviceBuffer {
     f32s(device, &vec![f32::NAN; elems])
-}
-
-// ---- Routing
-
-fn route(
-    device: &Device,
-    driver: &Arc<dyn Driver>,
-    logits: &[f32],
-    shape: MoeShape,
-    renormalize: bool,
-) -> (Vec<u32>, Vec<f32>) {
-    let tokens = logits.len() / shape.experts;
-    let ids = unwritten(driver, tokens * shape.top_k);
-    let mut weights = nan_f32s(device, tokens * shape.top_k);
-    let logits = f32s(device, logits);
-    let call = MoeRoute {
-        ids: DeviceWords::new(&ids),
-        weights: &mut weights,
-        logits: &logits,
-        shape,
-        renormalize,
-        tokens,
-    };
-    moe_route(device, call).unwrap();
-    (words::download(driver, &ids), values(device, &weights))
-}
-
-/// One token in f64.
-fn expected_route(logits: &[f32], top_k: usize, renormalize: bool) -> (Vec<u32>, Vec<f64>) {
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-    order.truncate(top_k);
-    let exp = |&e: &usize| f64::from(logits[e]).exp();
-    let all: Vec<usize> = (0..logits.len()).collect();
-    let over: f64 = if renormalize { &order } else { &all }.iter().map(exp).sum();
-    (order.iter().map(|&e| e as u32).collect(), order.iter().map(|e| exp(e) / over).collect())
-}
-
-#[test]
-fn routing_agrees_with_f64_and_tokens_stand_alone() {
-    words::on_every_schedule(|device, driver| {
-        for (tokens, experts, top_k) in [(1, 1, 1), (3, 4, 2), (5, 8, 8), (6, 60, 4), (9, 256, 8)] {
-            let shape = MoeShape { experts, top_k };
-            // Few different values: many ties.
-            let mut rng = Rng::new(experts as u64);
-            let logits: Vec<f32> = (0..tokens * experts).map(|_| rng.below(20) as f32 * 0.5 - 4.0).collect();
-            for renormalize in [false, true] {
-                let (ids, weights) = route(device, driver, &logits, shape, renormalize);
-                for (t, row) in logits.chunks(experts).enumerate() {
-                    let (want_ids, want) = expected_route(row, top_k, renormalize);
-                    let span = t * top_k..(t + 1) * top_k;
-                    assert_eq!(ids[span.clone()], want_ids);
-                    assert_near(&weights[span.clone()], &want, 3e-6, 1e-7, "weights");
-                    let (_, alone) = route(device, driver, row, shape, renormalize);
-                    assert_same(&alone, &weights[span], "a token alone");
-                }
-            }
-        }
-    });
-}
-
-#[test]
-fn routing_of_broken_logits_still_names_different_experts() {
-    let (device, driver) = words::device();
-    let shape = MoeShape { experts: 40, top_k: 3 };
-    let mut one_left = vec![f32::NAN; 40];
-    one_left[33] = f32::NEG_INFINITY;
-    for (logits, want) in [
-        (vec![f32::NAN; 40], [0, 1, 2]),
-        (one_left, [33, 0, 1]),
-        (vec![f32::NEG_INFINITY; 40], [0, 1, 2]),
-        ([vec![0.0], vec![-0.0; 39]].concat(), [0, 1, 2]),
-    ] {
-        assert_eq!(route(&device, &driver, &logits, shape, true).0, want);
-    }
 }
 
 // ---- Order
@@ -257,7 +183,7 @@ impl Layer {
         let (mut inner, mut rows) = (poisoned(device, pairs * I), nan_f32s(device, pairs * H));
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Gather,
+            rows: MoeRows::Tokens,
             out: &mut inner,
             x: &bf16s(device, x),
             weight: &bf16s(device, &self.gate_up),
@@ -269,7 +195,7 @@ impl Layer {
         moe_linear(device, call).unwrap();
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Scatter,
+            rows: MoeRows::Pairs,
             out: &mut rows,
             x: &inner,
             weight: &bf16s(device, &self.down),
@@ -338,7 +264,7 @@ fn sample_of_products(bed: &Bed) -> Vec<f32> {
         let mut out = nan_f32s(device, tokens * N);
         let call = MoeLinear {
             order: order.view(),
-            rows: MoeRows::Gather,
+            rows: MoeRows::Tokens,
             out: &mut out,
             x: &x,
             weight: &weight,
@@ -405,6 +331,55 @@ fn a_token_alone_gets_the_bits_it_has_among_others_on_every_schedule() {
 }
 
 #[test]
+fn each_head_gets_its_dense_product_to_the_bit_however_many_rows_there_are() {
+    words::on_every_schedule(|device, _| {
+        for (heads, n, k) in [(1, 8, 16), (3, 40, 24), (5, 24, 296)] {
+            const ROWS: usize = 70;
+            let mut rng = Rng::new(k as u64);
+            let (x, weight) = (rounded(&rng.units(ROWS * heads * k)), rounded(&rng.units(heads * n * k)));
+            let bias = rng.units(heads * n);
+            let run = |x: &[f32], rows: usize| {
+                let mut out = nan_f32s(device, rows * heads * n);
+                let call = LinearHeads {
+                    out: &mut out,
+                    x: &bf16s(device, x),
+                    weight: &bf16s(device, &weight),
+                    bias: Some(&f32s(device, &bias)),
+                    rows,
+                    heads,
+                    n,
+                    k,
+                };
+                linear_heads(device, call).unwrap();
+                values(device, &out)
+            };
+            let all = run(&x, ROWS);
+            for rows in [1, 9, 33] {
+                let width = heads * k;
+                let last = run(&x[(ROWS - rows) * width..], rows);
+                assert_same(&last, &all[(ROWS - rows) * heads * n..], &format!("{rows} rows"));
+            }
+            for (row, head) in [(0, 0), (ROWS - 1, heads - 1), (7, heads / 2)] {
+                let mut out = nan_f32s(device, n);
+                let call = Linear {
+                    out: &mut out,
+                    x: &bf16s(device, &x[(row * heads + head) * k..][..k]),
+                    weight: &bf16s(device, &weight[head * n * k..][..n * k]),
+                    bias: Some(&f32s(device, &bias[head * n..][..n])),
+                    rows: 1,
+                    n,
+                    k,
+                    epilogue: LinearEpilogue::Store,
+                };
+                linear(device, call).unwrap();
+                let got = &all[(row * heads + head) * n..][..n];
+                assert_same(got, &values(device, &out), &format!("row {row}, head {head}"));
+            }
+        }
+    });
+}
+
+#[test]
 fn rows_of_bf16_are_added_up_or_replace_what_was_there() {
     let (device, _) = words::device();
     let (tokens, top_k, width) = (3, 2, 2056);
@@ -436,19 +411,6 @@ fn rows_of_bf16_are_added_up_or_replace_what_was_there() {
 #[test]
 fn shapes_that_the_kernels_cannot_take_are_refused() {
     let (device, driver) = words::device();
-    let ids = unwritten(&driver, 8);
-    let (mut weights, logits) = (f32s(&device, &[0.0; 8]), f32s(&device, &[0.0; 8]));
-    let mut call = |experts, top_k, tokens| {
-        let shape = MoeShape { experts, top_k };
-        let (ids, logits) = (DeviceWords::new(&ids), &logits);
-        moe_route(&device, MoeRoute { ids, weights: &mut weights, logits, shape, renormalize: true, tokens })
-    };
-    call(4, 2, 2).unwrap();
-    for (experts, top_k) in [(257, 1), (4, 0), (4, 5), (64, 9), (0, 1)] {
-        assert!(matches!(call(experts, top_k, 1), Err(KernelError::Unsupported { op: "moe_route", .. })));
-    }
-    assert!(matches!(call(4, 2, 3), Err(KernelError::Shape { op: "moe_route", .. })));
-
     let shape = MoeShape { experts: 4, top_k: 2 };
     let small = unwritten(&driver, 4);
     let words = DeviceWords::new(&small);
@@ -463,7 +425,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() {
     let refused = moe_permute(&device, MoePermute { order, ids: words });
     assert!(matches!(refused, Err(KernelError::Shape { op: "moe_permute", .. })));
     let mut out = device.buffer(DType::Bf16, 8, "out").unwrap();
-    let rows = bf16s(&device, &[0.0; 16]);
+    let (rows, logits) = (bf16s(&device, &[0.0; 16]), f32s(&device, &[0.0; 8]));
     let call = MoeCombine {
         out: &mut out,
         rows: &rows,

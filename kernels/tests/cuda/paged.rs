@@ -105,6 +105,7 @@ impl Step {
             block_size,
             num_kv_heads,
             head_dim,
+            value_dim: head_dim,
             dtype: DType::Bf16,
         };
         let mut step = Step {

@@ -12,7 +12,7 @@ use std::{
 
 use tidemill_kernels_emu::{EmuDriver, Schedule, Site};
 
-use crate::{attention, layernorm, linear, moe, paged::Bed, quantized, rmsnorm, rope_kv_write, sampling};
+use crate::{attention, linear, moe, norm, paged::Bed, quantized, rope_kv_write, sampling};
 
 /// Random schedules that are tried after the four of every test.
 const MORE_SCHEDULES: u64 = 8;
@@ -24,11 +24,11 @@ type Sample = fn(&Bed) -> Vec<f32>;
 const SAMPLES: &[(&str, Sample)] = &[
     ("attention, 64", |bed| attention::sample(bed, 64)),
     ("attention, 192", |bed| attention::sample(bed, 192)),
-    ("layernorm", |bed| layernorm::sample(&bed.device)),
+    ("layernorm", |bed| norm::sample(&bed.device, true)),
     ("linear", |bed| linear::sample(&bed.device)),
     ("linear, quantised", |bed| quantized::sample(&bed.device)),
     ("moe", moe::sample),
-    ("rmsnorm", |bed| rmsnorm::sample(&bed.device)),
+    ("rmsnorm", |bed| norm::sample(&bed.device, false)),
     ("rope_kv_write", rope_kv_write::sample),
     ("sampling", sampling::sample_of_choices),
 ];

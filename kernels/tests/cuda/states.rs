@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tidemill_kernels::{
-    cuda::{CudaConfig, CudaOps, Device, driver::Driver},
+    cuda::{CudaAttention, CudaConfig, CudaOps, Device, driver::Driver},
     ops::HeadShape,
 };
 use tidemill_kernels_emu::{EmuDriver, Live, Schedule};
@@ -19,7 +19,7 @@ fn ops(driver: &Arc<dyn Driver>) -> CudaOps {
         max_rows: 2,
         max_model_len: MAX_TOKENS,
         block_size: 16,
-        heads: HeadShape { num_heads: 2, num_kv_heads: 1, head_dim: 64 },
+        attention: CudaAttention::causal(HeadShape { num_heads: 2, num_kv_heads: 1, head_dim: 64 }),
         vocab: VOCAB,
         graphs: false,
     };

@@ -10,8 +10,9 @@ use tidemill_kernels::{
         driver::{DevPtr, Driver, Pinned},
         gpu::GpuDriver,
         memory::{DeviceBuffer, PinnedMemory},
-        ops::{RmsNorm, rmsnorm},
+        ops::{Norm as NormCall, norm, whole_rows},
     },
+    ops::Norm as Form,
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
@@ -45,7 +46,9 @@ impl Norm {
     /// Queues it.
     fn run(&mut self, device: &Device) -> Result<(), KernelError> {
         let Norm { out, x, weight } = self;
-        rmsnorm(device, RmsNorm { out, x, residual: None, weight, width: WIDTH, eps: 1e-5, rows: ROWS })
+        let form = Form::Rms { weight, eps: 1e-5 };
+        let slices = whole_rows(ROWS, WIDTH);
+        norm(device, NormCall { out, x: Some(x), form, slices, add: false })
     }
 
     fn result(&self, device: &Device) -> Vec<u8> {

@@ -94,32 +94,105 @@ pub(super) unsafe fn scores<S: Simd, E: KvElement, const QT: usize>(
     out
 }
 
-/// `acc = acc * decay + Σ weight * value` over the keys that each query has seen.
+/// Which keys of a pair of vectors a query sees: of each vector, the first and the end.
+pub(super) type Seen = [[usize; 2]; 2];
+
+/// `acc = acc * decay + Σ weight * value` over the keys that each query has seen, all of them from the first on.
 #[inline(always)]
 pub(super) unsafe fn values<S: Simd, E: KvElement, const QT: usize>(
     s: S,
     acc: &mut [f32],
     weights: &[f32],
     pair: [Keys; 2],
-    seen: &[[usize; 2]; QT],
+    seen: &[Seen; QT],
     decay: &[f32; QT],
     d: usize,
 ) {
+    let ends = |i: usize| seen[i].map(|range| range[1]);
     // Keys that all queries see go side by side; those that only later queries see follow query by query.
-    let mut common = seen[0];
+    let mut common = ends(0);
     for i in 1..QT {
-        common = [common[0].min(seen[i][0]), common[1].min(seen[i][1])];
+        common = [common[0].min(ends(i)[0]), common[1].min(ends(i)[1])];
     }
     let mut from = [[0, common[0]], [0, common[1]]];
     // SAFETY: by the caller's word; `from` never passes the number of keys of a vector.
     unsafe {
         weigh::<S, E, QT>(s, acc.as_mut_ptr(), weights.as_ptr(), pair, from, decay, d);
         for i in 0..QT {
-            if seen[i] != common {
-                from = [[common[0], seen[i][0]], [common[1], seen[i][1]]];
+            if ends(i) != common {
+                from = [[common[0], ends(i)[0]], [common[1], ends(i)[1]]];
                 let acc = acc.as_mut_ptr().add(i * d);
                 let weights = weights.as_ptr().add(i * 2 * S::LANES);
                 weigh::<S, E, 1>(s, acc, weights, pair, from, &[1.0], d);
+            }
+        }
+    }
+}
+
+/// [`values`] where queries also differ in the first key that they see.
+#[inline(always)]
+pub(super) unsafe fn values_between<S: Simd, E: KvElement, const QT: usize>(
+    s: S,
+    acc: &mut [f32],
+    weights: &[f32],
+    pair: [Keys; 2],
+    seen: &[Seen; QT],
+    decay: &[f32; QT],
+    d: usize,
+) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if seen.iter().all(|s| *s == seen[0]) {
+            weigh::<S, E, QT>(s, acc.as_mut_ptr(), weights.as_ptr(), pair, seen[0], decay, d);
+            return;
+        }
+        // Seldom: at the ends of a window and of the context.
+        for i in 0..QT {
+            let acc = acc.as_mut_ptr().add(i * d);
+            let weights = weights.as_ptr().add(i * 2 * S::LANES);
+            weigh::<S, E, 1>(s, acc, weights, pair, seen[i], &[decay[i]], d);
+        }
+    }
+}
+
+/// [`values`] where the first `l` elements of a key are its value. Weights of keys that a query has not seen are 0.
+#[inline(always)]
+pub(super) unsafe fn values_of_keys<S: Simd, E: KvElement, const QT: usize>(
+    s: S,
+    acc: &mut [f32],
+    weights: &[f32],
+    pair: [Keys; 2],
+    seen: &[Seen; QT],
+    decay: &[f32; QT],
+    [l, block_size]: [usize; 2],
+) {
+    let zero = s.splat(0.0);
+    for at in (0..l).step_by(4) {
+        let count = (l - at).min(4);
+        let mut keys = [[zero; 2]; 4];
+        for c in 0..count {
+            for g in 0..2 {
+                if pair[g].len > 0 {
+                    let p = pair[g].keys.wrapping_add((at + c) * block_size * E::SIZE);
+                    // SAFETY: element `at + c` of `len` keys is in the cache.
+                    keys[c][g] = unsafe { E::load(s, p, pair[g].len) };
+                }
+            }
+        }
+        for i in 0..QT {
+            if seen[i][0][1] == 0 {
+                continue;
+            }
+            let weights = weights[2 * i * S::LANES..].as_ptr();
+            // SAFETY: there are two vectors for each query.
+            let (a, b) = unsafe { (s.load(weights), s.load(weights.add(S::LANES))) };
+            // From zero on, so that a key that is not seen and one that is not there leave the same bits.
+            let mut sums = [zero; 4];
+            for c in 0..4 {
+                sums[c] = s.fma(b, keys[c][1], s.fma(a, keys[c][0], zero));
+            }
+            for (acc, sum) in acc[i * l + at..][..count].iter_mut().zip(s.sum4(sums)) {
+                *acc = *acc * decay[i] + sum;
             }
         }
     }

@@ -16,7 +16,8 @@ use self::{
     format::{Bf16, F16, F32, Format, K_ALIGN, Wide},
 };
 use super::{
-    CpuBuffer, CpuWeight,
+    CpuWeight,
+    activation::Function,
     buffer::Arena,
     isa::{Host, Isa, Job},
     pool::{Pool, Shared},
@@ -49,8 +50,8 @@ pub(crate) struct Linear {
 
 /// The arguments of one call.
 pub(crate) struct Call<'a> {
-    pub(crate) out: &'a mut CpuBuffer,
-    pub(crate) x: &'a CpuBuffer,
+    pub(crate) out: &'a mut [f32],
+    pub(crate) x: &'a [f32],
     pub(crate) weight: &'a CpuWeight,
     pub(crate) rows: usize,
     pub(crate) epilogue: Epilogue,
@@ -67,15 +68,13 @@ impl Linear {
     /// `Ops::linear`.
     pub(crate) fn run(&self, pool: &Pool, call: Call) -> Result<()> {
         let Call { out, x, weight, rows, epilogue } = call;
-        if !matches!(epilogue, Epilogue::Store | Epilogue::Add) {
-            return Err(crate::KernelError::Unsupported { op: "linear", detail: "not written yet".into() });
-        }
+        let function = Function::of(epilogue)?;
         if rows == 0 || weight.n == 0 {
             return Ok(());
         }
         let kernel = Kernel::choose(self.host, self.compute, weight.dtype);
-        let x = &x.as_slice()[..rows * weight.k];
-        let out = &mut out.as_mut_slice()[..rows * weight.n];
+        let x = &x[..rows * weight.k];
+        let out = &mut out[..rows * weight.n];
         let x_stride = weight.k.next_multiple_of(K_ALIGN) * kernel.x_size();
 
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,6 +115,12 @@ impl Linear {
                 // SAFETY: the packed rows hold `x_stride` bytes for each token; the part holds `rows * k` elements, and `first + n` of
                 // its rows exist; columns `row..row + n` of the outputs are this task's own.
                 unsafe { kernel.panel(panel) };
+                if let Some(function) = function {
+                    for t in 0..rows {
+                        // SAFETY: these columns are this task's own, and were just written.
+                        function.apply(self.host, unsafe { shared.slice(t * weight.n + row, n) });
+                    }
+                }
                 return;
             }
         });

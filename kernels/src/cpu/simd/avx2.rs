@@ -109,6 +109,10 @@ impl Simd for Avx2 {
         op!(_mm256_blendv_ps(_mm256_set1_ps(fill), a, _mm256_castsi256_ps(self.mask(n))))
     }
     #[inline(always)]
+    fn drop_first(self, a: __m256, n: usize, fill: f32) -> __m256 {
+        op!(_mm256_blendv_ps(a, _mm256_set1_ps(fill), _mm256_castsi256_ps(self.mask(n))))
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         let z = self.splat(0.0);
         self.sum4([a, z, z, z])[0]

@@ -134,6 +134,10 @@ impl Simd for Avx512 {
         op!(_mm512_mask_blend_ps(mask(n), _mm512_set1_ps(fill), a))
     }
     #[inline(always)]
+    fn drop_first(self, a: __m512, n: usize, fill: f32) -> __m512 {
+        op!(_mm512_mask_blend_ps(mask(n), a, _mm512_set1_ps(fill)))
+    }
+    #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         op!({
             // The tree of `sum4`: lanes i and i + 2 of each quarter, then i and i + 1, then quarters i and i + 2, then the two left.

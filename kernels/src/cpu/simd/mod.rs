@@ -11,7 +11,7 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use exp::exp;
+pub(crate) use exp::{exp, tanh};
 pub(crate) use portable::Portable;
 
 /// Vectors of `LANES` f32. A value of an implementing type proves that the CPU has the instructions, so that arithmetic is safe.
@@ -46,6 +46,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn round_bf16(self, a: Self::F) -> Self::F;
     /// Lanes `0..n` of `a`, then `fill`.
     fn keep_first(self, a: Self::F, n: usize, fill: f32) -> Self::F;
+    /// `fill` in lanes `0..n`, then those of `a`.
+    fn drop_first(self, a: Self::F, n: usize, fill: f32) -> Self::F;
     /// Sum of the lanes, in one fixed tree.
     fn sum(self, a: Self::F) -> f32;
     /// Four sums, each with the bits that [`Simd::sum`] gives.

@@ -94,6 +94,12 @@ impl Simd for Portable {
         out
     }
     #[inline(always)]
+    fn drop_first(self, a: Self::F, n: usize, fill: f32) -> Self::F {
+        let mut out = a;
+        out[..n].fill(fill);
+        out
+    }
+    #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
         let [b0, b1, b2, b3] = [a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]];
         (b0 + b2) + (b1 + b3)

@@ -1,13 +1,14 @@
 //! `activation.cu`.
 
 use crate::{
-    DType,
+    DType, KernelError,
     cuda::{
         Device,
         driver::{DevPtr, LaunchConfig, Result},
         memory::{DeviceBuffer, require_multiple},
         table::kernels,
     },
+    ops::Activation as ActivationKind,
 };
 
 kernels! {
@@ -18,29 +19,24 @@ kernels! {
     fn gelu_mul_bf16(out: DevPtr, x: DevPtr, width: i32);
     /// GELU's tanh approximation, gated.
     fn gelu_tanh_mul_bf16(out: DevPtr, x: DevPtr, width: i32);
+    /// The positive part, gated.
+    fn relu_mul_bf16(out: DevPtr, x: DevPtr, width: i32);
+    /// Bounded and scaled SiLU, gated.
+    fn swiglu_oai_mul_bf16(out: DevPtr, x: DevPtr, width: i32, alpha: f32, limit: f32);
     /// SiLU.
     fn silu_bf16(out: DevPtr, x: DevPtr, width: i32);
     /// GELU.
     fn gelu_bf16(out: DevPtr, x: DevPtr, width: i32);
     /// GELU's tanh approximation.
     fn gelu_tanh_bf16(out: DevPtr, x: DevPtr, width: i32);
+    /// The positive part.
+    fn relu_bf16(out: DevPtr, x: DevPtr, width: i32);
 }
 
 const OP: &str = "activation";
 const THREADS: u32 = 256;
 /// Elements of a row that one block computes.
 const BLOCK_WIDTH: usize = 2048;
-
-/// A nonlinear function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationKind {
-    /// `x / (1 + e^-x)` (Elfwing, Uchibe and Doya 2018).
-    Silu,
-    /// `x Φ(x)`, with the error function (Hendrycks and Gimpel 2016).
-    Gelu,
-    /// GELU's approximation `x / 2 (1 + tanh(√(2/π) (x + 0.044715 x³)))` (ibid., section 2).
-    GeluTanh,
-}
 
 /// Arguments of [`activation`]. Letters as in [`crate::ops`].
 pub struct Activation<'a> {
@@ -58,10 +54,11 @@ pub struct Activation<'a> {
     pub rows: usize,
 }
 
-/// Queues the activation: what [`crate::Ops::linear_silu_mul`] fuses with its product.
+/// Queues the activation: what [`crate::Ops::linear_gated`] fuses with its product.
 ///
 /// # Errors
-/// A buffer that is smaller or of another type than the contract says; what the driver reports.
+/// An activation that is gated alone, without its gate; a buffer that is smaller or of another type than the contract says; what the
+/// driver reports.
 pub fn activation(device: &Device, call: Activation<'_>) -> Result<()> {
     let Activation { out, x, kind, gated, width, rows } = call;
     require_multiple(OP, "I", width, 8)?;
@@ -79,9 +76,17 @@ pub fn activation(device: &Device, call: Activation<'_>) -> Result<()> {
             (ActivationKind::Silu, true) => silu_mul_bf16(driver, config, out, x, width),
             (ActivationKind::Gelu, true) => gelu_mul_bf16(driver, config, out, x, width),
             (ActivationKind::GeluTanh, true) => gelu_tanh_mul_bf16(driver, config, out, x, width),
+            (ActivationKind::Relu, true) => relu_mul_bf16(driver, config, out, x, width),
+            (ActivationKind::SwigluOai { alpha, limit }, true) => {
+                swiglu_oai_mul_bf16(driver, config, out, x, width, alpha, limit)
+            }
             (ActivationKind::Silu, false) => silu_bf16(driver, config, out, x, width),
             (ActivationKind::Gelu, false) => gelu_bf16(driver, config, out, x, width),
             (ActivationKind::GeluTanh, false) => gelu_tanh_bf16(driver, config, out, x, width),
+            (ActivationKind::Relu, false) => relu_bf16(driver, config, out, x, width),
+            (ActivationKind::SwigluOai { .. }, false) => {
+                Err(KernelError::Unsupported { op: OP, detail: "SwigluOai takes a gate".into() })
+            }
         }
     }
 }

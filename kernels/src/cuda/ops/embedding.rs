@@ -15,6 +15,8 @@ kernels! {
     file "embedding";
     /// One block per token.
     fn embedding_bf16(out: DevPtr, table: DevPtr, token_ids: DevPtr, feedback: DevPtr, width: i32, scale: f32);
+    /// One block per token.
+    fn embedding_add_bf16(out: DevPtr, table: DevPtr, rows: DevPtr, first: u32, width: i32);
 }
 
 const OP: &str = "embedding";
@@ -64,4 +66,38 @@ pub fn embedding(device: &Device, call: Embedding<'_>) -> Result<()> {
     let config = LaunchConfig::linear(tokens, THREADS);
     // SAFETY: out and token_ids were checked above; the ids lie below V, as the engine checks each request's, and the sampler writes no others.
     unsafe { embedding_bf16(device.driver(), config, out, table, token_ids, feedback, width as i32, scale) }
+}
+
+/// Arguments of [`embedding_add`].
+pub struct EmbeddingAdd<'a> {
+    /// `[T, H]` bf16, added to.
+    pub out: &'a mut DeviceBuffer,
+    /// `[_, H]` bf16.
+    pub table: &'a DeviceBuffer,
+    /// `[T]` rows of the table, counted from `first`.
+    pub rows: DeviceWords<'a>,
+    /// The row that 0 means.
+    pub first: usize,
+    /// H, a multiple of 8.
+    pub width: usize,
+    /// T; 0 does nothing.
+    pub tokens: usize,
+}
+
+/// Queues `out[t, :] += table[rows[t] + first, :]`: positions and segments; see [`crate::ops::Lookup`].
+///
+/// # Errors
+/// A buffer that is smaller or of another type than the contract says; what the driver reports.
+pub fn embedding_add(device: &Device, call: EmbeddingAdd<'_>) -> Result<()> {
+    let EmbeddingAdd { out, table, rows, first, width, tokens } = call;
+    require_multiple(OP, "H", width, 8)?;
+    if tokens == 0 {
+        return Ok(());
+    }
+    let out = out.at_least(OP, "out", DType::Bf16, tokens * width)?;
+    let table = table.at_least(OP, "table", DType::Bf16, (first + 1) * width)?;
+    let rows = rows.at_least(OP, "rows", tokens)?;
+    let config = LaunchConfig::linear(tokens, THREADS);
+    // SAFETY: out and rows were checked above; positions and segments have their rows, as the engine checks each request's.
+    unsafe { embedding_add_bf16(device.driver(), config, out, table, rows, first as u32, width as i32) }
 }

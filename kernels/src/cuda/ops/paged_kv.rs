@@ -1,7 +1,8 @@
 //! The KV cache as the kernels see it.
 //!
 //! One allocation per model, bf16 `[num_layers, num_blocks, 2, K, block_size, D]`: keys, then values. The tokens of a block
-//! lie together for each head, so that attention reads 16 of them as one run of `32 * D` bytes.
+//! lie together for each head, so that attention reads 16 of them as one run of `32 * D` bytes. Latent attention has keys alone:
+//! `[num_layers, num_blocks, block_size, L + R]`.
 
 use crate::{
     DType, KernelError,
@@ -14,7 +15,7 @@ use crate::{
 
 /// Elements of one layer.
 pub(super) fn layer_elems(shape: &KvShape) -> usize {
-    2 * shape.num_blocks * shape.num_kv_heads * shape.block_size * shape.head_dim
+    shape.num_blocks * shape.num_kv_heads * shape.block_size * (shape.head_dim + shape.value_dim)
 }
 
 /// Elements of the whole cache.
@@ -33,33 +34,51 @@ pub struct KvLayer<'a> {
     pub layer: usize,
 }
 
+/// Refuses caches that no kernel can take.
+///
+/// # Errors
+/// [`KernelError::Unsupported`].
+pub fn check_cache(op: &'static str, shape: &KvShape) -> Result<()> {
+    let KvShape { num_kv_heads, head_dim, value_dim, block_size, dtype, .. } = *shape;
+    let refused = |detail| Err(KernelError::Unsupported { op, detail });
+    if dtype != DType::Bf16 {
+        return refused(format!("the KV cache is kept in bf16, not {dtype:?} (use --device cpu)"));
+    }
+    if !block_size.is_power_of_two() || !(16..=256).contains(&block_size) {
+        return refused(format!(
+            "a block holds {block_size} tokens; the CUDA kernels take powers of two from 16 to 256"
+        ));
+    }
+    if value_dim != head_dim && (value_dim, num_kv_heads) != (0, 1) {
+        return refused(format!(
+            "{num_kv_heads} heads have keys of {head_dim} and values of {value_dim} elements (use --device cpu)"
+        ));
+    }
+    Ok(())
+}
+
 impl KvLayer<'_> {
     /// Where the layer begins, once everything about it fits.
     pub(super) fn checked(&self, op: &'static str, heads: HeadShape) -> Result<DevPtr> {
+        let HeadShape { num_kv_heads, head_dim, .. } = heads;
+        self.checked_as(op, [num_kv_heads, head_dim, head_dim])
+    }
+
+    /// The same for the cache of latent attention, whose keys have `width` elements.
+    pub(super) fn checked_latent(&self, op: &'static str, width: usize) -> Result<DevPtr> {
+        self.checked_as(op, [1, width, 0])
+    }
+
+    fn checked_as(&self, op: &'static str, expected: [usize; 3]) -> Result<DevPtr> {
         let KvLayer { cache, shape, layer } = self;
-        if shape.dtype != DType::Bf16 {
-            let detail = format!(
-                "the KV cache holds {:?}; the CUDA kernels take bf16 (--kv-cache-dtype bfloat16)",
-                shape.dtype
-            );
-            return Err(KernelError::Unsupported { op, detail });
-        }
-        if !shape.block_size.is_power_of_two() || !(16..=256).contains(&shape.block_size) {
-            let detail = format!(
-                "a block holds {} tokens; the CUDA kernels take powers of two from 16 to 256",
-                shape.block_size
-            );
-            return Err(KernelError::Unsupported { op, detail });
-        }
-        let (got, expected) =
-            ([shape.num_kv_heads, shape.head_dim, *layer], [heads.num_kv_heads, heads.head_dim]);
-        if got[..2] != expected || *layer >= shape.num_layers {
-            let expected = vec![expected[0], expected[1], shape.num_layers.saturating_sub(1)];
+        check_cache(op, shape)?;
+        let got = [shape.num_kv_heads, shape.head_dim, shape.value_dim];
+        if got != expected || *layer >= shape.num_layers {
             return Err(KernelError::Shape {
                 op,
-                what: "kv (heads, head size, layer)".into(),
-                got: got.to_vec(),
-                expected,
+                what: "kv (heads, key size, value size, layer)".into(),
+                got: [&got[..], &[*layer]].concat(),
+                expected: [&expected[..], &[shape.num_layers.saturating_sub(1)]].concat(),
             });
         }
         let base = cache.at_least(op, "kv", DType::Bf16, kv_cache_elems(shape))?;

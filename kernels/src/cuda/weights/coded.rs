@@ -25,25 +25,25 @@ impl<'a> Source<'a> {
     /// # Errors
     /// [`KernelError::Shape`] where data, scales or offsets have another length than the format says; [`KernelError::Unsupported`] for
     /// extents that the format does not allow.
-    pub(super) fn new(matrix: &'a QuantMatrix) -> Result<Self> {
+    pub(super) fn new(op: &'static str, matrix: &'a QuantMatrix) -> Result<Self> {
         let QuantMatrix { name, shape: [n, k], format, data, scales, offsets } = matrix;
         let (n, k) = (*n, *k);
         let odd_group = |columns: usize| columns == 0 || !(columns.is_multiple_of(16) || columns >= k);
         let (row_bytes, floats) = match *format {
             QuantFormat::Fp8 { rows, columns } if rows == 0 || odd_group(columns) => {
-                return Err(refused(matrix, "a block has rows, and columns in multiples of 16 or all"));
+                return Err(refused(op, matrix, "a block has rows, and columns in multiples of 16 or all"));
             }
             QuantFormat::Int4 { group } | QuantFormat::Int8 { group } if odd_group(group) => {
-                return Err(refused(matrix, "a group has columns in multiples of 16, or all"));
+                return Err(refused(op, matrix, "a group has columns in multiples of 16, or all"));
             }
             QuantFormat::Int4 { .. } if !k.is_multiple_of(2) => {
-                return Err(refused(matrix, "the width is odd"));
+                return Err(refused(op, matrix, "the width is odd"));
             }
             QuantFormat::Mxfp4 if !k.is_multiple_of(32) => {
-                return Err(refused(matrix, "the width is no multiple of 32"));
+                return Err(refused(op, matrix, "the width is no multiple of 32"));
             }
             QuantFormat::Ggml(ty) if !k.is_multiple_of(ty.block()) => {
-                return Err(refused(matrix, "the width is no multiple of a block"));
+                return Err(refused(op, matrix, "the width is no multiple of a block"));
             }
             QuantFormat::Fp8 { rows, columns } => (k, n.div_ceil(rows).saturating_mul(k.div_ceil(columns))),
             QuantFormat::Int4 { group } => (k / 2, n.saturating_mul(k.div_ceil(group))),
@@ -62,7 +62,7 @@ impl<'a> Source<'a> {
         if got != expected {
             let what = format!("{name}: bytes of data, scales and offsets");
             let (got, expected) = (got.into(), expected.into());
-            return Err(KernelError::Shape { op: "weight", what, got, expected });
+            return Err(KernelError::Shape { op, what, got, expected });
         }
         let mut source = Self { matrix, row_bytes, centred: false };
         source.centred = source.is_centred();
@@ -216,9 +216,9 @@ pub(super) fn common(a: Coding, b: Coding) -> Option<Coding> {
     Some(Coding { code, group: a.group.min(b.group), offsets: a.offsets || b.offsets })
 }
 
-fn refused(matrix: &QuantMatrix, detail: &str) -> KernelError {
+fn refused(op: &'static str, matrix: &QuantMatrix, detail: &str) -> KernelError {
     let QuantMatrix { name, shape, format, .. } = matrix;
-    KernelError::Unsupported { op: "weight", detail: format!("{name} {shape:?} is {format:?}: {detail}") }
+    KernelError::Unsupported { op, detail: format!("{name} {shape:?} is {format:?}: {detail}") }
 }
 
 fn float(bytes: &[u8], i: usize) -> f32 {

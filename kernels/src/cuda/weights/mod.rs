@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     error::KernelError,
-    tensor::{DType, HostMatrix, HostTensor, f8_to_f32},
+    tensor::{DType, ExpertParts, HostMatrix, HostTensor, f8_to_f32},
 };
 
 /// Bytes of one staging buffer: some milliseconds of PCIe.
@@ -36,6 +36,22 @@ pub struct CudaWeight {
 
 impl CudaWeight {
     /// The matrix as it is kept.
+    pub fn matrix(&self) -> &Matrix {
+        &self.matrix
+    }
+}
+
+/// Matrices `[X, N, K]` with optional biases `[X, N]` in f32.
+pub struct CudaExperts {
+    pub(super) matrix: Matrix,
+    pub(super) bias: Option<DeviceBuffer>,
+    pub(super) count: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+impl CudaExperts {
+    /// The matrices as they are kept.
     pub fn matrix(&self) -> &Matrix {
         &self.matrix
     }
@@ -72,9 +88,8 @@ impl Uploader {
     /// # Errors
     /// As there.
     pub fn weight(&mut self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<CudaWeight> {
-        let parts = parts.iter().map(Part::new).collect::<Result<Vec<_>>>()?;
-        let coding = parts.iter().map(Part::coding).reduce(|a, b| common(a?, b?)).flatten();
-        self.stack(&parts, bias, coding)
+        let stacks = [Stack::new("weight", parts, bias)?];
+        self.one(&stacks, common_coding(&stacks))
     }
 
     /// [`crate::Ops::table`]: in bf16.
@@ -82,43 +97,54 @@ impl Uploader {
     /// # Errors
     /// As there.
     pub fn table(&mut self, matrix: &HostMatrix) -> Result<CudaWeight> {
-        self.stack(&[Part::new(matrix)?], &[], None)
+        self.one(&[Stack::new("table", std::slice::from_ref(matrix), &[])?], None)
     }
 
-    /// The parts along N, and their biases: coded alike, or in bf16.
-    fn stack(
-        &mut self,
-        parts: &[Part<'_>],
-        bias: &[HostTensor],
-        coding: Option<Coding>,
-    ) -> Result<CudaWeight> {
-        let k = parts.first().map_or(0, |part| part.shape()[1]);
-        for part in parts {
-            let [rows, width] = part.shape();
-            if width != k {
-                return Err(shape_error(part.name(), vec![rows, width], vec![rows, k]));
-            }
-        }
-        if !bias.is_empty() && bias.len() != parts.len() {
-            return Err(shape_error("bias", vec![bias.len()], vec![parts.len()]));
-        }
-        bias.iter().zip(parts).try_for_each(|(bias, part)| check(bias, &part.shape()[..1]))?;
-        let n = parts.iter().map(|part| part.shape()[0]).sum();
-        let matrix = match coding {
-            Some(coding) => Matrix::Coded(self.coded(parts, coding, [n, k])?),
-            None => Matrix::Bf16(self.widened(parts, n * k)?),
-        };
-        let bias = match bias {
-            [] => None,
-            _ => {
-                let values: Vec<f32> = bias.iter().flat_map(HostTensor::to_f32).collect();
-                Some(self.vector(&values)?)
-            }
-        };
+    fn one(&mut self, stacks: &[Stack<'_>; 1], coding: Option<Coding>) -> Result<CudaWeight> {
+        let Stack { rows: n, width: k, .. } = stacks[0];
+        let (matrix, bias) = self.stacks(stacks, coding)?;
         Ok(CudaWeight { matrix, bias, n, k })
     }
 
-    fn widened(&mut self, parts: &[Part<'_>], elems: usize) -> Result<DeviceBuffer> {
+    /// [`crate::Ops::experts`]: as [`Self::weight`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn experts(&mut self, experts: &[ExpertParts]) -> Result<CudaExperts> {
+        const OP: &str = "experts";
+        let stacks = experts.iter().map(|expert| Stack::new(OP, &expert.parts, &expert.bias));
+        let stacks = stacks.collect::<Result<Vec<_>>>()?;
+        let (n, k) = stacks.first().map_or((0, 0), |first| (first.rows, first.width));
+        for stack in &stacks {
+            let (got, expected) = (vec![stack.rows, stack.width], vec![n, k]);
+            if got != expected || stack.bias.is_empty() != stacks[0].bias.is_empty() {
+                return Err(KernelError::Shape { op: OP, what: stack.name(), got, expected });
+            }
+        }
+        let (matrix, bias) = self.stacks(&stacks, common_coding(&stacks))?;
+        Ok(CudaExperts { matrix, bias, count: stacks.len(), n, k })
+    }
+
+    /// The matrices of all stacks, one after the other, and their biases; all have one shape. Coded alike, or in bf16.
+    fn stacks(
+        &mut self,
+        stacks: &[Stack<'_>],
+        coding: Option<Coding>,
+    ) -> Result<(Matrix, Option<DeviceBuffer>)> {
+        let parts: Vec<&Part<'_>> = stacks.iter().flat_map(|stack| &stack.parts).collect();
+        let rows = stacks.iter().map(|stack| stack.rows).sum();
+        let width = stacks.first().map_or(0, |stack| stack.width);
+        let matrix = match coding {
+            Some(coding) => Matrix::Coded(self.coded(&parts, coding, [rows, width])?),
+            None => Matrix::Bf16(self.widened(&parts, rows * width)?),
+        };
+        let bias: Vec<f32> =
+            stacks.iter().flat_map(|stack| stack.bias).flat_map(HostTensor::to_f32).collect();
+        let bias = if bias.is_empty() { None } else { Some(self.vector(&bias)?) };
+        Ok((matrix, bias))
+    }
+
+    fn widened(&mut self, parts: &[&Part<'_>], elems: usize) -> Result<DeviceBuffer> {
         let matrix = self.device.buffer(DType::Bf16, elems, "weights")?;
         let mut at = matrix.ptr();
         for part in parts {
@@ -132,7 +158,7 @@ impl Uploader {
         Ok(matrix)
     }
 
-    fn coded(&mut self, parts: &[Part<'_>], coding: Coding, shape: [usize; 2]) -> Result<CodedMatrix> {
+    fn coded(&mut self, parts: &[&Part<'_>], coding: Coding, shape: [usize; 2]) -> Result<CodedMatrix> {
         let matrix = CodedMatrix::new(&self.device.driver, coding, shape)?;
         let (mut codes, mut scales) = (matrix.codes.ptr(), matrix.scales.ptr());
         let (code_bytes, scale_bytes) = (coding.code_bytes(shape[1]), coding.scale_bytes(shape[1]));
@@ -211,6 +237,45 @@ impl Uploader {
     }
 }
 
+/// A coding for all parts, if there is one that loses nothing.
+fn common_coding(stacks: &[Stack<'_>]) -> Option<Coding> {
+    stacks.iter().flat_map(|stack| &stack.parts).map(Part::coding).reduce(|a, b| common(a?, b?)).flatten()
+}
+
+/// Parts of a matrix that are stacked along its rows, and their biases.
+struct Stack<'a> {
+    parts: Vec<Part<'a>>,
+    bias: &'a [HostTensor],
+    rows: usize,
+    width: usize,
+}
+
+impl<'a> Stack<'a> {
+    fn new(op: &'static str, parts: &'a [HostMatrix], bias: &'a [HostTensor]) -> Result<Self> {
+        let parts = parts.iter().map(|part| Part::new(op, part)).collect::<Result<Vec<_>>>()?;
+        let width = parts.first().map_or(0, |part| part.shape()[1]);
+        for part in &parts {
+            let [rows, k] = part.shape();
+            if k != width {
+                let (what, got, expected) = (part.name().to_owned(), vec![rows, k], vec![rows, width]);
+                return Err(KernelError::Shape { op, what, got, expected });
+            }
+        }
+        if !bias.is_empty() && bias.len() != parts.len() {
+            let (got, expected) = (vec![bias.len()], vec![parts.len()]);
+            return Err(KernelError::Shape { op, what: "bias".into(), got, expected });
+        }
+        bias.iter().zip(&parts).try_for_each(|(bias, part)| check(op, bias, &part.shape()[..1]))?;
+        let rows = parts.iter().map(|part| part.shape()[0]).sum();
+        Ok(Self { parts, bias, rows, width })
+    }
+
+    /// The first part's name, for error messages.
+    fn name(&self) -> String {
+        self.parts.first().map_or(String::new(), |part| part.name().to_owned())
+    }
+}
+
 /// A part of a matrix, whose extents were checked.
 enum Part<'a> {
     Dense(&'a HostTensor),
@@ -218,11 +283,14 @@ enum Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    fn new(matrix: &'a HostMatrix) -> Result<Self> {
+    fn new(op: &'static str, matrix: &'a HostMatrix) -> Result<Self> {
         match matrix {
-            HostMatrix::Quantized(matrix) => Ok(Part::Coded(Source::new(matrix)?)),
-            HostMatrix::Dense(tensor) if tensor.shape.len() == 2 => Ok(Part::Dense(tensor)),
-            HostMatrix::Dense(tensor) => Err(shape_error(&tensor.name, tensor.shape.clone(), vec![0, 0])),
+            HostMatrix::Quantized(matrix) => Ok(Part::Coded(Source::new(op, matrix)?)),
+            HostMatrix::Dense(tensor) => {
+                let rows = tensor.shape.first().copied().unwrap_or(0);
+                check(op, tensor, &[rows, tensor.shape.last().copied().unwrap_or(0)])?;
+                Ok(Part::Dense(tensor))
+            }
         }
     }
 
@@ -255,15 +323,16 @@ impl Drop for Uploader {
     }
 }
 
-fn check(tensor: &HostTensor, expected: &[usize]) -> Result<()> {
+fn check(op: &'static str, tensor: &HostTensor, expected: &[usize]) -> Result<()> {
     if tensor.shape == expected {
         return Ok(());
     }
-    Err(shape_error(&tensor.name, tensor.shape.clone(), expected.to_vec()))
-}
-
-fn shape_error(what: &str, got: Vec<usize>, expected: Vec<usize>) -> KernelError {
-    KernelError::Shape { op: "weight", what: what.to_owned(), got, expected }
+    Err(KernelError::Shape {
+        op,
+        what: tensor.name.clone(),
+        got: tensor.shape.clone(),
+        expected: expected.to_vec(),
+    })
 }
 
 /// Converts elements of `dtype` to bf16; both sides little-endian, as the device is.

@@ -2,7 +2,7 @@
 
 mod plan;
 
-pub use plan::{AttentionKernels, PlanLimits, attention_plan};
+pub use plan::{AttentionKernels, PlanKind, PlanLimits, PlanShape, attention_plan};
 
 use super::paged_kv::{KvLayer, check_heads};
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         table::kernels,
         words::DeviceWords,
     },
-    ops::HeadShape,
+    ops::{HeadShape, Scoring},
 };
 
 kernels! {
@@ -89,6 +89,7 @@ struct Args {
     window: i32,
     scale: f32,
     soft_cap: f32,
+    both_ways: i32,
 }
 
 /// Room for the partial results of split rows. One serves all layers and steps of a stream.
@@ -120,21 +121,6 @@ impl AttentionWorkspace {
     }
 }
 
-/// How scores become weights.
-#[derive(Clone, Copy)]
-pub struct Scoring<'a> {
-    /// What `q·k` is multiplied with.
-    pub scale: f32,
-    /// The token at position `p` sees positions `p - window + 1..=p` (Beltagy et al. 2020).
-    pub window: Option<usize>,
-    /// `cap * tanh(score / cap)` (Gemma 2).
-    pub soft_cap: Option<f32>,
-    /// `[Q]` f32: `slope * (j - p)` is added to the score of position `j` (ALiBi, Press et al. 2022).
-    pub slopes: Option<&'a DeviceBuffer>,
-    /// `[Q]` f32: one more score in each head's denominator, without a value (attention sinks).
-    pub sinks: Option<&'a DeviceBuffer>,
-}
-
 /// Arguments of [`attention`]. Letters as in [`crate::ops`].
 pub struct Attention<'a> {
     /// `[T, Q * D]` bf16, written but for the tokens of padding rows.
@@ -145,14 +131,14 @@ pub struct Attention<'a> {
     pub kv: KvLayer<'a>,
     /// Q, K and D; D one of 16, 32, 64, 80, 96, 128, 192, 256.
     pub heads: HeadShape,
-    /// Made by [`attention_plan`] for these heads, blocks, window and this workspace; 16-byte aligned.
+    /// Made by [`attention_plan`] for these heads and blocks, a window that serves this one, and this workspace; 16-byte aligned.
     pub plan: DeviceWords<'a>,
     /// The kernels that the plan needs, or more.
     pub kernels: AttentionKernels,
     /// For split rows.
     pub workspace: &'a mut AttentionWorkspace,
-    /// Scale and options.
-    pub scoring: Scoring<'a>,
+    /// Scale and options; causal unless the plan is [`PlanKind::BothWays`].
+    pub scoring: Scoring<'a, DeviceBuffer>,
     /// T, as the buffers must hold it; 0 does nothing.
     pub tokens: usize,
 }
@@ -250,7 +236,7 @@ pub fn check_model(heads: HeadShape) -> Result<()> {
 fn checked(call: &Attention<'_>) -> Result<Args> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = call.heads;
     check_heads(OP, call.heads)?;
-    let Scoring { scale, window, soft_cap, slopes, sinks } = call.scoring;
+    let Scoring { scale, window, soft_cap, slopes, sinks, causal } = call.scoring;
     let positive = |x: f32| x.is_finite() && x > 0.0;
     if !positive(scale) || !soft_cap.is_none_or(positive) || window == Some(0) {
         let detail = format!("scale {scale}, soft cap {soft_cap:?} and window {window:?} must be positive");
@@ -287,5 +273,6 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         window: window.map_or(0, |window| window.min(1 << 30) as i32),
         scale,
         soft_cap: soft_cap.unwrap_or(0.0),
+        both_ways: i32::from(!causal),
     })
 }

@@ -26,6 +26,30 @@ const DIRECT: u32 = u32::MAX;
 
 const OP: &str = "attention_plan";
 
+/// Who sees what, and in how large items: what a plan is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlanKind {
+    /// For [`super::attention`]: a token sees those before it.
+    Causal,
+    /// For [`super::attention`]: a token sees its whole row, which is in the step from its first token on.
+    BothWays,
+    /// For [`super::super::latent_attention`], causal.
+    Latent,
+}
+
+/// The attention that a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanShape {
+    /// Q, K and D.
+    pub heads: HeadShape,
+    /// Tokens per KV block.
+    pub block_size: usize,
+    /// The layers' window. A plan without serves layers with any; one with a window serves layers of that window alone.
+    pub window: Option<usize>,
+    /// Whose.
+    pub kind: PlanKind,
+}
+
 /// What a plan may not exceed, so that buffers are allocated once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanLimits {
@@ -74,25 +98,23 @@ impl Unit {
     }
 }
 
-/// Writes the plan of a step into `plan`, for layers with the given `window`: a model whose layers differ in it needs a
-/// plan for each.
+/// Writes the plan of a step into `plan`.
 ///
 /// Of `meta`, reads `cu_seqlens_q`, `context_lens` and the block tables, of which it takes what the contexts use: items refer to them
 /// by word, so that a captured graph fits tables of any length. Rows without tokens or with a context of 0 are padding and get no work.
 /// The plan is to lie 16-byte aligned in device memory. Items come longest first.
 ///
 /// # Errors
-/// [`KernelError::Unsupported`] for more tokens or rows than the limits allow, or a row with more new tokens than context.
+/// [`KernelError::Unsupported`] for more tokens or rows than the limits allow, a row with more new tokens than context, or one whose
+/// tokens see later ones and that is not in the step entire.
 pub fn attention_plan(
     plan: &mut Vec<u32>,
     meta: &BatchMeta,
-    heads: HeadShape,
-    block_size: usize,
-    window: Option<usize>,
+    shape: &PlanShape,
     limits: &PlanLimits,
 ) -> Result<AttentionKernels> {
-    super::super::paged_kv::check_heads(OP, heads)?;
-    let (split, mut blocks) = units(meta, heads, window, limits)?;
+    super::super::paged_kv::check_heads(OP, shape.heads)?;
+    let (split, mut blocks) = units(meta, shape, limits)?;
     let (mut split, combine) = share_out(split, limits);
     split.sort_by_key(|item| std::cmp::Reverse(item[6]));
     blocks.sort_by_key(|unit| std::cmp::Reverse(unit.tiles));
@@ -105,7 +127,7 @@ pub fn attention_plan(
         plan[2 * kind + 1] = plan.len() as u32;
         plan.extend(items.iter().flatten());
     }
-    append_tables(plan, meta, block_size);
+    append_tables(plan, meta, shape.block_size);
     Ok(AttentionKernels { split: !split.is_empty(), block: !blocks.is_empty(), combine: !combine.is_empty() })
 }
 
@@ -124,14 +146,9 @@ fn append_tables(plan: &mut Vec<u32>, meta: &BatchMeta, block_size: usize) {
 }
 
 /// The units of all rows: first those for the split kernel, then those for the block kernel.
-fn units(
-    meta: &BatchMeta,
-    heads: HeadShape,
-    window: Option<usize>,
-    limits: &PlanLimits,
-) -> Result<(Vec<Unit>, Vec<Unit>)> {
+fn units(meta: &BatchMeta, shape: &PlanShape, limits: &PlanLimits) -> Result<(Vec<Unit>, Vec<Unit>)> {
     let (mut split, mut blocks) = (Vec::new(), Vec::new());
-    let group = heads.num_heads / heads.num_kv_heads;
+    let group = shape.heads.num_heads / shape.heads.num_kv_heads;
     let tokens = meta.cu_seqlens_q.last().map_or(0, |&t| t as usize);
     if tokens > limits.max_tokens || meta.num_rows() > limits.max_rows {
         let detail = format!(
@@ -147,25 +164,32 @@ fn units(
         if new == 0 || context == 0 {
             continue;
         }
-        let Some(position) = (context as usize).checked_sub(new) else {
+        let before = (context as usize).checked_sub(new);
+        let both_ways = shape.kind == PlanKind::BothWays;
+        let Some(before) = before.filter(|&before| before == 0 || !both_ways) else {
             let detail = format!("row {row} has {new} new tokens in a context of {context}");
             return Err(KernelError::Unsupported { op: OP, detail });
         };
+        // What `Item` calls position.
+        let position = if both_ways { context } else { before as u32 };
         let packed = new * group;
-        let (units, most) = if packed <= BLOCK_ROWS || new <= SPLIT_TOKENS {
-            (&mut split, SPLIT_ROWS)
-        } else {
-            (&mut blocks, BLOCK_ROWS)
-        };
+        let narrow = shape.kind == PlanKind::Latent || packed <= BLOCK_ROWS || new <= SPLIT_TOKENS;
+        let (units, most) = if narrow { (&mut split, SPLIT_ROWS) } else { (&mut blocks, BLOCK_ROWS) };
         for first in (0..packed).step_by(most) {
             let rows = most.min(packed - first);
-            let (oldest, newest) = (position + first / group, position + (first + rows - 1) / group);
-            let low = window.map_or(0, |window| (oldest + 1).saturating_sub(window));
-            let (tile, end) = (low / KV_TILE, newest / KV_TILE + 1);
-            units.extend((0..heads.num_kv_heads).map(|head| Unit {
+            let (oldest, newest) = (before + first / group, before + (first + rows - 1) / group);
+            let low = shape.window.map_or(0, |window| (oldest + 1).saturating_sub(window));
+            let last = context as usize - 1;
+            let high = match shape.window {
+                _ if !both_ways => newest,
+                Some(window) => last.min(newest + window - 1),
+                None => last,
+            };
+            let (tile, end) = (low / KV_TILE, high / KV_TILE + 1);
+            units.extend((0..shape.heads.num_kv_heads).map(|head| Unit {
                 row: row as u32,
                 token,
-                position: position as u32,
+                position,
                 head: head as u32,
                 first: first as u32,
                 rows: rows as u32,

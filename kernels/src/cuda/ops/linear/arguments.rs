@@ -6,8 +6,8 @@ use crate::{
         driver::{DevPtr, Result},
         matrix::ProductWeight,
         memory::{DeviceBuffer, require_multiple},
-        ops::activation::ActivationKind,
     },
+    ops::Activation as ActivationKind,
 };
 
 /// What a matrix product does with `v = x · weightᵀ + bias`, in f32, before it is rounded to `out`'s type.
@@ -17,7 +17,7 @@ pub enum LinearEpilogue {
     Store,
     /// `out += v`: the residual connection. `out` is bf16.
     Add,
-    /// `out = f(v)`.
+    /// `out = f(v)`. Not [`ActivationKind::SwigluOai`], which takes two values.
     Activate(ActivationKind),
     /// `out[r, i] = f(v[r, i]) * v[r, N + i]`: the gated feed-forward block (Shazeer 2020). The weight holds 2 N rows.
     Gated(ActivationKind),
@@ -68,8 +68,7 @@ pub(in crate::cuda::ops) struct LinearArgs {
     pub scales: DevPtr,
     pub tiles: DevPtr,
     pub offsets: DevPtr,
-    pub gather: DevPtr,
-    pub scatter: DevPtr,
+    pub pairs: DevPtr,
     pub rows: u32,
     pub width: u32,
     pub depth: u32,
@@ -79,6 +78,7 @@ pub(in crate::cuda::ops) struct LinearArgs {
     pub cap: f32,
     pub scale_stride: u32,
     pub scale_shift: u32,
+    pub alpha: f32,
 }
 
 impl LinearArgs {
@@ -121,11 +121,14 @@ impl Operands<'_> {
         require_multiple(op, "N", n, 1)?;
         let weight_rows = epilogue.weight_rows() * n;
         self.require_index_range(weight_rows)?;
-        let (activation, cap) = activation_of(epilogue);
+        let (activation, [cap, alpha]) = activation_of(epilogue);
         if let LinearEpilogue::SoftCap(cap) = epilogue
             && !(cap.is_finite() && cap > 0.0)
         {
             return Err(self.unsupported(format!("a soft cap of {cap}; it must be positive")));
+        }
+        if let LinearEpilogue::Activate(kind @ ActivationKind::SwigluOai { .. }) = epilogue {
+            return Err(self.unsupported(format!("{kind:?} takes a gate")));
         }
         let mut flags = if epilogue.weight_rows() == 2 { GATED } else { 0 };
         flags |= if epilogue == LinearEpilogue::Add { RESIDUAL } else { 0 };
@@ -159,8 +162,7 @@ impl Operands<'_> {
             scales: weight.scales,
             tiles: DevPtr::NULL,
             offsets: DevPtr::NULL,
-            gather: DevPtr::NULL,
-            scatter: DevPtr::NULL,
+            pairs: DevPtr::NULL,
             rows: 0,
             width: n as u32,
             depth: k as u32,
@@ -170,6 +172,7 @@ impl Operands<'_> {
             cap,
             scale_stride: weight.scale_stride,
             scale_shift: weight.scale_shift,
+            alpha,
         })
     }
 
@@ -190,15 +193,17 @@ impl Operands<'_> {
     }
 }
 
-/// `LinearArgs::activation` and `LinearArgs::cap`.
-fn activation_of(epilogue: LinearEpilogue) -> (u32, f32) {
+/// `LinearArgs::activation`, and `LinearArgs::cap` and `LinearArgs::alpha`.
+fn activation_of(epilogue: LinearEpilogue) -> (u32, [f32; 2]) {
     match epilogue {
-        LinearEpilogue::Store | LinearEpilogue::Add => (IDENTITY, 0.0),
-        LinearEpilogue::SoftCap(cap) => (SOFT_CAP, cap),
+        LinearEpilogue::Store | LinearEpilogue::Add => (IDENTITY, [0.0; 2]),
+        LinearEpilogue::SoftCap(cap) => (SOFT_CAP, [cap, 0.0]),
         LinearEpilogue::Activate(kind) | LinearEpilogue::Gated(kind) => match kind {
-            ActivationKind::Silu => (1, 0.0),
-            ActivationKind::Gelu => (2, 0.0),
-            ActivationKind::GeluTanh => (3, 0.0),
+            ActivationKind::Silu => (1, [0.0; 2]),
+            ActivationKind::Gelu => (2, [0.0; 2]),
+            ActivationKind::GeluTanh => (3, [0.0; 2]),
+            ActivationKind::Relu => (5, [0.0; 2]),
+            ActivationKind::SwigluOai { alpha, limit } => (6, [limit, alpha]),
         },
     }
 }

@@ -3,8 +3,10 @@
 //! - [`kernel`]: the kernels there are, and which one suits a shape. All give the same bits (`linear.cuh`).
 //! - [`arguments`]: the checks at the door, and the kernels' common argument.
 //! - `skinny`, `tiled`, and the same for quantised weights: the tables of the four files.
+//! - `heads`: a product per head.
 
 mod arguments;
+mod heads;
 mod kernel;
 mod skinny;
 mod skinny_quantized;
@@ -18,6 +20,7 @@ pub(super) use tiled::KERNELS as TILED_KERNELS;
 pub(super) use tiled_quantized::KERNELS as TILED_QUANTIZED_KERNELS;
 
 pub use arguments::LinearEpilogue;
+pub use heads::{LinearHeads, linear_heads};
 pub use kernel::LinearKernel;
 
 use crate::cuda::{Device, driver::Result, matrix::ProductWeight, memory::DeviceBuffer};

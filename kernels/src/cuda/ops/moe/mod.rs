@@ -16,22 +16,22 @@ pub(super) use route::KERNELS as ROUTE_KERNELS;
 pub use combine::{MoeCombine, moe_combine};
 pub use permute::{MoeOrder, MoePermute, moe_permute};
 pub use product::{MoeLinear, MoeRows, moe_linear};
-pub use route::{MoeRoute, moe_route};
+pub use route::{MoeRoute, check_routing, moe_route};
 
 use super::linear::LinearKernel;
 use crate::{KernelError, cuda::driver::Result};
 
 /// Most experts.
-const MAX_EXPERTS: usize = 256;
+const MAX_EXPERTS: usize = 512;
 /// Most experts per token.
-const MAX_TOP_K: usize = 8;
+const MAX_TOP_K: usize = 32;
 
 /// Extents of a mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MoeShape {
-    /// E, at most 256.
+    /// E, at most 512.
     pub experts: usize,
-    /// k, the experts of a token: at most 8, at most E.
+    /// k, the experts of a token: at most 32, at most E.
     pub top_k: usize,
 }
 
@@ -41,7 +41,9 @@ impl MoeShape {
         if (1..=MAX_EXPERTS).contains(&experts) && (1..=MAX_TOP_K.min(experts)).contains(&top_k) {
             return Ok(());
         }
-        let detail = format!("{top_k} of {experts} experts; at most {MAX_TOP_K} of at most {MAX_EXPERTS}");
+        let detail = format!(
+            "{top_k} of {experts} experts; the CUDA kernels take at most {MAX_TOP_K} of at most {MAX_EXPERTS} (use --device cpu)"
+        );
         Err(KernelError::Unsupported { op, detail })
     }
 
@@ -60,5 +62,10 @@ impl MoeShape {
     pub fn max_tiles(self, tokens: usize, kernel: LinearKernel) -> usize {
         let pairs = tokens * self.top_k;
         pairs.min(pairs / kernel.tokens() + self.experts)
+    }
+
+    /// No less than what [`MoeShape::max_tiles`] says for any kernel and up to `tokens` tokens.
+    pub fn most_tiles(self, tokens: usize) -> usize {
+        self.max_tiles(tokens, LinearKernel::Skinny16x8)
     }
 }

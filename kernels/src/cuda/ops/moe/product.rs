@@ -11,22 +11,22 @@ use crate::cuda::{
 
 const OP: &str = "moe_linear";
 
-/// Which rows a product reads and writes.
+/// What a product has in its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MoeRows {
-    /// The first product: reads `x` `[T, K]`, each token once per expert, and writes `[T * k, N]` in sorted order.
-    Gather,
-    /// The last product: reads `x` `[T * k, K]` in sorted order and writes `[T * k, N]` by pair.
-    Scatter,
+    /// The first product: `x` is `[T, K]`, and each token is read once per expert.
+    Tokens,
+    /// The last product: `x` is `[T * k, K]`, what the first has written.
+    Pairs,
 }
 
 /// Arguments of [`moe_linear`].
 pub struct MoeLinear<'a> {
     /// What [`super::moe_permute`] made of this step.
     pub order: MoeOrder<'a>,
-    /// Which rows.
+    /// What `x` has.
     pub rows: MoeRows,
-    /// `[T * k, N]` bf16 or f32, written.
+    /// `[T * k, N]` bf16 or f32, written: a row per pair.
     pub out: &'a mut DeviceBuffer,
     /// `[T, K]` or `[T * k, K]` bf16.
     pub x: &'a DeviceBuffer,
@@ -50,15 +50,15 @@ pub struct MoeLinear<'a> {
 pub fn moe_linear(device: &Device, call: MoeLinear<'_>) -> Result<()> {
     let MoeLinear { order, rows, out, x, weight, bias, n, k, epilogue } = call;
     let OrderPtrs { sorted_pairs, offsets, tiles } = order.check(OP)?;
-    let x_rows = if rows == MoeRows::Gather { order.tokens } else { order.pairs() };
+    let (x_rows, divisor) = match rows {
+        MoeRows::Tokens => (order.tokens, order.shape.top_k),
+        MoeRows::Pairs => (order.pairs(), 1),
+    };
     let experts = order.shape.experts;
     let operands =
         Operands { op: OP, out, out_rows: order.pairs(), x, x_rows, weight, bias, experts, n, k, epilogue };
-    let args = LinearArgs { tiles, offsets, ..operands.check()? };
-    let args = match rows {
-        MoeRows::Gather => LinearArgs { gather: sorted_pairs, divisor: order.shape.top_k as u32, ..args },
-        MoeRows::Scatter => LinearArgs { scatter: sorted_pairs, ..args },
-    };
+    let divisor = divisor as u32;
+    let args = LinearArgs { tiles, offsets, pairs: sorted_pairs, divisor, ..operands.check()? };
     if order.tokens == 0 {
         return Ok(());
     }
