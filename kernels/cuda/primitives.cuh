@@ -208,6 +208,31 @@ TM_DEVICE void f8_to_f32(uint2 codes, float (&v)[8]) {
 #endif
 }
 
+// Eight f32 rounded to nearest even; what is beyond 448 becomes 448.
+TM_DEVICE uint2 pack_f8(const float (&v)[8]) {
+    uint32_t words[2] = {0, 0};
+#if TM_GPU && __CUDA_ARCH__ >= 890
+    TM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint16_t pair;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+        words[i / 2] |= (uint32_t)pair << (i % 2 * 16);
+    }
+#else
+    TM_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bits = f32_to_bits(v[i]);
+        const float magnitude = fminf(bits_to_f32(bits & 0x7fffffffu), 448.0f);
+        // Below 2^-6 steps are of 2^-9, as those of f32 from 2^14 on. Above, 20 bits of the mantissa are rounded away.
+        const uint32_t small = f32_to_bits(magnitude + 16384.0f) & 0xff, wide = f32_to_bits(magnitude);
+        const uint32_t large = ((wide + 0x7ffffu + (wide >> 20 & 1)) >> 20) - (120u << 3);
+        const uint32_t code = v[i] != v[i] ? 0x7fu : magnitude < 0.015625f ? small : large;
+        words[i / 4] |= (code | (bits >> 31) << 7) << (i % 4 * 8);
+    }
+#endif
+    return make_uint2(words[0], words[1]);
+}
+
 // ---- 2^x and 1/x of the special function unit: about 2 ulp, subnormals flushed; 2^0 is exactly 1, 2^-inf exactly 0.
 TM_DEVICE float exp2_approx(float x) {
 #if TM_GPU

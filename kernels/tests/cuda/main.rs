@@ -12,6 +12,7 @@ mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
+mod f8_cache;
 mod harness;
 mod linear;
 mod moe;

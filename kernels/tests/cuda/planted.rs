@@ -48,10 +48,15 @@ struct Undetected {
 const NOTHING_IN_FLIGHT: &str = "the groups still in flight are empty: nothing is fetched beyond the end";
 
 const UNDETECTED: &[Undetected] = &[
-    Undetected { sample: None, file: "attention.cu", text: "cp_async_wait<0>();", reason: NOTHING_IN_FLIGHT },
+    Undetected {
+        sample: None,
+        file: "attention_items.cuh",
+        text: "cp_async_wait<0>();",
+        reason: NOTHING_IN_FLIGHT,
+    },
     Undetected {
         sample: Some("attention, 64"),
-        file: "attention.cu",
+        file: "attention_items.cuh",
         text: "__syncwarp();  // every lane is done with the item before",
         reason: "up to D = 128 an item's last piece is not where the next one's first go, but beyond it may be",
     },

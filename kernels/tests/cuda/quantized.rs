@@ -114,7 +114,10 @@ fn random_codes(format: QuantFormat, rng: &mut Rng, n: usize, k: usize) -> (Vec<
                     let pair = data[data.len() - 1];
                     for code in [pair % 16, pair / 16] {
                         let sign = if code < 8 { 1.0 } else { -1.0 };
-                        codes.push(sign * e2m1[usize::from(code % 8)] * 2_f32.powi(i32::from(exponent) - 7));
+                        // As a product with a scale and the sum with no offset have it, there is no -0.
+                        codes.push(
+                            sign * e2m1[usize::from(code % 8)] * 2_f32.powi(i32::from(exponent) - 7) + 0.0,
+                        );
                     }
                 }
             }

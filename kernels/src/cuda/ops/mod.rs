@@ -45,6 +45,7 @@ use super::driver::Kernel;
 pub(super) static TABLES: &[&[Kernel]] = &[
     activation::KERNELS,
     add::KERNELS,
+    attention::F8_KERNELS,
     attention::KERNELS,
     embedding::KERNELS,
     gather_rows::KERNELS,
