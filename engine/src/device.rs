@@ -198,13 +198,23 @@ impl Model<'_> {
         progress: impl FnMut(usize),
     ) -> Result<Decoder<O>, LoadError> {
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
-        Decoder::load(ops, self.spec, self.checkpoint, limits, progress)
+        let mut decoder = Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?;
+        if let Some(lora) = &self.config.lora {
+            decoder.allocate_lora(lora.max_loras, lora.max_lora_rank)?;
+        }
+        Ok(decoder)
     }
 
-    /// The element type of the checkpoint's embedding, and so of all its matrices.
+    /// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
-        let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        Ok(self.checkpoint.tensor(&self.spec.embedding_name(), &shape)?.dtype)
+        let name = self.spec.embedding_name();
+        match self.checkpoint.stored(&name) {
+            _ if self.checkpoint.is_quantized() => Ok(DType::Bf16),
+            Some((_, Some(dtype))) => Ok(dtype),
+            _ => {
+                self.checkpoint.tensor(&name, &[self.spec.vocab_size, self.spec.hidden_size]).map(|t| t.dtype)
+            }
+        }
     }
 }
 

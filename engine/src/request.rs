@@ -11,6 +11,8 @@ pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
 
 use crate::{
+    adapter::Adapter,
+    adapters::Adapters,
     constraint::Constraint,
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
@@ -55,7 +57,7 @@ pub struct GenerateRequest {
     pub token_ids_only: bool,
     /// Let special tokens stand in the text.
     pub include_special_tokens: bool,
-    /// The model the client means, if it said.
+    /// The model the client means, or one of its adapters, if it said.
     pub model: Option<String>,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
@@ -116,6 +118,7 @@ pub struct ValidatedRequest {
     /// One for each completion, or none.
     pub(crate) constraints: Vec<Box<dyn Constraint>>,
     pub(crate) opens_thinking: bool,
+    pub(crate) adapter: Option<Adapter>,
 }
 
 impl ValidatedRequest {
@@ -182,6 +185,7 @@ pub struct Validator {
     pub(crate) policy: Policy,
     pub(crate) embedding: EmbeddingInfo,
     pub(crate) forms: Forms,
+    pub(crate) adapters: Arc<Adapters>,
 }
 
 /// What a prompt is encoded for.
@@ -222,7 +226,7 @@ impl Validator {
     /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
     /// [`RequestError::Unsupported`] for a chat prompt without a template, and where the model generates nothing.
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
-        self.check_model(request.model.as_deref())?;
+        let adapter = self.check_model(request.model.as_deref())?;
         if self.embedding.is_only_output {
             let message = "this model has no output layer: it gives embeddings and generates nothing";
             return Err(RequestError::Unsupported(message.into()));
@@ -272,6 +276,7 @@ impl Validator {
             cache_salt: request.cache_salt,
             trace_parent: request.trace_parent,
             opens_thinking: form.opens_thinking,
+            adapter,
             constraints: each(form, n),
         })
     }
@@ -286,14 +291,16 @@ impl Validator {
         });
     }
 
-    fn check_model(&self, asked: Option<&str>) -> Result<(), RequestError> {
-        match asked.filter(|asked| !asked.is_empty() && *asked != self.served_model_name) {
-            None => Ok(()),
-            Some(asked) => Err(RequestError::ModelNotFound {
-                asked: asked.to_owned(),
-                served: self.served_model_name.clone(),
-            }),
-        }
+    /// The adapter that a request names in place of the model, if it names one.
+    fn check_model(&self, asked: Option<&str>) -> Result<Option<Adapter>, RequestError> {
+        let Some(asked) = asked.filter(|asked| !asked.is_empty() && *asked != self.served_model_name) else {
+            return Ok(None);
+        };
+        let adapter = self.adapters.find(asked);
+        let served = || self.served_model_name.clone();
+        adapter
+            .map(Some)
+            .ok_or_else(|| RequestError::ModelNotFound { asked: asked.to_owned(), served: served() })
     }
 
     /// What says who is served when, and with whom prefixes are shared.

@@ -2,6 +2,8 @@
 
 mod families;
 mod fields;
+mod formats;
+mod gguf;
 mod parts;
 
 pub mod checkpoint;
@@ -9,6 +11,7 @@ pub mod decoder;
 pub mod embedding;
 pub mod files;
 pub mod generation_config;
+pub mod lora;
 pub mod rope;
 pub mod spec;
 

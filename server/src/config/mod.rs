@@ -2,6 +2,7 @@
 
 pub mod file;
 mod http;
+mod lora;
 mod run;
 mod serve;
 pub mod size;

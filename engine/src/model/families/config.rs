@@ -43,7 +43,15 @@ pub(super) struct Defaults {
     pub positions: &'static str,
     /// Positions where the field is absent.
     pub max_positions: Option<usize>,
-    /// Width of a head where the field is absent; otherwise the hidden size over the heads.
+    /// Tokens where the field is absent.
+    pub vocab_size: Option<usize>,
+    /// Query heads where the field is absent.
+    pub heads: Option<usize>,
+    /// The field of key and value heads, and how many there are where it is absent; otherwise as many as query heads. `None`: there is no such field.
+    pub kv_heads: Option<(&'static str, Option<usize>)>,
+    /// Whether there is a field of the width of a head. Where it is not, and where it is absent without a default: the hidden size over the heads.
+    pub has_head_dim: bool,
+    /// Width of a head where the field is absent.
     pub head_dim: Option<usize>,
     /// The field of the norms' epsilon.
     pub eps: &'static str,
@@ -72,6 +80,10 @@ impl Defaults {
         num_heads: "num_attention_heads",
         positions: "max_position_embeddings",
         max_positions: None,
+        vocab_size: None,
+        heads: None,
+        kv_heads: Some(("num_key_value_heads", None)),
+        has_head_dim: true,
         head_dim: None,
         eps: "rms_norm_eps",
         eps_value: None,
@@ -91,12 +103,9 @@ impl<'a> Config<'a> {
     /// rest is the family's.
     pub fn spec(&self, defaults: &Defaults) -> Result<ModelSpec, LoadError> {
         let fields = &self.fields;
-        let vocab_size = fields.required_count("vocab_size", MAX_EXTENT)?;
+        let vocab_size = self.count("vocab_size", MAX_EXTENT, defaults.vocab_size)?;
         let hidden_size = fields.required_count(defaults.hidden_size, MAX_EXTENT)?;
-        let positions = match defaults.max_positions {
-            None => fields.required_count(defaults.positions, MAX_POSITIONS)?,
-            Some(absent) => fields.count(defaults.positions, MAX_POSITIONS)?.unwrap_or(absent),
-        };
+        let positions = self.count(defaults.positions, MAX_POSITIONS, defaults.max_positions)?;
         let eps = match defaults.eps_value {
             None => fields.required_positive(defaults.eps)?,
             Some(absent) => fields.positive(defaults.eps)?.unwrap_or(absent),
@@ -159,14 +168,18 @@ impl<'a> Config<'a> {
 
     fn heads(&self, defaults: &Defaults, hidden_size: usize) -> Result<HeadShape, LoadError> {
         let fields = &self.fields;
-        let num_heads = fields.required_count(defaults.num_heads, MAX_HEADS)?;
-        let num_kv_heads = fields.count("num_key_value_heads", MAX_HEADS)?.unwrap_or(num_heads);
+        let num_heads = self.count(defaults.num_heads, MAX_HEADS, defaults.heads)?;
+        let num_kv_heads = match defaults.kv_heads {
+            Some((field, absent)) => self.count(field, MAX_HEADS, Some(absent.unwrap_or(num_heads)))?,
+            None => num_heads,
+        };
         if !num_heads.is_multiple_of(num_kv_heads) {
             let detail =
                 format!("is {num_kv_heads}, which does not divide {} ({num_heads})", defaults.num_heads);
-            return Err(fields.bad("num_key_value_heads", detail));
+            return Err(fields.bad(defaults.kv_heads.map_or("num_key_value_heads", |kv| kv.0), detail));
         }
-        let head_dim = match fields.count("head_dim", 1 << 16)?.or(defaults.head_dim) {
+        let given = if defaults.has_head_dim { fields.count("head_dim", 1 << 16)? } else { None };
+        let head_dim = match given.or(defaults.head_dim) {
             Some(head_dim) => head_dim,
             None => self.split_evenly(defaults, hidden_size, num_heads)?,
         };
@@ -179,6 +192,14 @@ impl<'a> Config<'a> {
         }
         let detail = format!("is {hidden}, not a multiple of {} ({heads})", defaults.num_heads);
         Err(self.fields.bad(defaults.hidden_size, detail))
+    }
+
+    /// A count, which must be there unless it has a default.
+    pub fn count(&self, field: &str, max: usize, absent: Option<usize>) -> Result<usize, LoadError> {
+        match absent {
+            None => self.fields.required_count(field, max),
+            Some(absent) => Ok(self.fields.count(field, max)?.unwrap_or(absent)),
+        }
     }
 
     /// A field that says whether there are biases.
@@ -265,6 +286,43 @@ impl<'a> Config<'a> {
         Ok(())
     }
 
+    /// As [`Config::set_windows`] where `use_sliding_window` says so: for the layers of `layer_types`, or those of `is_sliding`.
+    pub fn set_optional_windows(
+        &self,
+        spec: &mut ModelSpec,
+        is_sliding: impl Fn(usize) -> bool,
+        absent: Option<usize>,
+    ) -> Result<(), LoadError> {
+        let given = self.sliding_layers(spec.layers.len())?;
+        if !self.flag("use_sliding_window", false)? {
+            // The window stands in many configurations and means nothing.
+            self.fields.get("sliding_window");
+            return match given {
+                Some(sliding) if sliding.contains(&true) => {
+                    let detail = "has sliding_attention, but use_sliding_window is not true";
+                    Err(self.fields.bad("layer_types", detail))
+                }
+                _ => Ok(()),
+            };
+        }
+        let sliding = given.unwrap_or_else(|| (0..spec.layers.len()).map(is_sliding).collect());
+        self.set_windows(spec, &sliding, absent)
+    }
+
+    /// Gives every layer the window of `sliding_window`, if there is one.
+    pub fn set_window_everywhere(
+        &self,
+        spec: &mut ModelSpec,
+        absent: Option<usize>,
+    ) -> Result<(), LoadError> {
+        let fields = &self.fields;
+        let is_set = match fields.has("sliding_window") {
+            true => fields.get("sliding_window").is_some(),
+            false => absent.is_some(),
+        };
+        self.set_windows(spec, &vec![is_set; spec.layers.len()], absent)
+    }
+
     /// No product of extents may overflow anywhere downstream, and no list of tensors may fill the memory.
     pub fn check_sizes(&self, spec: &ModelSpec) -> Result<(), LoadError> {
         let mut widest = spec.vocab_size;
@@ -306,15 +364,25 @@ pub(super) struct Rotation {
     pub partial: Option<f64>,
     pub theta: f64,
     pub max_positions: usize,
-    /// `su` and `yarn` mean LongRoPE, and there is no other scaling.
+    /// Phi-3: `su` and `yarn` mean LongRoPE, there is no other scaling, and the original length stands beside the object, or is 4096.
     pub is_phi: bool,
+    /// GPT-NeoX: what earlier files call base and share.
+    pub is_neox: bool,
     pub is_interleaved: bool,
 }
 
 impl Rotation {
     /// Of whole heads.
     pub fn whole(head_dim: usize, theta: f64, max_positions: usize) -> Self {
-        Self { head_dim, partial: None, theta, max_positions, is_phi: false, is_interleaved: false }
+        Self {
+            head_dim,
+            partial: None,
+            theta,
+            max_positions,
+            is_phi: false,
+            is_neox: false,
+            is_interleaved: false,
+        }
     }
 }
 

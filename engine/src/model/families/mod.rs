@@ -3,10 +3,20 @@
 //! A family is a function from a [`Config`] to a [`ModelSpec`] and an entry in [`FAMILIES`]. What it does not read must not matter: fields in [`MEANINGFUL`] that say
 //! something and were not asked for are refused.
 
+mod cohere;
 mod config;
+mod deepseek;
+mod experts;
+mod falcon;
+mod gemma;
+mod gpt;
+mod gpt_oss;
 mod llama;
+mod olmo;
+mod phi;
 mod qwen;
 mod rotation;
+mod starcoder;
 
 use std::path::Path;
 
@@ -38,14 +48,109 @@ const FAMILIES: &[Family] = &[
         read: llama::mistral,
     },
     Family {
+        classes: &[("MixtralForCausalLM", Output::Logits), ("MixtralModel", Output::Hidden)],
+        model_type: "mixtral",
+        read: llama::mixtral,
+    },
+    Family {
+        classes: &[("GraniteForCausalLM", Output::Logits), ("GraniteModel", Output::Hidden)],
+        model_type: "granite",
+        read: llama::granite,
+    },
+    Family {
+        classes: &[("SmolLM3ForCausalLM", Output::Logits), ("SmolLM3Model", Output::Hidden)],
+        model_type: "smollm3",
+        read: llama::smollm3,
+    },
+    Family {
         classes: &[("Qwen2ForCausalLM", Output::Logits), ("Qwen2Model", Output::Hidden)],
         model_type: "qwen2",
         read: qwen::qwen2,
     },
     Family {
+        classes: &[("Qwen2MoeForCausalLM", Output::Logits), ("Qwen2MoeModel", Output::Hidden)],
+        model_type: "qwen2_moe",
+        read: qwen::qwen2_moe,
+    },
+    Family {
         classes: &[("Qwen3ForCausalLM", Output::Logits), ("Qwen3Model", Output::Hidden)],
         model_type: "qwen3",
         read: qwen::qwen3,
+    },
+    Family {
+        classes: &[("Qwen3MoeForCausalLM", Output::Logits), ("Qwen3MoeModel", Output::Hidden)],
+        model_type: "qwen3_moe",
+        read: qwen::qwen3_moe,
+    },
+    Family {
+        classes: &[("GemmaForCausalLM", Output::Logits), ("GemmaModel", Output::Hidden)],
+        model_type: "gemma",
+        read: gemma::gemma1,
+    },
+    Family {
+        classes: &[("Gemma2ForCausalLM", Output::Logits), ("Gemma2Model", Output::Hidden)],
+        model_type: "gemma2",
+        read: gemma::gemma2,
+    },
+    Family {
+        classes: &[("Gemma3ForCausalLM", Output::Logits), ("Gemma3TextModel", Output::Hidden)],
+        model_type: "gemma3_text",
+        read: gemma::gemma3,
+    },
+    Family {
+        classes: &[("Gemma3ForConditionalGeneration", Output::Logits)],
+        model_type: "gemma3",
+        read: gemma::gemma3_within,
+    },
+    Family {
+        classes: &[("Phi3ForCausalLM", Output::Logits), ("Phi3Model", Output::Hidden)],
+        model_type: "phi3",
+        read: phi::phi3,
+    },
+    Family {
+        classes: &[("Olmo2ForCausalLM", Output::Logits), ("Olmo2Model", Output::Hidden)],
+        model_type: "olmo2",
+        read: olmo::olmo2,
+    },
+    Family {
+        classes: &[("CohereForCausalLM", Output::Logits), ("CohereModel", Output::Hidden)],
+        model_type: "cohere",
+        read: cohere::cohere,
+    },
+    Family {
+        classes: &[("FalconForCausalLM", Output::Logits), ("FalconModel", Output::Hidden)],
+        model_type: "falcon",
+        read: falcon::falcon,
+    },
+    Family {
+        classes: &[("GPT2LMHeadModel", Output::Logits), ("GPT2Model", Output::Hidden)],
+        model_type: "gpt2",
+        read: gpt::gpt2,
+    },
+    Family {
+        classes: &[("GPTNeoXForCausalLM", Output::Logits), ("GPTNeoXModel", Output::Hidden)],
+        model_type: "gpt_neox",
+        read: gpt::gpt_neox,
+    },
+    Family {
+        classes: &[("Starcoder2ForCausalLM", Output::Logits), ("Starcoder2Model", Output::Hidden)],
+        model_type: "starcoder2",
+        read: starcoder::starcoder2,
+    },
+    Family {
+        classes: &[("GptOssForCausalLM", Output::Logits), ("GptOssModel", Output::Hidden)],
+        model_type: "gpt_oss",
+        read: gpt_oss::gpt_oss,
+    },
+    Family {
+        classes: &[("DeepseekV2ForCausalLM", Output::Logits), ("DeepseekV2Model", Output::Hidden)],
+        model_type: "deepseek_v2",
+        read: deepseek::deepseek_v2,
+    },
+    Family {
+        classes: &[("DeepseekV3ForCausalLM", Output::Logits), ("DeepseekV3Model", Output::Hidden)],
+        model_type: "deepseek_v3",
+        read: deepseek::deepseek_v3,
     },
 ];
 
@@ -82,6 +187,8 @@ const MEANINGFUL: &[&str] = &[
     "lm_head_bias",
     "rope_scaling",
     "rope_parameters",
+    "num_key_value_heads",
+    "head_dim",
     "position_embedding_type",
     "swiglu_limit",
     "swiglu_alpha",
@@ -95,11 +202,6 @@ const MEANINGFUL: &[&str] = &[
 pub(super) fn read(path: &Path, bytes: &[u8]) -> Result<ModelSpec, LoadError> {
     let map = parse_object(path, bytes)?;
     let fields = Fields::new(path, &map);
-    for field in ["quantization_config", "compression_config"] {
-        if fields.get(field).is_some() {
-            return Err(fields.unsupported(field, "is set, but only unquantised checkpoints are supported"));
-        }
-    }
     let (family, class, output) = family(&fields)?;
     let config = Config { fields, class, output };
     let spec = (family.read)(&config)?;
@@ -130,6 +232,7 @@ fn family(fields: &Fields<'_>) -> Result<(&'static Family, &'static str, Output)
     }
 }
 
+/// Fields that would change what is computed, if we had asked for them.
 fn refuse_what_was_ignored(config: &Config<'_>) -> Result<(), LoadError> {
     let fields = &config.fields;
     let Some(field) = MEANINGFUL.iter().find(|field| fields.is_ignored(field)) else { return Ok(()) };

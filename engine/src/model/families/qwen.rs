@@ -1,27 +1,57 @@
 //! Qwen2, Qwen3 and their mixtures of experts.
 
-use super::config::{Config, Defaults};
+use tidemill_kernels::ops::Routing;
+
+use super::config::{Config, Defaults, MAX_EXTENT};
 use crate::{
     error::LoadError,
-    model::spec::{ModelSpec, QkNorm},
+    model::spec::{DenseSpec, ExpertNames, ModelSpec, MoeSpec, Names, QkNorm, SharedSpec},
 };
+
+/// Windows of configurations that name layers with one and no width.
+const WINDOW: Option<usize> = Some(4096);
 
 /// Qwen2 and 2.5 (Yang et al. 2024, arXiv 2407.10671): Llama with biases of queries, keys and values.
 pub(super) fn qwen2(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
     let mut spec = config.rotary_spec(&Defaults::LLAMA)?;
     spec.set_attention_bias(true, false);
-    windows_of_late_layers(config, &mut spec)?;
+    let first = max_window_layers(config)?;
+    config.set_optional_windows(&mut spec, |index| index >= first, WINDOW)?;
     Ok(spec)
 }
 
 /// Qwen3 (Yang et al. 2025, arXiv 2505.09388): with norms of queries and keys.
 pub(super) fn qwen3(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
-    let mut spec = qwen3_attention(config)?;
-    windows_of_late_layers(config, &mut spec)?;
+    let mut spec = with_norms(config)?;
+    let first = max_window_layers(config)?;
+    config.set_optional_windows(&mut spec, |index| index >= first, WINDOW)?;
     Ok(spec)
 }
 
-fn qwen3_attention(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
+/// Qwen2-MoE: with experts, one of them shared and gated.
+pub(super) fn qwen2_moe(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
+    let experts = ExpertNames { shared: "mlp.shared_expert", ..Names::LLAMA.experts };
+    let names = Names { experts, ..Names::LLAMA };
+    let mut spec = config.rotary_spec(&Defaults { names, ..Defaults::LLAMA })?;
+    spec.set_attention_bias(config.flag("qkv_bias", true)?, false);
+    let end = max_window_layers(config)?;
+    config.set_optional_windows(&mut spec, |index| index < end && index.is_multiple_of(2), WINDOW)?;
+    let shared = config.count("shared_expert_intermediate_size", MAX_EXTENT, Some(5632))?;
+    with_experts(config, &mut spec, (4, 1408), |dense| {
+        Some(SharedSpec { dense: DenseSpec { width: shared, ..dense }, has_gate: true })
+    })?;
+    Ok(spec)
+}
+
+/// Qwen3-MoE: with experts.
+pub(super) fn qwen3_moe(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
+    let mut spec = with_norms(config)?;
+    config.set_optional_windows(&mut spec, |_| true, WINDOW)?;
+    with_experts(config, &mut spec, (8, 768), |_| None)?;
+    Ok(spec)
+}
+
+fn with_norms(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
     let mut spec = config.rotary_spec(&Defaults { head_dim: Some(128), ..Defaults::LLAMA })?;
     let bias = config.flag("attention_bias", false)?;
     spec.set_attention_bias(bias, bias);
@@ -31,31 +61,26 @@ fn qwen3_attention(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
     Ok(spec)
 }
 
-/// With `use_sliding_window`, the layers from `max_window_layers` on have the window, unless `layer_types` says otherwise.
-fn windows_of_late_layers(config: &Config<'_>, spec: &mut ModelSpec) -> Result<(), LoadError> {
-    let layers = spec.layers.len();
-    let first = config.fields.u32("max_window_layers")?.map_or(28, |n| n as usize);
-    set_windows(config, spec, |index| index >= first, layers)
-}
-
-fn set_windows(
+/// Puts experts into the sparse layers; `absent` is how many a token goes to and their width, where the file does not say.
+fn with_experts(
     config: &Config<'_>,
     spec: &mut ModelSpec,
-    is_sliding: impl Fn(usize) -> bool,
-    layers: usize,
+    absent: (usize, usize),
+    shared: impl Fn(DenseSpec) -> Option<SharedSpec>,
 ) -> Result<(), LoadError> {
-    let given = config.sliding_layers(layers)?;
-    if !config.flag("use_sliding_window", false)? {
-        // The window stands in many configurations and means nothing.
-        config.fields.get("sliding_window");
-        return match given {
-            Some(sliding) if sliding.contains(&true) => {
-                let detail = "has sliding_attention, but use_sliding_window is not true";
-                Err(config.fields.bad("layer_types", detail))
-            }
-            _ => Ok(()),
-        };
-    }
-    let sliding = given.unwrap_or_else(|| (0..layers).map(is_sliding).collect());
-    config.set_windows(spec, &sliding, Some(4096))
+    let routing =
+        config.routing(&["num_experts", "num_local_experts"], ("num_experts_per_tok", Some(absent.0)))?;
+    let routing = Routing { renormalize: config.flag("norm_topk_prob", false)?, ..routing };
+    let width = config.expert_width(Some(absent.1))?;
+    let sparse = config.sparse_layers(spec.layers.len())?;
+    config.set_experts(
+        spec,
+        |index| sparse[index],
+        |dense| MoeSpec { width, shared: shared(dense), ..MoeSpec::plain(routing, dense) },
+    );
+    Ok(())
+}
+
+fn max_window_layers(config: &Config<'_>) -> Result<usize, LoadError> {
+    Ok(config.fields.u32("max_window_layers")?.map_or(28, |n| n as usize))
 }

@@ -13,9 +13,9 @@ impl Config<'_> {
     /// The model's rotary positions, in either dialect.
     pub fn rope(&self, rotation: &Rotation) -> Result<RopeSpec, LoadError> {
         let fields = &self.fields;
-        let theta = match fields.positive("rope_theta")? {
-            Some(theta) => Some(theta),
-            None => fields.positive("rotary_emb_base")?,
+        let theta = match (fields.positive("rope_theta")?, rotation.is_neox) {
+            (None, true) => fields.positive("rotary_emb_base")?,
+            (theta, _) => theta,
         };
         let read = |name: &'static str| match fields.object(name)? {
             // An empty object says as little as null.
@@ -61,7 +61,7 @@ impl Config<'_> {
             }
             (new, old) => new.or(old).unwrap_or("default"),
         };
-        let original = || self.original_positions(rope, rotation.max_positions);
+        let original = || self.original_positions(rope, rotation);
         let scaling = match kind {
             "default" => match rope.number("factor")? {
                 Some(factor) if factor != 1.0 => {
@@ -91,7 +91,7 @@ impl Config<'_> {
     fn rotary_dim(&self, rope: Option<&Fields<'_>>, rotation: &Rotation) -> Result<usize, LoadError> {
         let inner = rope.map(|rope| rope.number("partial_rotary_factor")).transpose()?.flatten();
         let mut outer = self.fields.number("partial_rotary_factor")?;
-        if rotation.partial.is_some() && outer.is_none() {
+        if rotation.is_neox && outer.is_none() {
             outer = self.fields.number("rotary_pct")?;
         }
         let factor = inner.or(outer).or(rotation.partial).unwrap_or(1.0);
@@ -117,11 +117,12 @@ impl Config<'_> {
     }
 
     /// `standardize_rope_params` of transformers: the top-level field wins, then the rope object's, then the full context.
-    fn original_positions(&self, rope: &Fields<'_>, max_positions: usize) -> Result<usize, LoadError> {
+    fn original_positions(&self, rope: &Fields<'_>, rotation: &Rotation) -> Result<usize, LoadError> {
         let field = "original_max_position_embeddings";
         Ok(match self.fields.count(field, MAX_POSITIONS)? {
             Some(positions) => positions,
-            None => rope.count(field, MAX_POSITIONS)?.unwrap_or(max_positions),
+            None if rotation.is_phi => 4096,
+            None => rope.count(field, MAX_POSITIONS)?.unwrap_or(rotation.max_positions),
         })
     }
 }

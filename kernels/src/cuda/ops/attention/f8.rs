@@ -1,6 +1,6 @@
 //! `attention_f8.cu`.
 
-use super::{Args as AttentionArgs, Launcher};
+use super::{AttentionArgs, Launcher};
 use crate::cuda::table::kernels;
 
 kernels! {
