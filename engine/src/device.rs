@@ -19,6 +19,7 @@ use crate::{
     model::{
         checkpoint::Checkpoint,
         decoder::{Decoder, DecoderLimits},
+        formats::Quantized,
         spec::ModelSpec,
     },
     runner::{DecoderRunner, Runner},
@@ -198,7 +199,19 @@ impl Model<'_> {
         progress: impl FnMut(usize),
     ) -> Result<Decoder<O>, LoadError> {
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
-        let mut decoder = Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?;
+        let mut decoder = match self.config.quantization {
+            None => Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?,
+            Some(_) if self.checkpoint.is_quantized() => {
+                return Err(LoadError::Option {
+                    option: "--quantization",
+                    detail: "the checkpoint is quantised already; leave the option out".to_owned(),
+                });
+            }
+            Some(to) => {
+                let tensors = Quantized { tensors: self.checkpoint, to };
+                Decoder::load(ops, self.spec, &tensors, limits, progress)?
+            }
+        };
         if let Some(lora) = &self.config.lora {
             decoder.allocate_lora(lora.max_loras, lora.max_lora_rank)?;
         }
