@@ -238,16 +238,10 @@ fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {
     if config.dtype == ComputeDtype::F32 {
         return option("--dtype", "float32 is computed on the CPU alone; take bfloat16, or --device cpu");
     }
-    if config.quantization.is_some() {
-        return option(
-            "--quantization",
-            "quantised matrices are multiplied on the CPU alone; leave it out, or take --device cpu",
-        );
-    }
-    if config.kv_cache_dtype.is_some_and(|dtype| dtype != DType::Bf16) {
+    if config.kv_cache_dtype.is_some_and(|dtype| !matches!(dtype, DType::Bf16 | DType::F8E4M3)) {
         return option(
             "--kv-cache-dtype",
-            "a GPU keeps keys and values in bfloat16 alone; take bfloat16, or --device cpu",
+            "a GPU keeps keys and values in bfloat16 or fp8; take one of them, or --device cpu",
         );
     }
     if !config.block_size.is_power_of_two() || !(16..=256).contains(&config.block_size) {
