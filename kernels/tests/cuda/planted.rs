@@ -138,7 +138,7 @@ fn undetected(sample: &str, site: &Site) -> Option<usize> {
     let line = source.lines().nth(site.line as usize - 1).unwrap();
     UNDETECTED.iter().position(|known| {
         known.sample.is_none_or(|only| only == sample)
-            && site.file.ends_with(known.file)
+            && Path::new(&site.file).file_name().is_some_and(|name| name == known.file)
             && line.contains(known.text)
     })
 }
