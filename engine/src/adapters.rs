@@ -119,7 +119,9 @@ impl Adapters {
     /// [`RequestError::Invalid`] for what is wrong with the name, the path or the files.
     pub fn load(&self, name: &str, path: &str) -> Result<(), RequestError> {
         if self.sites.is_none() {
-            return Err(RequestError::Unsupported("adapters need a server that runs with --enable-lora".into()));
+            return Err(RequestError::Unsupported(
+                "adapters need a server that runs with --enable-lora".into(),
+            ));
         }
         let Some(dir) = &self.config.dir else {
             let message = "adapters are loaded at run time only where the server runs with --lora-dir";
@@ -162,7 +164,8 @@ impl Adapters {
             return Err(RequestError::AdapterExists(name.to_owned()));
         }
         if loaded.len() >= self.config.max_cpu_loras {
-            let message = format!("{} adapters are loaded, as many as --max-cpu-loras; unload one", loaded.len());
+            let message =
+                format!("{} adapters are loaded, as many as --max-cpu-loras; unload one", loaded.len());
             return Err(RequestError::Unsupported(message));
         }
         Ok(())
@@ -189,7 +192,10 @@ impl Adapters {
 
     /// All that are loaded, by name.
     pub fn list(&self) -> Vec<AdapterInfo> {
-        let info = |(name, loaded): (&String, &Loaded)| AdapterInfo { name: name.clone(), path: loaded.path.clone() };
+        let info = |(name, loaded): (&String, &Loaded)| AdapterInfo {
+            name: name.clone(),
+            path: loaded.path.clone(),
+        };
         self.loaded.read().iter().map(info).collect()
     }
 

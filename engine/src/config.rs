@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use tidemill_kernels::DType;
 
 use crate::{
-    adapters::LoraConfig,
-    error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy,
+    adapters::LoraConfig, error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource,
+    scheduler::Policy,
 };
 
 /// What a count among the options may be at most: more is a slip of the keyboard.

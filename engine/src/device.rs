@@ -211,7 +211,9 @@ impl Model<'_> {
         match self.checkpoint.stored(&name) {
             _ if self.checkpoint.is_quantized() => Ok(DType::Bf16),
             Some((_, Some(dtype))) => Ok(dtype),
-            _ => self.checkpoint.tensor(&name, &[self.spec.vocab_size, self.spec.hidden_size]).map(|t| t.dtype),
+            _ => {
+                self.checkpoint.tensor(&name, &[self.spec.vocab_size, self.spec.hidden_size]).map(|t| t.dtype)
+            }
         }
     }
 }

@@ -156,8 +156,13 @@ impl Engine {
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
         let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
-        let options =
-            EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives, host_blocks, adapters };
+        let options = EngineOptions {
+            scheduling: config.scheduling,
+            look_ahead,
+            lives: config.lives,
+            host_blocks,
+            adapters,
+        };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -174,7 +179,8 @@ impl Engine {
         let EngineOptions { scheduling, look_ahead, lives, host_blocks, adapters } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
         let pool = block_pool(&info, &scheduling, host_blocks);
-        let scheduler = SchedulerConfig { max_loras: adapters.max_loras(), ..scheduler_config(&info, &scheduling) };
+        let scheduler =
+            SchedulerConfig { max_loras: adapters.max_loras(), ..scheduler_config(&info, &scheduling) };
         let stats = Arc::new(SharedStats::new(pool.clone()));
         let queue = Queue::new(scheduling.max_num_queued_reqs, scheduling.max_num_queued_tokens);
         let settings = Settings {
@@ -270,7 +276,12 @@ fn scheduler_config(info: &ModelInfo, scheduling: &SchedulingConfig) -> Schedule
         max_num_batched_tokens: info.max_num_batched_tokens,
         long_prefill_token_threshold: scheduling.long_prefill_token_threshold.unwrap_or(half),
     };
-    SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights.clone(), max_loras: 0 }
+    SchedulerConfig {
+        limits,
+        policy: scheduling.policy,
+        weights: scheduling.tenant_weights.clone(),
+        max_loras: 0,
+    }
 }
 
 /// The adapters of the configuration, loaded.

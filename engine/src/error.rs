@@ -65,7 +65,9 @@ pub enum RequestError {
     #[error("a request with id {0:?} is running already; ids must be unique among live requests")]
     DuplicateId(String),
     /// What is served under this name already.
-    #[error("{0:?} is the name of a model or adapter that is loaded already; unload that first, or take another name")]
+    #[error(
+        "{0:?} is the name of a model or adapter that is loaded already; unload that first, or take another name"
+    )]
     AdapterExists(String),
     /// Too many requests wait.
     #[error("the queue is full ({waiting} requests wait); retry in {} ms", retry_after.as_millis())]

@@ -298,7 +298,9 @@ impl Validator {
         };
         let adapter = self.adapters.find(asked);
         let served = || self.served_model_name.clone();
-        adapter.map(Some).ok_or_else(|| RequestError::ModelNotFound { asked: asked.to_owned(), served: served() })
+        adapter
+            .map(Some)
+            .ok_or_else(|| RequestError::ModelNotFound { asked: asked.to_owned(), served: served() })
     }
 
     /// What says who is served when, and with whom prefixes are shared.

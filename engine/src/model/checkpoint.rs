@@ -266,7 +266,9 @@ impl Checkpoint {
         let tensor = HostTensor { name: name.to_owned(), dtype, shape: entry.shape.clone(), data };
         match entry.paired_heads {
             None => Ok(tensor),
-            Some(head_dim) => Ok(HostTensor { data: halves_apart(&tensor.data, entry.shape[0], head_dim), ..tensor }),
+            Some(head_dim) => {
+                Ok(HostTensor { data: halves_apart(&tensor.data, entry.shape[0], head_dim), ..tensor })
+            }
         }
     }
 
@@ -289,7 +291,8 @@ impl Checkpoint {
         match plain_dtype(entry.dtype) {
             Some(dtype) => Ok((entry, dtype)),
             None => {
-                let stored = entry.blocks.map_or_else(|| format!("{:?}", entry.dtype), |ty| format!("{ty:?}"));
+                let stored =
+                    entry.blocks.map_or_else(|| format!("{:?}", entry.dtype), |ty| format!("{ty:?}"));
                 let detail = format!("tensor {name:?} has type {stored}; supported: BF16, F16, F32");
                 Err(LoadError::Unsupported { path: self.shards[entry.shard].path.clone(), detail })
             }

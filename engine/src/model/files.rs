@@ -71,7 +71,8 @@ impl ModelFiles {
         if let ModelSource::Dir(dir) = source {
             match gguf_file(dir)? {
                 Some(path) => {
-                    let bytes = map_file(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
+                    let bytes =
+                        map_file(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
                     gguf = Some(Gguf::open(&path, bytes)?);
                 }
                 None => check_folder(dir)?,
@@ -283,9 +284,10 @@ fn check_folder(dir: &Path) -> Result<(), LoadError> {
     if !metadata.is_dir() {
         return Err(match foreign_format(dir) {
             Some(detail) => LoadError::Unsupported { path: dir.to_path_buf(), detail },
-            None => {
-                format("this is a file; pass the folder that holds config.json and the weights, or a GGUF file".to_owned())
-            }
+            None => format(
+                "this is a file; pass the folder that holds config.json and the weights, or a GGUF file"
+                    .to_owned(),
+            ),
         });
     }
     let missing = if !dir.join(CONFIG).is_file() {

@@ -95,7 +95,8 @@ fn write(folder: &Path, tensors: &HashMap<String, Vec<usize>>) {
     let bytes: HashMap<_, _> =
         tensors.iter().map(|(name, shape)| (name, vec![0_u8; 4 * shape.iter().product::<usize>()])).collect();
     let view = |name: &String| {
-        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, tensors[name].clone(), &bytes[name]).unwrap()
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, tensors[name].clone(), &bytes[name])
+            .unwrap()
     };
     let views = tensors.keys().map(|name| (name.clone(), view(name)));
     safetensors::serialize_to_file(views, None, &folder.join("adapter_model.safetensors")).unwrap();
@@ -118,7 +119,11 @@ fn matrices_that_the_model_lacks_or_that_do_not_fit_are_refused_by_name() {
     let more = [
         ("base_model.model.model.embed_tokens.lora_embedding_A", vec![3, 256], "embed_tokens"),
         ("base_model.model.lm_head.lora_A.weight", vec![3, 64], "lm_head"),
-        ("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", vec![3, 64], "layers.2.self_attn.q_proj"),
+        (
+            "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
+            vec![3, 64],
+            "layers.2.self_attn.q_proj",
+        ),
         ("base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector", vec![64], "magnitude"),
         ("model.layers.1.self_attn.q_proj.lora_A.weight", vec![3, 64], "twice"),
     ];
@@ -128,7 +133,9 @@ fn matrices_that_the_model_lacks_or_that_do_not_fit_are_refused_by_name() {
         write(folder.path(), &tensors);
         refused(load(folder.path()), &["given/adapter_model.safetensors", word]);
     }
-    for (name, shape) in [("lora_A", vec![64, 3]), ("lora_A", vec![3, 32]), ("lora_B", vec![32, 3]), ("lora_B", vec![192])] {
+    for (name, shape) in
+        [("lora_A", vec![64, 3]), ("lora_A", vec![3, 32]), ("lora_B", vec![32, 3]), ("lora_B", vec![192])]
+    {
         let mut tensors = whole.clone();
         tensors.insert(format!("{q}.{name}.weight"), shape);
         write(folder.path(), &tensors);

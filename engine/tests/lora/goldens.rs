@@ -51,7 +51,8 @@ impl Model {
 
     /// Logits of all tokens of each row, each in the blocks of its place.
     fn run(&mut self, rows: &[(usize, Row<'_>)]) -> Vec<Vec<Vec<f32>>> {
-        let mut meta = BatchMeta { cu_seqlens_q: vec![0], max_blocks: BLOCKS_PER_ROW, ..BatchMeta::default() };
+        let mut meta =
+            BatchMeta { cu_seqlens_q: vec![0], max_blocks: BLOCKS_PER_ROW, ..BatchMeta::default() };
         for &(place, (slot, start, tokens)) in rows {
             let first = (place * BLOCKS_PER_ROW) as u32;
             let end = start + tokens.len();
@@ -100,9 +101,12 @@ fn rows_of_every_adapter_and_of_none_equal_transformers_in_the_same_steps() {
     for isa in Isa::available() {
         for prompt in 0..3 {
             let mut model = Model::load(Compute::F32, isa);
-            let ids = |(_, ids): &(_, HashMap<String, Vec<u32>>), what: &str| ids[&format!("{what}.{prompt}")].clone();
+            let ids = |(_, ids): &(_, HashMap<String, Vec<u32>>), what: &str| {
+                ids[&format!("{what}.{prompt}")].clone()
+            };
             let inputs: Vec<_> = goldens.iter().map(|golden| ids(golden, "input_ids")).collect();
-            let rows: Vec<_> = inputs.iter().enumerate().map(|(i, ids)| (i, (i as u32, 0, &ids[..]))).collect();
+            let rows: Vec<_> =
+                inputs.iter().enumerate().map(|(i, ids)| (i, (i as u32, 0, &ids[..]))).collect();
             let mut logits = model.run(&rows);
             for (i, (floats, _)) in goldens.iter().enumerate() {
                 let expected = &floats[&format!("logits.{prompt}")];
@@ -114,7 +118,11 @@ fn rows_of_every_adapter_and_of_none_equal_transformers_in_the_same_steps() {
             for step in 0..12 {
                 let next: Vec<_> = logits.iter().map(|rows| [argmax(rows.last().unwrap())]).collect();
                 for (i, greedy) in greedy.iter().enumerate() {
-                    assert_eq!(next[i][0], greedy[step], "{}, prompt {prompt}, {isa:?}: token {step}", all[i]);
+                    assert_eq!(
+                        next[i][0], greedy[step],
+                        "{}, prompt {prompt}, {isa:?}: token {step}",
+                        all[i]
+                    );
                 }
                 let batch: Vec<(usize, Row<'_>)> = next
                     .iter()
@@ -132,8 +140,15 @@ fn a_row_has_the_bits_that_it_has_alone_and_a_base_row_those_of_a_step_without_a
     let (_, ids) = golden("llama");
     let (long, short) = (&ids["input_ids.1"][..], &ids["input_ids.0"][..]);
     for compute in [Compute::F32, Compute::Bf16] {
-        let rows: [Row<'_>; 7] =
-            [(0, 0, long), (1, 0, short), (2, 0, long), (0, 0, short), (3, 0, long), (1, 0, long), (2, 0, short)];
+        let rows: [Row<'_>; 7] = [
+            (0, 0, long),
+            (1, 0, short),
+            (2, 0, long),
+            (0, 0, short),
+            (3, 0, long),
+            (1, 0, long),
+            (2, 0, short),
+        ];
         let mut model = Model::load(compute, Isa::detect());
         let placed: Vec<_> = rows.into_iter().enumerate().collect();
         let together = model.run(&placed);

@@ -88,7 +88,11 @@ fn requests_of_two_adapters_and_of_none_get_what_they_get_alone_with_one_slot_or
     };
     for index in 0..COUNT as usize {
         let is_base = model(index as u32).is_none();
-        assert_eq!(reference[index].1 == plain[index].1, is_base, "request {index}: an adapter changes something");
+        assert_eq!(
+            reference[index].1 == plain[index].1,
+            is_base,
+            "request {index}: an adapter changes something"
+        );
     }
     for (max_loras, look_ahead) in [(1, false), (1, true), (2, true)] {
         let engine = engine(max_loras, look_ahead);
@@ -96,7 +100,8 @@ fn requests_of_two_adapters_and_of_none_get_what_they_get_alone_with_one_slot_or
         for round in 0..2 {
             let generations: Vec<_> = (0..COUNT).map(|index| submit(&handle, model(index), index)).collect();
             for (index, generation) in generations.into_iter().enumerate() {
-                let what = format!("request {index}, {max_loras} slots, look-ahead {look_ahead}, round {round}");
+                let what =
+                    format!("request {index}, {max_loras} slots, look-ahead {look_ahead}, round {round}");
                 same(outcome(generation), &reference[index], &what);
             }
         }
@@ -181,7 +186,17 @@ fn names_that_are_taken_paths_that_lead_elsewhere_and_more_than_there_is_room_fo
     }
     let outside = adapter("demo_a").display().to_string();
     let long = "x".repeat(257);
-    for path in ["", ".", "..", "lora/../lora/demo_a", "/", "nowhere", &outside, "lora/demo_a/adapter_config.json", "a\0b"] {
+    for path in [
+        "",
+        ".",
+        "..",
+        "lora/../lora/demo_a",
+        "/",
+        "nowhere",
+        &outside,
+        "lora/demo_a/adapter_config.json",
+        "a\0b",
+    ] {
         assert_eq!(code(adapters.load("c", path)), ErrorCode::InvalidArgument, "{path:?}");
     }
     for name in ["", "a\nb", &long] {
@@ -212,7 +227,11 @@ fn a_link_that_leads_out_of_the_folder_is_refused() {
         modules: Vec::new(),
         dir: Some(folder.path().to_owned()),
     };
-    let config = EngineConfig { lora: Some(lora), device: DeviceChoice::Cpu, ..EngineConfig::new(ModelSource::Builtin) };
+    let config = EngineConfig {
+        lora: Some(lora),
+        device: DeviceChoice::Cpu,
+        ..EngineConfig::new(ModelSource::Builtin)
+    };
     let engine = Engine::start(config, |_| ()).unwrap();
     assert!(Path::new(&folder.path().join("link/adapter_config.json")).exists());
     let error = engine.handle().adapters().load("x", "link").expect_err("it leads out");

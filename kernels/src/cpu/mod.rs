@@ -52,8 +52,8 @@ use self::{batch::Feedback, experts::Experts, isa::Host, linear::Linear, norm::F
 use crate::{
     error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, LoraPart, LoraShape, Norm,
-        Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
+        LoraPart, LoraShape, Norm, Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
     tensor::{ExpertParts, HostMatrix, HostTensor},

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, LoraPart, LoraShape, Norm,
-        Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
+        LoraPart, LoraShape, Norm, Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
     tensor::{DType, ExpertParts, HostMatrix, HostTensor},

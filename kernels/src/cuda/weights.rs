@@ -152,7 +152,9 @@ impl Uploader {
     /// Copies words, fewer than a staging buffer holds.
     pub(super) fn words(&mut self, dst: DevPtr, words: &[u32]) -> Result<()> {
         self.stage(dst, 4 * words.len(), |out| {
-            out.chunks_exact_mut(4).zip(words).for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
+            out.chunks_exact_mut(4)
+                .zip(words)
+                .for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
         })
     }
 

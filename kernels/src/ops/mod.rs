@@ -23,6 +23,7 @@ use crate::{
     tensor::{ExpertParts, HostMatrix, HostTensor},
 };
 
+pub(crate) use self::lora::LoraGroup;
 pub use self::{
     batch::{BatchMeta, Extent, FEEDBACK, StepResults},
     forms::{Activation, Epilogue, HeadNorm, Lookup, Norm, QkTransform, Rotary, Scoring},
@@ -30,7 +31,6 @@ pub use self::{
     routing::{ExpertGroups, ExpertScoring, Routing},
     shapes::{BlockCopy, HeadShape, KvShape, LatentShape, Slices},
 };
-pub(crate) use self::lora::LoraGroup;
 
 /// Result of an op.
 pub type Result<T> = std::result::Result<T, KernelError>;

@@ -146,7 +146,8 @@ pub fn rows_of_many_adapters_get_what_each_gets_alone<O: Ops>(bed: &Bed<'_, O>) 
                 continue;
             }
             let delta = delta(&adapters[adapter as usize - 1], x);
-            let want: Vec<f64> = base.iter().zip(&delta).map(|(&base, delta)| f64::from(base) + delta).collect();
+            let want: Vec<f64> =
+                base.iter().zip(&delta).map(|(&base, delta)| f64::from(base) + delta).collect();
             let most = want.iter().fold(1.0_f64, |most, w| most.max(w.abs()));
             assert_close(got, &want, most * (bed.epsilon + 2e-5), &what);
             assert!(delta.iter().any(|d| d.abs() > 0.1), "{what}: the adapter changes something");
@@ -187,7 +188,8 @@ pub fn gates_of_neighbours_keep_their_bits<O: Ops>(bed: &Bed<'_, O>) {
     let (got, plain) = (gated(&meta, &x), gated(&batch(&rows.map(|(len, _)| (len, 0))), &x));
     for (row, &(len, adapter)) in rows.iter().enumerate() {
         let range = meta.cu_seqlens_q[row] as usize..meta.cu_seqlens_q[row + 1] as usize;
-        let (own, at) = (&got[range.start * width..range.end * width], range.start * width..range.end * width);
+        let (own, at) =
+            (&got[range.start * width..range.end * width], range.start * width..range.end * width);
         let alone = gated(&batch(&[(len, adapter)]), &x[range.start * K..range.end * K]);
         assert_same(own, &alone, &format!("row {row} alone"));
         assert_eq!(own == &plain[at], adapter == 0, "row {row}: an adapter changes its own rows alone");

@@ -32,7 +32,12 @@ fn on_every_schedule(test: impl Fn(&Bed<'_, CudaOps>)) {
     for schedule in schedules() {
         let device = Device::new(driver(schedule));
         let fill = |values: &[f32]| bf16s(&device, values);
-        test(&Bed { ops: &ops(&device), fill: &fill, round: |x| bf16::from_f32(x).to_f32(), epsilon: EPSILON });
+        test(&Bed {
+            ops: &ops(&device),
+            fill: &fill,
+            round: |x| bf16::from_f32(x).to_f32(),
+            epsilon: EPSILON,
+        });
     }
 }
 

@@ -4,11 +4,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+#[path = "../common/adapters.rs"]
+mod adapters;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../common/adapters.rs"]
-mod adapters;
 #[path = "../common/states.rs"]
 mod common_states;
 #[path = "../common/copies.rs"]

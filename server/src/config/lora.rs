@@ -10,7 +10,8 @@ use crate::{args::LoraArgs, exit::Failure};
 /// Wrong usage: adapters that nothing makes room for.
 pub fn lora_config(args: LoraArgs) -> Result<Option<LoraConfig>, Failure> {
     if !args.enable_lora {
-        let unused = [("--lora-modules", !args.lora_modules.is_empty()), ("--lora-dir", args.lora_dir.is_some())];
+        let unused =
+            [("--lora-modules", !args.lora_modules.is_empty()), ("--lora-dir", args.lora_dir.is_some())];
         return match unused.into_iter().find(|(_, is_given)| *is_given) {
             Some((option, _)) => Err(Failure::usage(format_args!("{option} needs --enable-lora"))),
             None => Ok(None),

@@ -113,7 +113,12 @@ pub fn table() -> Vec<Route> {
             handler!(anthropic::count_tokens),
         )
         .takes::<anthropic::PromptFields>(),
-        get("/v1/models", OpenAi, "The model that is served, and its adapters.", handler!(openai::models::list)),
+        get(
+            "/v1/models",
+            OpenAi,
+            "The model that is served, and its adapters.",
+            handler!(openai::models::list),
+        ),
         get("/v1/models/{id}", OpenAi, "One model.", handler!(openai::models::retrieve)),
         post("/v1/load_lora_adapter", OpenAi, "Loads an adapter.", handler!(openai::lora::load))
             .takes::<openai::lora::LoadLoraFields>()

@@ -92,7 +92,18 @@ impl<O: Ops> Decoder<O> {
         let table = |rope| loader.values(&rope_table(rope, limits.max_model_len));
         let ropes = spec.ropes.iter().map(table).collect::<Result<_, _>>()?;
         let scratch = Scratch::new(&ops, spec, limits.max_num_batched_tokens)?;
-        Ok(Self { model, layers, ropes, kv: None, host_kv: None, lora: None, scratch, limits, spec: spec.clone(), ops })
+        Ok(Self {
+            model,
+            layers,
+            ropes,
+            kv: None,
+            host_kv: None,
+            lora: None,
+            scratch,
+            limits,
+            spec: spec.clone(),
+            ops,
+        })
     }
 
     /// Allocates the KV cache, in place of the one there was.

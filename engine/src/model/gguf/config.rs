@@ -44,7 +44,9 @@ impl<'a> Meta<'a> {
         let meta = Meta { head, architecture };
         for field in FOREIGN {
             if meta.get(field).is_some_and(|v| !matches!(v, Value::Unsigned(0))) {
-                return Err(format!("metadata \"{architecture}.{field}\" is set, which is not supported in GGUF"));
+                return Err(format!(
+                    "metadata \"{architecture}.{field}\" is set, which is not supported in GGUF"
+                ));
             }
         }
         Ok((meta, class))
@@ -100,7 +102,10 @@ pub(super) fn config(source: &Source) -> Result<Json, String> {
     if meta.count("attention.value_length")?.is_some_and(|dim| dim != head_dim)
         || meta.count("rope.dimension_count")?.is_some_and(|dim| dim != head_dim)
     {
-        return Err("has heads whose queries, values or rotations differ in width, which is not supported in GGUF".into());
+        return Err(
+            "has heads whose queries, values or rotations differ in width, which is not supported in GGUF"
+                .into(),
+        );
     }
     let heads = meta.required("attention.head_count")?;
     let mut config = json!({
@@ -178,7 +183,11 @@ fn rope(source: &Source, meta: &Meta, head_dim: u64) -> Result<Json, String> {
             rope.insert("factor".into(), json!(factor.unwrap_or(1.0)));
             rope.extend(original.map(|n| ("original_max_position_embeddings".to_owned(), json!(n))));
         }
-        (kind, _) => return Err(format!("has rotations of kind {kind:?}; supported: none, linear, yarn, and those of Llama 3")),
+        (kind, _) => {
+            return Err(format!(
+                "has rotations of kind {kind:?}; supported: none, linear, yarn, and those of Llama 3"
+            ));
+        }
     }
     Ok(Json::Object(rope))
 }

@@ -68,8 +68,10 @@ impl Gguf {
     /// # Errors
     /// [`LoadError::Format`], naming the file and what of it is wrong or not supported.
     pub fn open(path: &Path, bytes: Bytes) -> Result<Gguf, LoadError> {
-        let opened = Self::read(path, bytes)
-            .map_err(|detail| LoadError::Format { path: path.to_path_buf(), detail: format!("the file {detail}") })?;
+        let opened = Self::read(path, bytes).map_err(|detail| LoadError::Format {
+            path: path.to_path_buf(),
+            detail: format!("the file {detail}"),
+        })?;
         Ok(Gguf(Arc::new(opened)))
     }
 
@@ -125,13 +127,18 @@ impl Source {
         let mut tensors = Vec::with_capacity(self.head.tensors.len());
         for name in self.head.tensors.keys().filter(|name| *name != "rope_freqs.weight") {
             let Some(hub) = names::hub_name(name) else {
-                return Err(format!("holds tensor {name:?}, which is none of a {} that we know", meta.architecture));
+                return Err(format!(
+                    "holds tensor {name:?}, which is none of a {} that we know",
+                    meta.architecture
+                ));
             };
             let mut stored = self.stored(name)?;
             if is_paired(&hub) {
                 let dim = usize::try_from(head_dim).ok().filter(|d| *d > 0 && d % 2 == 0);
                 let dim = dim.filter(|d| stored.shape[0].is_multiple_of(*d));
-                let dim = dim.ok_or_else(|| format!("has heads of {head_dim}, which tensor {name:?} has no rows for"))?;
+                let dim = dim.ok_or_else(|| {
+                    format!("has heads of {head_dim}, which tensor {name:?} has no rows for")
+                })?;
                 stored.paired_heads = Some(dim);
             }
             tensors.push((hub, stored));
@@ -166,7 +173,10 @@ impl Source {
         };
         let width = *info.shape.last().unwrap_or(&0);
         if !width.is_multiple_of(block) {
-            return Err(format!("holds tensor {name:?} {:?} in blocks of {block}, which do not divide its rows", info.shape));
+            return Err(format!(
+                "holds tensor {name:?} {:?} in blocks of {block}, which do not divide its rows",
+                info.shape
+            ));
         }
         if block > 1 && info.shape.len() != 2 {
             return Err(format!("holds tensor {name:?} {:?} in blocks, but it is no matrix", info.shape));
@@ -174,7 +184,8 @@ impl Source {
         // Four extents of at most 2^31 fit.
         let elems: u128 = info.shape.iter().map(|&extent| extent as u128).product();
         let range = reader::extent(info.start, elems / block as u128 * block_bytes as u128, self.bytes.len());
-        let range = range.ok_or_else(|| format!("is cut short: tensor {name:?} {:?} lies beyond its end", info.shape))?;
+        let range = range
+            .ok_or_else(|| format!("is cut short: tensor {name:?} {:?} lies beyond its end", info.shape))?;
         Ok(Stored { format, shape: info.shape.clone(), range, paired_heads: None })
     }
 

@@ -30,7 +30,9 @@ pub(super) fn hub_name(name: &str) -> Option<String> {
 
 /// Whether rows of this tensor are heads of queries or keys, which llama.cpp stores in pairs for its own rotation in models of the `llama` architecture.
 pub(super) fn has_rotated_heads(hub_name: &str) -> bool {
-    [".q_proj.weight", ".q_proj.bias", ".k_proj.weight", ".k_proj.bias"].iter().any(|end| hub_name.ends_with(end))
+    [".q_proj.weight", ".q_proj.bias", ".k_proj.weight", ".k_proj.bias"]
+        .iter()
+        .any(|end| hub_name.ends_with(end))
 }
 
 #[cfg(test)]
@@ -41,7 +43,9 @@ mod tests {
     fn names_of_layers_and_of_the_rest() {
         assert_eq!(hub_name("blk.11.attn_q.bias").as_deref(), Some("model.layers.11.self_attn.q_proj.bias"));
         assert_eq!(hub_name("output.weight").as_deref(), Some("lm_head.weight"));
-        for other in ["blk.x.attn_q.weight", "blk.1.attn_z.weight", "blk.1.attn_q", "blk.1", "rope_freqs.weight", ""] {
+        for other in
+            ["blk.x.attn_q.weight", "blk.1.attn_z.weight", "blk.1.attn_q", "blk.1", "rope_freqs.weight", ""]
+        {
             assert_eq!(hub_name(other), None, "{other}");
         }
     }

@@ -89,9 +89,9 @@ pub(super) fn read(file: &Bytes) -> Result<Head, String> {
     let data = (r.at as u64).next_multiple_of(alignment);
     for (name, mut info, offset) in offsets {
         let start = data.checked_add(offset).filter(|_| offset.is_multiple_of(alignment));
-        info.start = start
-            .and_then(|start| usize::try_from(start).ok())
-            .ok_or_else(|| format!("tensor {name:?} lies at {offset}, which is not aligned to {alignment}"))?;
+        info.start = start.and_then(|start| usize::try_from(start).ok()).ok_or_else(|| {
+            format!("tensor {name:?} lies at {offset}, which is not aligned to {alignment}")
+        })?;
         if head.tensors.insert(name.clone(), info).is_some() {
             return Err(format!("has tensor {name:?} twice"));
         }
@@ -140,7 +140,8 @@ impl<'a> Reader<'a> {
         let length = self.u64()?;
         self.enough("bytes of text", length, 1)?;
         let bytes = self.take(length as usize)?;
-        String::from_utf8(bytes.to_vec()).map_err(|_| format!("holds text that is not UTF-8 before byte {}", self.at))
+        String::from_utf8(bytes.to_vec())
+            .map_err(|_| format!("holds text that is not UTF-8 before byte {}", self.at))
     }
 
     fn value(&mut self, kind: u32) -> Result<Value, String> {
@@ -185,7 +186,8 @@ impl<'a> Reader<'a> {
                 Value::Bools(bools.collect::<Result<_, String>>()?)
             }
             6 | 12 => {
-                let floats = (0..count).map(|_| Ok(if let Value::Float(x) = each()? { x as f32 } else { 0.0 }));
+                let floats =
+                    (0..count).map(|_| Ok(if let Value::Float(x) = each()? { x as f32 } else { 0.0 }));
                 Value::Floats(floats.collect::<Result<_, String>>()?)
             }
             _ => {

@@ -33,7 +33,9 @@ pub(super) fn tokenizer(head: &Head) -> Result<Json, String> {
     let kinds = match get("token_type") {
         Some(Value::Integers(kinds)) if kinds.len() == tokens.len() => kinds.clone(),
         None => vec![1; tokens.len()],
-        Some(_) => return Err("metadata \"tokenizer.ggml.token_type\" is no list as long as the tokens".into()),
+        Some(_) => {
+            return Err("metadata \"tokenizer.ggml.token_type\" is no list as long as the tokens".into());
+        }
     };
     let flag = |key: &str| match get(key) {
         Some(Value::Bool(flag)) => Some(*flag),
@@ -191,7 +193,8 @@ fn sentencepiece(
 /// Every way to make a token out of two others, best first. Those of one token stand in the order of their parts' ids.
 fn merges(tokens: &[String], scores: &[f32], kinds: &[i64]) -> Vec<[String; 2]> {
     let is_text = |id: usize| kinds[id] == 1 || kinds[id] == USER_DEFINED;
-    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
+    let ids: HashMap<&str, usize> =
+        tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
     let mut all: Vec<(f32, usize, usize, usize)> = Vec::new();
     for (id, token) in tokens.iter().enumerate().filter(|(id, _)| is_text(*id)) {
         // Longer ones are no words of any model, and would cost their square.

@@ -96,13 +96,15 @@ impl Reader<'_> {
 
     /// The tensors of the file by module.
     fn pairs(&self, bytes: &Bytes) -> Result<BTreeMap<String, Pair>, LoadError> {
-        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            self.format(format!("not a valid safetensors file, or cut short: {error}"))
-        })?;
+        let (header, metadata) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| self.format(format!("not a valid safetensors file, or cut short: {error}")))?;
         let data = size_of::<u64>() + header;
         let mut pairs = BTreeMap::<String, Pair>::new();
         for (name, info) in metadata.tensors() {
-            let (module, is_a) = match (name.strip_suffix(".lora_A.weight"), name.strip_suffix(".lora_B.weight")) {
+            let (module, is_a) = match (
+                name.strip_suffix(".lora_A.weight"),
+                name.strip_suffix(".lora_B.weight"),
+            ) {
                 (Some(module), _) => (module, true),
                 (_, Some(module)) => (module, false),
                 _ => {
@@ -120,8 +122,12 @@ impl Reader<'_> {
                 other => return Err(self.unsupported(format!("tensor {name:?} is {other:?}"))),
             };
             let (start, end) = info.data_offsets;
-            let tensor =
-                HostTensor { name: name.clone(), dtype, shape: info.shape.clone(), data: bytes.slice(data + start..data + end) };
+            let tensor = HostTensor {
+                name: name.clone(),
+                dtype,
+                shape: info.shape.clone(),
+                data: bytes.slice(data + start..data + end),
+            };
             let module = self.sites.plain(module.strip_prefix(WRAPPED).unwrap_or(module)).to_owned();
             let pair = pairs.entry(module).or_default();
             let half = if is_a { &mut pair.a } else { &mut pair.b };

@@ -15,8 +15,8 @@ use crate::{
         layout::Layout,
         memory::{DeviceBuffer, Graph},
         ops::{
-            AttentionKernels, BlockShape, LoraPlan, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, Sample, decode_results,
-            encode, is_masked, list_words, sample as queue_sampler,
+            AttentionKernels, BlockShape, LoraPlan, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, Sample,
+            decode_results, encode, is_masked, list_words, sample as queue_sampler,
         },
         steps::{Slot, Steps},
         words::DeviceWords,

@@ -189,7 +189,8 @@ pub fn lora_restore(device: &Device, call: LoraRestore<'_>) -> Result<()> {
     let rows = plan.all_tokens;
     let out = out.at_least("lora_restore", "out", DType::Bf16, rows * width)?;
     let from = from.at_least("lora_restore", "from", DType::Bf16, rows * width)?;
-    let adapters = words.part(plan.tokens + 3 * plan.groups, rows)?.at_least("lora_restore", "words", rows)?;
+    let adapters =
+        words.part(plan.tokens + 3 * plan.groups, rows)?.at_least("lora_restore", "words", rows)?;
     let config = LaunchConfig::linear(rows, THREADS);
     // SAFETY: the extents of all buffers were checked above.
     unsafe { lora_restore_bf16(device.driver(), config, out, from, adapters, width as i32) }

@@ -49,8 +49,12 @@ pub async fn unload(app: App, call: &mut Call) -> Result<Response, ApiError> {
 }
 
 fn success(done: &str, name: &str) -> Response {
-    let mut response =
-        Response::new(Body::from(format!("Success: LoRA adapter '{}' {done} successfully.", name.escape_debug())));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    let mut response = Response::new(Body::from(format!(
+        "Success: LoRA adapter '{}' {done} successfully.",
+        name.escape_debug()
+    )));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
