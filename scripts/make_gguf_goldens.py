@@ -194,7 +194,7 @@ def bpe_metadata(config):
 
 MODELS = {
     "llama": dict(
-        seed=3,
+        seed=5,
         config={"vocab_size": 320, "hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
         tokenizer=spm_metadata,
         kinds=[
@@ -205,7 +205,7 @@ MODELS = {
         output="Q6_K",
     ),
     "qwen2": dict(
-        seed=3,
+        seed=5,
         config={
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",

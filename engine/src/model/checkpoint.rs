@@ -144,6 +144,21 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Maps one weight file by its name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and where the file is missing.
+    pub fn open_file(files: &ModelFiles, name: &str) -> Result<Self, LoadError> {
+        let path = files.path(name);
+        if !files.contains(name) {
+            let detail = "the file is missing; only safetensors weights are supported".to_owned();
+            return Err(LoadError::Format { path, detail });
+        }
+        let mut checkpoint = Self::empty(path, Scheme::Plain);
+        checkpoint.add_shard(files, name)?;
+        Ok(checkpoint)
+    }
+
     fn empty(path: PathBuf, scheme: Scheme) -> Self {
         Self { path, shards: Vec::new(), tensors: BTreeMap::new(), scheme }
     }

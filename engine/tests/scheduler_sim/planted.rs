@@ -179,3 +179,13 @@ fn states_skipped() {
 fn states_twice() {
     is_found(Bug::StatesTwice, &["I8"]);
 }
+
+#[test]
+fn whole_cut() {
+    is_found(Bug::WholeCut, &["I11", "I2"]);
+}
+
+#[test]
+fn whole_shared() {
+    is_found(Bug::WholeShared, &["I2", "I11"]);
+}

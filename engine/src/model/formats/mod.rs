@@ -8,6 +8,7 @@ mod compressed;
 mod fp8;
 mod gptq;
 mod mxfp4;
+mod quantize;
 mod raw;
 
 use std::path::Path;
@@ -16,6 +17,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 use tidemill_kernels::tensor::HostMatrix;
 
+pub(crate) use self::quantize::Quantized;
 pub(super) use self::raw::Raw;
 use super::{
     checkpoint::Checkpoint,

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, ops::Range};
 use bytes::Bytes;
 
 /// How the file starts.
-pub(in crate::model) const MAGIC: &[u8] = b"GGUF";
+const MAGIC: &[u8] = b"GGUF";
 
 const DEFAULT_ALIGNMENT: u64 = 32;
 
@@ -26,7 +26,6 @@ pub(super) enum Value {
     Texts(Vec<String>),
     Floats(Vec<f32>),
     Integers(Vec<i64>),
-    Bools(Vec<bool>),
 }
 
 /// A tensor's place.
@@ -181,10 +180,6 @@ impl<'a> Reader<'a> {
                 let texts = (0..count).map(|_| self.text());
                 Value::Texts(texts.collect::<Result<_, _>>()?)
             }
-            7 => {
-                let bools = (0..count).map(|_| Ok(matches!(each()?, Value::Bool(true))));
-                Value::Bools(bools.collect::<Result<_, String>>()?)
-            }
             6 | 12 => {
                 let floats =
                     (0..count).map(|_| Ok(if let Value::Float(x) = each()? { x as f32 } else { 0.0 }));
@@ -194,7 +189,7 @@ impl<'a> Reader<'a> {
                 let integers = (0..count).map(|_| match each()? {
                     Value::Unsigned(n) => i64::try_from(n).map_err(|_| format!("has the item {n}")),
                     Value::Signed(n) => Ok(n),
-                    _ => Ok(0),
+                    other => Ok(i64::from(matches!(other, Value::Bool(true)))),
                 });
                 Value::Integers(integers.collect::<Result<_, _>>()?)
             }
