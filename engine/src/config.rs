@@ -24,6 +24,15 @@ pub enum ComputeDtype {
     F32,
 }
 
+/// What the matrices of linear layers become as they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// F8E4M3 with a scale for each row.
+    Fp8,
+    /// Signed bytes with a scale for each 128 columns of a row, or fewer.
+    Int8,
+}
+
 /// Where to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
@@ -45,8 +54,13 @@ pub struct EngineConfig {
     pub served_model_name: Option<String>,
     /// A chat template that replaces the model's own.
     pub chat_template: Option<PathBuf>,
+    /// The two tokens whose logits score a pair of texts, the negative one first, in rerankers that answer with yes or no; `None`: what the
+    /// model folder says.
+    pub classifier_from_token: Option<[String; 2]>,
     /// Arithmetic of the matrix products.
     pub dtype: ComputeDtype,
+    /// Quantises the matrices of linear layers as they are loaded; embeddings, norms, routers and the output layer stay as they are.
+    pub quantization: Option<Quantization>,
     /// Storage of keys and values; `None` follows `dtype`.
     pub kv_cache_dtype: Option<DType>,
     /// Tokens of prompt and completion together; `None` takes the model's own, or what the KV cache holds.
@@ -92,7 +106,9 @@ impl EngineConfig {
             source,
             served_model_name: None,
             chat_template: None,
+            classifier_from_token: None,
             dtype: ComputeDtype::Auto,
+            quantization: None,
             kv_cache_dtype: None,
             max_model_len: None,
             max_num_seqs: None,

@@ -19,6 +19,7 @@ use crate::{
     model::{
         checkpoint::Checkpoint,
         decoder::{Decoder, DecoderLimits},
+        formats::Quantized,
         spec::ModelSpec,
     },
     runner::{DecoderRunner, Runner},
@@ -198,17 +199,35 @@ impl Model<'_> {
         progress: impl FnMut(usize),
     ) -> Result<Decoder<O>, LoadError> {
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
-        let mut decoder = Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?;
+        let mut decoder = match self.config.quantization {
+            None => Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?,
+            Some(_) if self.checkpoint.is_quantized() => {
+                return Err(LoadError::Option {
+                    option: "--quantization",
+                    detail: "the checkpoint is quantised already; leave the option out".to_owned(),
+                });
+            }
+            Some(to) => {
+                let tensors = Quantized { tensors: self.checkpoint, to };
+                Decoder::load(ops, self.spec, &tensors, limits, progress)?
+            }
+        };
         if let Some(lora) = &self.config.lora {
             decoder.allocate_lora(lora.max_loras, lora.max_lora_rank)?;
         }
         Ok(decoder)
     }
 
-    /// The element type of the checkpoint's embedding, and so of all its matrices.
+    /// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
-        let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        Ok(self.checkpoint.tensor(&self.spec.embedding_name(), &shape)?.dtype)
+        let name = self.spec.embedding_name();
+        match self.checkpoint.stored(&name) {
+            _ if self.checkpoint.is_quantized() => Ok(DType::Bf16),
+            Some((_, Some(dtype))) => Ok(dtype),
+            _ => {
+                self.checkpoint.tensor(&name, &[self.spec.vocab_size, self.spec.hidden_size]).map(|t| t.dtype)
+            }
+        }
     }
 }
 
@@ -216,6 +235,12 @@ fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {
     let option = |option, detail: &str| Err(LoadError::Option { option, detail: detail.into() });
     if config.dtype == ComputeDtype::F32 {
         return option("--dtype", "float32 is computed on the CPU alone; take bfloat16, or --device cpu");
+    }
+    if config.quantization.is_some() {
+        return option(
+            "--quantization",
+            "quantised matrices are multiplied on the CPU alone; leave it out, or take --device cpu",
+        );
     }
     if config.kv_cache_dtype.is_some_and(|dtype| dtype != DType::Bf16) {
         return option(

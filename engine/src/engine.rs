@@ -17,13 +17,14 @@ use crate::{
     error::{LoadError, StopReason},
     explain::EndedLife,
     handle::{EngineHandle, Shared},
+    heads::Heads,
     info::ModelInfo,
     kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
-        embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
+        heads::HeadSpec,
         lora::Sites,
         spec::ModelSpec,
     },
@@ -58,6 +59,8 @@ pub struct EngineOptions {
     pub look_ahead: bool,
     /// Gets the life of every request that has ended. What finds it full is lost and counted.
     pub lives: Option<async_channel::Sender<EndedLife>>,
+    /// What stands around a model that embeds or scores.
+    pub heads: Heads,
     /// Blocks of host memory that the runner has, for what the prefix cache gives up.
     pub host_blocks: usize,
     /// The adapters that requests can name. The runner has as many slots as the batch may have adapters.
@@ -106,19 +109,19 @@ impl Engine {
         }
         let mut spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
-        let embedding = embedding_info(&files, &spec)?;
+        let head_spec = HeadSpec::read(&files, &spec, config.classifier_from_token.as_ref())?;
         let text = Arc::new(TextModel::load(&files, &spec)?);
         let checkpoint = Checkpoint::open(&files)?;
         spec.follow_names(|name| checkpoint.contains(name));
         checkpoint.verify(&spec)?;
+        let heads = head_spec.load(&files, &spec, &checkpoint, &text)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = spec.embedding_name();
-        let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
+        let (table_bytes, table_dtype) = checkpoint.stored(&spec.embedding_name()).unwrap_or_default();
         let is_output = spec.tie_word_embeddings && !spec.is_headless();
-        let looked_up = if is_output { 0 } else { table.data.len() as u64 };
+        let looked_up = if is_output { 0 } else { table_bytes as u64 };
         // A GPU keeps all weights in bfloat16.
-        let halved = driver.is_some() && table.dtype == DType::F32;
+        let halved = driver.is_some() && table_dtype == Some(DType::F32);
         let weight_bytes_per_step =
             checkpoint.total_bytes().saturating_sub(looked_up) / if halved { 2 } else { 1 };
         let name = config.served_model_name.clone().unwrap_or_else(|| model_name(&config.source));
@@ -152,7 +155,9 @@ impl Engine {
             eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
-            embedding,
+            is_bidirectional: spec.is_bidirectional(),
+            embedding: head_spec.embedding,
+            scoring: head_spec.scoring,
         };
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
@@ -161,6 +166,7 @@ impl Engine {
             scheduling: config.scheduling,
             look_ahead,
             lives: config.lives,
+            heads,
             host_blocks,
             adapters,
         };
@@ -177,8 +183,9 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, lives, host_blocks, adapters } = options;
+        let EngineOptions { scheduling, look_ahead, lives, heads, host_blocks, adapters } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
+        check_whole(&info)?;
         let pool = block_pool(&info, &scheduling, host_blocks);
         let scheduler =
             SchedulerConfig { max_loras: adapters.max_loras(), ..scheduler_config(&info, &scheduling) };
@@ -205,6 +212,9 @@ impl Engine {
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
                 embedding: info.embedding,
+                scoring: info.scoring,
+                is_bidirectional: info.is_bidirectional,
+                heads: Arc::new(heads),
                 forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
                 adapters: adapters.clone(),
             },
@@ -237,6 +247,19 @@ impl Drop for Engine {
             drop(thread.join());
         }
     }
+}
+
+/// A prompt that must be computed in one step must fit into one.
+fn check_whole(info: &ModelInfo) -> Result<(), LoadError> {
+    if !info.is_bidirectional || info.max_model_len <= info.max_num_batched_tokens {
+        return Ok(());
+    }
+    let detail = format!(
+        "{} tokens per step are too few: this model reads a prompt in one step, and prompts have up to {}; raise this, or lower \
+         --max-model-len",
+        info.max_num_batched_tokens, info.max_model_len
+    );
+    Err(LoadError::Option { option: "--max-num-batched-tokens", detail })
 }
 
 /// Runs an engine thread to its end.

@@ -99,6 +99,28 @@ pub enum DtypeArg {
     Float32,
 }
 
+/// Storage of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvDtypeArg {
+    /// As --dtype.
+    Auto,
+    /// Half the memory, 8 bits of precision.
+    Bfloat16,
+    /// Full precision.
+    Float32,
+    /// A quarter of the memory, 4 bits of precision (F8E4M3): more contexts fit, and answers change.
+    Fp8,
+}
+
+/// What matrices become as they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum QuantizationArg {
+    /// 8-bit floating point (F8E4M3) with a scale for each row.
+    Fp8,
+    /// Signed bytes with a scale for each 128 columns of a row.
+    Int8,
+}
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -112,12 +134,16 @@ pub enum LogFormat {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// A model folder as it comes from the hub (config.json, tokenizer.json, *.safetensors), or `builtin`.
+    /// A model folder as it comes from the hub (config.json, tokenizer.json, *.safetensors), a GGUF file, or `builtin`.
     #[arg(long, value_name = "DIR|builtin", default_value = "builtin", env = "TIDEMILL_MODEL", value_parser = model_source)]
     pub model: ModelSource,
     /// A Jinja file that replaces the model's own chat template.
     #[arg(long, value_name = "FILE", env = "TIDEMILL_CHAT_TEMPLATE")]
     pub chat_template: Option<PathBuf>,
+    /// For rerankers that answer with yes or no (Qwen3-Reranker): the two tokens whose logits make a score, the negative one first. Default:
+    /// what the model folder says.
+    #[arg(long, value_name = "NO,YES", env = "TIDEMILL_CLASSIFIER_FROM_TOKEN", value_parser = two_tokens)]
+    pub classifier_from_token: Option<[String; 2]>,
     /// Arithmetic of the matrix products.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DTYPE")]
     pub dtype: DtypeArg,
@@ -148,9 +174,13 @@ pub struct ModelArgs {
     /// Tokens per block of the KV cache.
     #[arg(long, value_name = "N", default_value_t = size(engine_defaults().block_size), env = "TIDEMILL_BLOCK_SIZE")]
     pub block_size: NonZeroUsize,
+    /// Quantise the matrices of linear layers as they are loaded: half the memory of bfloat16 and less to read for each token. Not for checkpoints
+    /// that are quantised already; on the CPU.
+    #[arg(long, value_enum, env = "TIDEMILL_QUANTIZATION")]
+    pub quantization: Option<QuantizationArg>,
     /// Storage of keys and values; `auto` follows --dtype.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_KV_CACHE_DTYPE")]
-    pub kv_cache_dtype: DtypeArg,
+    pub kv_cache_dtype: KvDtypeArg,
     /// Memory for keys and values: bytes, or with KiB, MiB, GiB, KB, MB, GB. Default: what a full batch needs, at most 2GiB; on a
     /// GPU at most what --gpu-memory-utilization leaves.
     #[arg(long, value_name = "SIZE", env = "TIDEMILL_KV_CACHE_MEMORY")]
@@ -409,6 +439,13 @@ fn some_seconds(value: &str) -> Result<Duration, String> {
     let accepted = Duration::from_millis(1)..=Duration::from_secs(86_400);
     let seconds = seconds(value)?;
     accepted.contains(&seconds).then_some(seconds).ok_or_else(|| "use 0.001 to 86400".into())
+}
+
+fn two_tokens(text: &str) -> Result<[String; 2], String> {
+    match text.split_once(',') {
+        Some((no, yes)) if !no.is_empty() && !yes.is_empty() => Ok([no.to_owned(), yes.to_owned()]),
+        _ => Err("must be two tokens with a comma between, the negative one first, such as no,yes".into()),
+    }
 }
 
 fn engine_defaults() -> EngineConfig {

@@ -4,6 +4,7 @@
 
 mod bound;
 mod guard;
+mod pairs;
 mod pyjson;
 mod vocab;
 
@@ -15,5 +16,6 @@ pub mod tokenizer;
 
 pub use chat::{ChatMessage, ChatPrompt};
 pub use detokenize::Detokenizer;
+pub use pairs::{Encoded, MAX_CUT_BYTES};
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::TextModel;

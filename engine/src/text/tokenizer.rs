@@ -147,6 +147,10 @@ impl TextModel {
         self.inner.table.bytes(id.0)
     }
 
+    pub(super) fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.tokenizer
+    }
+
     /// What each token contributes to the text.
     pub(super) fn table(&self) -> &TokenTable {
         &self.inner.table

@@ -31,7 +31,7 @@ fn a_folder_that_cannot_be_loaded_says_why() {
     let cases = [
         (vec!["config.json", "pytorch_model.bin"], ["pytorch_model.bin", "only safetensors"]),
         (vec!["config.json", "consolidated.00.pth"], ["consolidated.00.pth", "only safetensors"]),
-        (vec!["llama.Q4_K_M.gguf"], ["GGUF", "only safetensors"]),
+        (vec!["llama.Q4_K_M.gguf"], ["llama.Q4_K_M.gguf", "cut short"]),
         (vec!["config.json", "README.md"], ["neither model.safetensors nor", "index.json"]),
         (vec!["model.safetensors"], ["no config.json", ""]),
     ];
@@ -49,7 +49,7 @@ fn a_path_that_is_no_folder_says_what_to_pass() {
     assert!(error.contains("/no/such/folder") && error.contains("no such folder"), "{error}");
     let dir = folder(&["model.gguf", "model.safetensors"]);
     let error = open(&dir.path().join("model.gguf")).unwrap_err();
-    assert!(matches!(error, LoadError::Unsupported { .. }), "{error}");
+    assert!(matches!(error, LoadError::Format { .. }), "{error}");
     let error = open(&dir.path().join("model.safetensors")).unwrap_err().to_string();
     assert!(error.contains("pass the folder"), "{error}");
 }

@@ -170,8 +170,6 @@ fn what_we_cannot_compute_is_refused_by_name() {
     let unsupported = [
         (json!({"architectures": ["BloomForCausalLM"]}), ["BloomForCausalLM", "LlamaForCausalLM"]),
         (json!({"hidden_act": "quick_gelu"}), ["hidden_act", "silu"]),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), ["quantization_config", "unquantised"]),
-        (json!({"compression_config": {}}), ["compression_config", "unquantised"]),
         (json!({"sliding_window": 4096}), ["sliding_window", "LlamaForCausalLM has no such thing"]),
         (
             json!({"layer_types": ["full_attention", "sliding_attention"]}),

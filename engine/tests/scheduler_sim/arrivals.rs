@@ -83,6 +83,8 @@ impl Sim {
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
                 pooling: live.pooling,
+                is_whole: live.whole,
+                segments: None,
                 root,
                 adapter: adapter(live.adapter),
                 constraint: arrival.form.then(|| Fake::new(seed_of(arrival, id, first)).fork()),
@@ -140,6 +142,9 @@ impl Sim {
             formed: arrival.form,
             scored: 0,
             pooling: part.pooling,
+            whole: part.pooling.is_some()
+                && arrival.whole
+                && prompt.len() <= self.config.max_num_batched_tokens,
             pooled: 0,
             priority: i32::from(arrival.priority),
             tenant: usize::from(arrival.tenant),

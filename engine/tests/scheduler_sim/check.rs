@@ -1,5 +1,5 @@
 //! What must hold after every step: I1 to I7 of the project's reliability rules. I8 (streams) and I4, I9 (ends) are checked where
-//! results arrive (`sim.rs`), I10 in `fairness.rs`.
+//! results arrive (`sim.rs`), I10 in `fairness.rs`. I11: a prompt that is computed whole is in one step alone, and nobody shares what that gives.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -74,7 +74,8 @@ impl Contents {
     fn write(&mut self, row: &PlanRow, live: &Live) {
         for position in row.start..row.end() {
             let block = &mut self.blocks[row.blocks[position / self.block_size].0 as usize];
-            block.domain = live.domain;
+            // Nobody shares what owes to tokens behind it.
+            block.domain = if live.whole { u64::MAX } else { live.domain };
             // Behind the end of a script stands a token that ends its sequence, or one of a row that fails.
             block.slots[position % self.block_size] =
                 live.script.kv.get(position).copied().unwrap_or(Kv::RUBBISH);
@@ -110,10 +111,13 @@ impl Sim {
         let read: usize = prompts.iter().map(|row| row.input.num_tokens()).sum();
         let share = prefill.saturating_sub(decoded - decode_rows).max(prefill.min(1));
         let budget = share.max(usize::from(decode_rows == 0));
-        assert!(read <= budget, "I7: {read} tokens for prompts, of {budget}");
+        let is_whole = |row: &PlanRow| self.live.get(&row.seq).is_some_and(|live| live.whole);
+        // What must be read at once may exceed the wish, not the step: were it not for that it would never be read.
+        let exceeds = prompts.len() == 1 && is_whole(&prompts[0]) && budget > 0;
+        assert!(read <= budget || exceeds, "I7: {read} tokens for prompts, of {budget}");
         assert!(
             self.num_adapters(None) <= self.config.max_loras,
-            "I11: more adapters than slots in the batch"
+            "I12: more adapters than slots in the batch"
         );
         self.seen.adapters += plan.adapters.len() as u64;
         self.contents.copy(plan);
@@ -127,8 +131,14 @@ impl Sim {
             );
             let slots = row.blocks.len() * self.config.block_size;
             assert!(slots >= row.end(), "I7: a token without a slot");
+            let all = (0, live.script.prompt_len);
+            assert!(
+                !live.whole || (row.start, row.end()) == all,
+                "I11: the whole prompt of {:?} is split",
+                row.seq
+            );
             let adapter = row.adapter.map_or(Some(&0), |slot| self.contents.adapters.get(&slot));
-            assert_eq!(adapter, Some(&live.adapter), "I11: {:?} is computed with another adapter", row.seq);
+            assert_eq!(adapter, Some(&live.adapter), "I12: {:?} is computed with another adapter", row.seq);
             self.contents.read(row, live);
             for &block in &row.blocks[row.start / self.config.block_size..] {
                 assert_eq!(
@@ -222,10 +232,11 @@ impl Sim {
         assert_eq!(cached_tokens % size, 0, "I2: only full blocks are shared");
         let scores = live.sampling.prompt_logprobs.is_some() && live.scored + 1 < live.script.prompt_len;
         let reusable = match live.pooling {
-            Some(Pooling::Mean) => live.pooled.min(live.known - 1),
+            _ if live.whole => 0,
             Some(Pooling::Cls) if live.pooled == 0 => 0,
             None if scores => live.scored,
             Some(Pooling::Last | Pooling::Cls) | None => live.known - 1,
+            Some(_) => live.pooled.min(live.known - 1),
         };
         assert!(
             cached_tokens <= reusable,
@@ -273,6 +284,8 @@ impl Sim {
         let told = (self.scheduler.num_running(), self.scheduler.num_waiting(), self.scheduler.num_parked());
         assert_eq!(told, (running, waiting, parked), "I3: running, waiting and parked");
         assert!(running <= self.config.max_num_seqs, "I7: rows of the batch");
+        let halfway = |live: &Live| live.whole && live.place == Where::Running && live.in_flight == 0;
+        assert!(!self.live.values().any(halfway), "I11: a whole prompt is in the batch and in no step");
         self.check_events();
         if turn.is_multiple_of(16) {
             self.check_index();

@@ -190,8 +190,8 @@ impl Script {
     fn counts(pooling: Pooling, prompt_len: usize) -> Range<usize> {
         match pooling {
             Pooling::Last => prompt_len - 1..prompt_len,
-            Pooling::Mean => 0..prompt_len,
             Pooling::Cls => 0..1,
+            _ => 0..prompt_len,
         }
     }
 

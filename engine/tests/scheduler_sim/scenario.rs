@@ -62,6 +62,8 @@ pub struct Arrival {
     pub prompt_logprobs: bool,
     /// It gives an embedding: `max_tokens` and what else is said of tokens mean nothing.
     pub pooling: Option<Pooling>,
+    /// Its prompt is computed in one step, where it gives an embedding and no step is too small.
+    pub whole: bool,
     /// Its tokens are constrained.
     pub form: bool,
     pub priority: i8,
@@ -90,6 +92,7 @@ impl Default for Arrival {
             penalties: false,
             prompt_logprobs: false,
             pooling: None,
+            whole: false,
             form: false,
             priority: 0,
             tenant: 0,
@@ -331,6 +334,7 @@ impl Mood {
             penalties: rng.random_bool(0.15),
             prompt_logprobs: rng.random_bool(0.15),
             pooling: rng.random_bool(0.15).then(|| POOLINGS[rng.random_range(0..3)]),
+            whole: rng.random_bool(0.5),
             form: rng.random_bool(0.25),
             priority: if config.policy == Policy::Priority { rng.random_range(-1..=2) } else { 0 },
             // The first tenant floods.
@@ -389,7 +393,7 @@ impl Arrival {
             ($($name:ident)*) => { $(field(stringify!($name), &self.$name, &plain.$name);)* };
         }
         fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs form);
-        fields!(priority tenant salt adapter patience);
+        fields!(whole priority tenant salt adapter patience);
         if let Some(pooling) = self.pooling {
             fields.push(format!("pooling: Some(Pooling::{pooling:?})"));
         }

@@ -5,6 +5,8 @@
 pub struct Seen {
     pub finished: u64,
     pub embedded: u64,
+    /// Of these, prompts that were read in one step.
+    pub whole: u64,
     pub broken: u64,
     pub refused: u64,
     pub expired: u64,
@@ -42,9 +44,10 @@ impl Seen {
             finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
         } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
-        let Self { saves, loads, compared, forced, complete, unformed, adapters, overtaken, .. } = other;
+        let Self { saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, .. } = other;
         self.finished += finished;
         self.embedded += embedded;
+        self.whole += whole;
         self.broken += broken;
         self.refused += refused;
         self.expired += expired;

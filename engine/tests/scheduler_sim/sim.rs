@@ -48,6 +48,8 @@ pub struct Live {
     pub scored: usize,
     /// It gives an embedding.
     pub pooling: Option<Pooling>,
+    /// Its prompt is computed in one step, and is nobody else's.
+    pub whole: bool,
     /// Positions before which every hidden state that counts was given.
     pub pooled: usize,
     pub priority: i32,
@@ -368,6 +370,7 @@ impl Sim {
                 }
                 Note::Preempted { seq } => {
                     self.check_victim(seq);
+                    assert!(!self.live(seq).whole, "I11: {seq:?} is whole and was preempted");
                     self.live(seq).place = Where::Waiting;
                 }
                 Note::Parked { seq } => {

@@ -1,7 +1,7 @@
 //! The CPU backend: every op over a pool of threads and the widest vectors that the CPU has.
 //!
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
-//! - `buffer`, `weight`, `kv_cache`: memory.
+//! - `buffer`, `weight`, `kv_cache`: memory; `decode`: what quantised weights are worth.
 //! - One file per kind of op: `embedding`, `norm`, `linear`, `activation`, `kv_write` with `rope`, `attention`, `experts` with `routes`, `add`, `gather`, `sample`.
 //! - [`probe`]: what the machine could do at best.
 //!
@@ -15,6 +15,7 @@ mod add;
 mod attention;
 mod batch;
 mod buffer;
+mod decode;
 mod embedding;
 mod experts;
 mod gather;
@@ -39,7 +40,7 @@ use std::{
 
 pub use self::{
     batch::CpuBatch,
-    buffer::{CpuBuffer, resident},
+    buffer::{CpuBuffer, resident, resident_with},
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
@@ -220,7 +221,7 @@ impl Ops for CpuOps {
         batch: &CpuBatch,
         lookup: Lookup,
     ) -> Result<()> {
-        embedding::run(&self.pool, out, table, &batch.meta, lookup);
+        embedding::run(self.host, &self.pool, out, table, &batch.meta, lookup);
         Ok(())
     }
 

@@ -14,7 +14,6 @@ use super::{
     weights::{CudaWeight, Uploader},
 };
 use crate::{
-    error::KernelError,
     ops::{
         Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
         LoraPart, LoraShape, Norm, Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
@@ -60,11 +59,6 @@ impl CudaOps {
         let kept = (driver.info().total_memory as f64 * (1.0 - share)) as usize;
         Ok(driver.free_memory()?.saturating_sub(kept))
     }
-}
-
-/// TEMPORARY: what is still to be written.
-fn later<T>(op: &'static str) -> Result<T> {
-    Err(KernelError::Unsupported { op, detail: "not written yet".to_owned() })
 }
 
 impl Ops for CudaOps {
@@ -228,30 +222,30 @@ impl Ops for CudaOps {
 
     fn latent_kv_write(
         &self,
-        _: &mut DeviceBuffer,
-        _: &mut DeviceBuffer,
-        _: &mut CudaKvCache,
-        _: Norm<'_, DeviceBuffer>,
-        _: Rotary<'_, DeviceBuffer>,
-        _: &CudaBatch,
-        _: LatentShape,
-        _: usize,
+        q_rope: &mut DeviceBuffer,
+        latent: &mut DeviceBuffer,
+        kv: &mut CudaKvCache,
+        norm: Norm<'_, DeviceBuffer>,
+        rotary: Rotary<'_, DeviceBuffer>,
+        batch: &CudaBatch,
+        shape: LatentShape,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_kv_write")
+        attention::latent_kv_write(self, (q_rope, latent), kv.layer(layer), (norm, rotary), (batch, shape))
     }
 
     fn latent_attention(
         &self,
-        _: &mut DeviceBuffer,
-        _: &DeviceBuffer,
-        _: &DeviceBuffer,
-        _: &CudaKvCache,
-        _: &CudaBatch,
-        _: LatentShape,
-        _: f32,
-        _: usize,
+        out: &mut DeviceBuffer,
+        q_latent: &DeviceBuffer,
+        q_rope: &DeviceBuffer,
+        kv: &CudaKvCache,
+        batch: &CudaBatch,
+        shape: LatentShape,
+        scale: f32,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_attention")
+        attention::latent_attention(self, out, (q_latent, q_rope), kv.layer(layer), (batch, shape, scale))
     }
 
     fn linear_heads(

@@ -48,7 +48,10 @@ impl<'a> Stack<'a> {
         let parts = parts.iter().map(|part| match part {
             HostMatrix::Dense(tensor) => Ok(tensor),
             HostMatrix::Quantized(matrix) => {
-                let detail = format!("{} is {:?}", matrix.name, matrix.format);
+                let detail = format!(
+                    "{} is {:?}; the CUDA kernels take dense matrices (use --device cpu)",
+                    matrix.name, matrix.format
+                );
                 Err(KernelError::Unsupported { op, detail })
             }
         });

@@ -71,7 +71,7 @@ pub trait Ops: Send + Sync {
     /// Allocates an f32 buffer for logits of `elems` elements, contents unspecified.
     fn logits_buffer(&self, elems: usize) -> Result<Self::Buffer>;
 
-    /// Allocates the `scratch` of [`Ops::linear_silu_mul`]; a device that fuses the two needs none.
+    /// Allocates the `scratch` of [`Ops::linear_gated`] and [`Ops::moe_gated`]; a device that fuses product and gate needs none.
     fn scratch_buffer(&self, elems: usize) -> Result<Self::Buffer>;
 
     /// Rows of logits that a step may ask for in one group: bounds the memory of prompt log-probabilities, where every position of
@@ -87,7 +87,7 @@ pub trait Ops: Send + Sync {
     ///
     /// # Errors
     /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part; [`KernelError::Unsupported`] for parts of
-    /// different formats, or one that the device does not compute with.
+    /// different formats where the device wants one, or one that it does not compute with.
     fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<Self::Weight>;
 
     /// Makes a matrix that [`Ops::embedding`] can look up in, and [`Ops::linear`] can multiply with: quantised ones are widened where the device

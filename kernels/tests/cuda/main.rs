@@ -14,7 +14,9 @@ mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
+mod decoder;
 mod harness;
+mod latent;
 mod linear;
 mod lora;
 mod moe;

@@ -10,8 +10,8 @@ use tidemill_engine::{
     AdapterInfo, EngineHandle, EngineStats, Generation, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, Embedding},
-    request::{EmbedRequest, GenerateRequest},
+    output::{AbortReceipt, Embedding, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
 };
 
 use super::{
@@ -85,6 +85,16 @@ impl EngineClient for LocalEngine {
         let (engine, validated) =
             self.texts.run(move || engine.validate_embed(request).map(|valid| (engine, valid))).await?;
         Ok(engine.submit_embed(validated)?.wait().await?)
+    }
+
+    async fn score(&self, request: ScoreRequest) -> Result<Score, CallError> {
+        let engine = self.engine()?.clone();
+        if self.phase() > Phase::Ready {
+            return Err(RequestError::Draining.into());
+        }
+        let (engine, validated) =
+            self.texts.run(move || engine.validate_score(request).map(|valid| (engine, valid))).await?;
+        Ok(engine.submit_score(validated)?.wait().await?)
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {

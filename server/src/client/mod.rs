@@ -12,8 +12,8 @@ use tidemill_engine::{
     AdapterInfo, EngineStats,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, Embedding, Output},
-    request::{EmbedRequest, GenerateRequest},
+    output::{AbortReceipt, Embedding, Output, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
     text::{TextModel, chat::ChatPrompt},
 };
 
@@ -143,6 +143,12 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// Why there is none; CANCELLED when it was aborted by its id.
     async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError>;
+
+    /// How well a document answers a query. Dropping the future aborts the request.
+    ///
+    /// # Errors
+    /// Why there is no score; CANCELLED when it was aborted by its id.
+    async fn score(&self, request: ScoreRequest) -> Result<Score, CallError>;
 
     /// Text or a conversation as token ids.
     ///

@@ -11,10 +11,10 @@ pub use http::{EngineAddress, GatewayConfig, HttpConfig};
 pub use run::{PromptSource, RunConfig};
 pub use serve::{GrpcConfig, ServeConfig, TlsConfig};
 
-use tidemill_engine::{ComputeDtype, DType, EngineConfig};
+use tidemill_engine::{ComputeDtype, DType, EngineConfig, Quantization};
 
 use crate::{
-    args::{Cli, Command, DtypeArg, ModelArgs, user_cache},
+    args::{Cli, Command, DtypeArg, KvDtypeArg, ModelArgs, QuantizationArg, user_cache},
     exit::Failure,
 };
 
@@ -50,16 +50,22 @@ impl Invocation {
 fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
     let mut config = EngineConfig::new(args.model);
     config.chat_template = args.chat_template;
+    config.classifier_from_token = args.classifier_from_token;
     config.dtype = match args.dtype {
         DtypeArg::Auto => ComputeDtype::Auto,
         DtypeArg::Bfloat16 => ComputeDtype::Bf16,
         DtypeArg::Float32 => ComputeDtype::F32,
     };
     config.kv_cache_dtype = match args.kv_cache_dtype {
-        DtypeArg::Auto => None,
-        DtypeArg::Bfloat16 => Some(DType::Bf16),
-        DtypeArg::Float32 => Some(DType::F32),
+        KvDtypeArg::Auto => None,
+        KvDtypeArg::Bfloat16 => Some(DType::Bf16),
+        KvDtypeArg::Float32 => Some(DType::F32),
+        KvDtypeArg::Fp8 => Some(DType::F8E4M3),
     };
+    config.quantization = args.quantization.map(|to| match to {
+        QuantizationArg::Fp8 => Quantization::Fp8,
+        QuantizationArg::Int8 => Quantization::Int8,
+    });
     config.threads = args.threads.map(Into::into);
     config.max_model_len = args.max_model_len.map(Into::into);
     config.max_num_batched_tokens = args.max_num_batched_tokens.map(Into::into);

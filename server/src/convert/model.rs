@@ -12,6 +12,7 @@ pub fn model_response(
     (tools, reasoning): (Option<ToolFormat>, Option<ReasoningFormat>),
 ) -> v1::GetModelResponse {
     let defaults = &info.defaults;
+    let embeds = info.scoring.is_none_or(|scoring| !scoring.is_only_output);
     v1::GetModelResponse {
         served_model_name: info.served_model_name.clone(),
         architecture: info.architecture.clone(),
@@ -38,11 +39,15 @@ pub fn model_response(
         }),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         weight_bytes_per_step: info.weight_bytes_per_step,
-        embedding: Some(v1::EmbeddingInfo {
+        embedding: embeds.then(|| v1::EmbeddingInfo {
             dimensions: info.embedding.dimensions as u32,
             pooling: info.embedding.pooling.name().to_owned(),
             normalize: info.embedding.normalize,
             is_only_output: info.embedding.is_only_output,
+        }),
+        scoring: info.scoring.map(|scoring| v1::ScoringInfo {
+            format: scoring.format.name().to_owned(),
+            is_only_output: scoring.is_only_output,
         }),
         special_tokens: special_tokens
             .into_iter()

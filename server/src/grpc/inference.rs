@@ -20,7 +20,7 @@ pub const PROMPT_TOKENS: &str = "x-prompt-tokens";
 /// Whether it ends within the model's thoughts: 1 or 0.
 pub const OPENS_THINKING: &str = "x-opens-thinking";
 
-/// Turns prompts into tokens, or into embeddings.
+/// Turns prompts into tokens, embeddings or scores.
 #[derive(Debug)]
 pub struct InferenceService {
     door: Door,
@@ -73,6 +73,18 @@ impl Inference for InferenceService {
         let read = move || convert::embed_request(named, request);
         let embedding = self.door.embed(&mut call, origin, read).await;
         let response = embedding.map(|embedding| convert::embed_response(&id, embedding));
+        call.end(response)
+    }
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let origin = Origin::of(&request);
+        let request = request.into_inner();
+        let id = request_id(&request.request_id);
+        let mut call = Call::start("Score", id.clone());
+        let named = id.clone();
+        let read = move || convert::score_request(named, request);
+        let score = self.door.score(&mut call, origin, read).await;
+        let response = score.map(|score| convert::score_response(&id, score));
         call.end(response)
     }
 

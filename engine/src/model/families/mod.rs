@@ -6,6 +6,7 @@
 mod cohere;
 mod config;
 mod deepseek;
+mod encoders;
 mod experts;
 mod falcon;
 mod gemma;
@@ -73,9 +74,39 @@ const FAMILIES: &[Family] = &[
         read: qwen::qwen2_moe,
     },
     Family {
-        classes: &[("Qwen3ForCausalLM", Output::Logits), ("Qwen3Model", Output::Hidden)],
+        classes: &[
+            ("Qwen3ForCausalLM", Output::Logits),
+            ("Qwen3Model", Output::Hidden),
+            ("Qwen3ForSequenceClassification", Output::Hidden),
+        ],
         model_type: "qwen3",
         read: qwen::qwen3,
+    },
+    Family {
+        classes: &[("BertModel", Output::Hidden), ("BertForSequenceClassification", Output::Hidden)],
+        model_type: "bert",
+        read: encoders::bert,
+    },
+    Family {
+        classes: &[("RobertaModel", Output::Hidden), ("RobertaForSequenceClassification", Output::Hidden)],
+        model_type: "roberta",
+        read: encoders::roberta,
+    },
+    Family {
+        classes: &[
+            ("XLMRobertaModel", Output::Hidden),
+            ("XLMRobertaForSequenceClassification", Output::Hidden),
+        ],
+        model_type: "xlm-roberta",
+        read: encoders::roberta,
+    },
+    Family {
+        classes: &[
+            ("ModernBertModel", Output::Hidden),
+            ("ModernBertForSequenceClassification", Output::Hidden),
+        ],
+        model_type: "modernbert",
+        read: encoders::modern_bert,
     },
     Family {
         classes: &[("Qwen3MoeForCausalLM", Output::Logits), ("Qwen3MoeModel", Output::Hidden)],
@@ -202,11 +233,6 @@ const MEANINGFUL: &[&str] = &[
 pub(super) fn read(path: &Path, bytes: &[u8]) -> Result<ModelSpec, LoadError> {
     let map = parse_object(path, bytes)?;
     let fields = Fields::new(path, &map);
-    for field in ["quantization_config", "compression_config"] {
-        if fields.get(field).is_some() {
-            return Err(fields.unsupported(field, "is set, but only unquantised checkpoints are supported"));
-        }
-    }
     let (family, class, output) = family(&fields)?;
     let config = Config { fields, class, output };
     let spec = (family.read)(&config)?;

@@ -37,6 +37,7 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         tool_call_parser,
         reasoning_parser,
         adapters: _,
+        scoring: _,
     } = model;
     Ok(ModelCard {
         served_model_name,
