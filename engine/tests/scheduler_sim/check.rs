@@ -207,13 +207,19 @@ impl Sim {
         let own = class(self, admitted);
         let ready = self.live.iter().filter(|(_, live)| live.place == Where::Waiting && !live.unread);
         let others: Vec<SeqId> = ready.map(|(&id, _)| id).filter(|&id| id != admitted).collect();
+        let finds_none = |id: &SeqId| self.num_adapters(Some(&self.live[id])) > self.config.max_loras;
+        let place = |id: &SeqId| {
+            let (before, _, age) = class(self, *id);
+            (before, age)
+        };
+        let without_slot: Vec<_> = others.iter().filter(|id| finds_none(id)).map(place).collect();
         for id in others {
             let (before, tenant, age) = class(self, id);
             let comes_first = before < own.0 || (before == own.0 && tenant == own.1 && age < own.2);
             // The other completions of a request wait for its prompt.
-            // Those that need no slot overtake those that find none.
-            let finds_none = self.num_adapters(Some(&self.live[&id])) > self.config.max_loras;
-            if comes_first && finds_none && self.live[&admitted].adapter == 0 {
+            // Those that need no slot overtake whoever finds none, and those with adapters behind it.
+            let adapted = self.live[&id].adapter > 0 && self.live[&admitted].adapter == 0;
+            if comes_first && adapted && without_slot.iter().any(|other| *other <= (before, age)) {
                 self.seen.overtaken += 1;
                 continue;
             }

@@ -26,6 +26,8 @@ EXPECTED = {
     ("get", "/v1/responses/{id}/input_items"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{id}"),
+    ("post", "/v1/load_lora_adapter"),
+    ("post", "/v1/unload_lora_adapter"),
     ("post", "/v1/messages"),
     ("post", "/v1/messages/count_tokens"),
     ("post", "/predict"),
