@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use tidemill_kernels::DType;
 
 use crate::{
-    error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource, scheduler::Policy,
+    adapters::LoraConfig, error::LoadError, explain::EndedLife, ids::TenantId, model::files::ModelSource,
+    scheduler::Policy,
 };
 
 /// What a count among the options may be at most: more is a slip of the keyboard.
@@ -82,6 +83,8 @@ pub struct EngineConfig {
     pub look_ahead: Option<bool>,
     /// Gets the life of every request that has ended. What finds it full is lost and counted.
     pub lives: Option<async_channel::Sender<EndedLife>>,
+    /// Adapters that requests can name; `None`: there is no room for any.
+    pub lora: Option<LoraConfig>,
 }
 
 impl EngineConfig {
@@ -108,6 +111,7 @@ impl EngineConfig {
             threads: None,
             look_ahead: None,
             lives: None,
+            lora: None,
         }
     }
 }

@@ -198,7 +198,11 @@ impl Model<'_> {
         progress: impl FnMut(usize),
     ) -> Result<Decoder<O>, LoadError> {
         let limits = DecoderLimits { max_num_batched_tokens, max_model_len };
-        Decoder::load(ops, self.spec, self.checkpoint, limits, progress)
+        let mut decoder = Decoder::load(ops, self.spec, self.checkpoint, limits, progress)?;
+        if let Some(lora) = &self.config.lora {
+            decoder.allocate_lora(lora.max_loras, lora.max_lora_rank)?;
+        }
+        Ok(decoder)
     }
 
     fn stored_dtype(&self) -> Result<DType, LoadError> {
@@ -206,10 +210,14 @@ impl Model<'_> {
     }
 }
 
-/// The element type of the checkpoint's embedding, and so of all its matrices.
+/// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
 pub(crate) fn stored_dtype(spec: &ModelSpec, checkpoint: &Checkpoint) -> Result<DType, LoadError> {
-    let shape = [spec.vocab_size, spec.hidden_size];
-    Ok(checkpoint.tensor(&spec.embedding_name(), &shape)?.dtype)
+    let name = spec.embedding_name();
+    match checkpoint.stored(&name) {
+        _ if checkpoint.is_quantized() => Ok(DType::Bf16),
+        Some((_, Some(dtype))) => Ok(dtype),
+        _ => checkpoint.tensor(&name, &[spec.vocab_size, spec.hidden_size]).map(|t| t.dtype),
+    }
 }
 
 fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {

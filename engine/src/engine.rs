@@ -10,6 +10,7 @@ use crossbeam_channel::unbounded;
 use tidemill_kernels::{DType, cuda::driver::Driver};
 
 use crate::{
+    adapters::{Adapters, LoraConfig},
     config::{EngineConfig, SchedulingConfig},
     core::{Command, Core, Parts, Settings},
     device::{self, Model},
@@ -23,6 +24,7 @@ use crate::{
         embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
+        lora::Sites,
         prefetch::{Loaded, Prefetch},
         spec::ModelSpec,
     },
@@ -66,6 +68,8 @@ pub struct EngineOptions {
     pub lives: Option<async_channel::Sender<EndedLife>>,
     /// Blocks of host memory that the runner has, for what the prefix cache gives up.
     pub host_blocks: usize,
+    /// The adapters that requests can name. The runner has as many slots as the batch may have adapters.
+    pub adapters: Arc<Adapters>,
 }
 
 /// A running engine. Dropping it shuts it down: whatever is live fails with `EngineStopped`.
@@ -125,14 +129,15 @@ impl Engine {
         checkpoint.verify(&spec)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
-        let table = spec.embedding_name();
-        let table = checkpoint.tensor(&table, &[spec.vocab_size, spec.hidden_size])?;
+        let (table_bytes, table_dtype) = checkpoint.stored(&spec.embedding_name()).unwrap_or_default();
         let is_output = spec.tie_word_embeddings && !spec.is_headless();
-        let looked_up = if is_output { 0 } else { table.data.len() as u64 };
+        let looked_up = if is_output { 0 } else { table_bytes as u64 };
         // A GPU keeps all weights in bfloat16.
-        let halved = driver.is_some() && table.dtype == DType::F32;
+        let halved = driver.is_some() && table_dtype == Some(DType::F32);
         let weight_bytes_per_step =
             checkpoint.total_bytes().saturating_sub(looked_up) / if halved { 2 } else { 1 };
+        let name = config.served_model_name.clone().unwrap_or_else(|| model_name(&config.source));
+        let adapters = adapters(&config, &spec, &name)?;
         let look_ahead = config.look_ahead.unwrap_or(driver.is_some());
         let (runner_config, runner_spec) = (config.clone(), spec.clone());
         let (runner, facts) = RunnerThread::start(move || {
@@ -153,7 +158,7 @@ impl Engine {
             Ok((built.runner, built.facts))
         })?;
         let info = ModelInfo {
-            served_model_name: config.served_model_name.unwrap_or_else(|| model_name(&config.source)),
+            served_model_name: name,
             architecture: spec.architecture.to_owned(),
             num_parameters,
             weight_bytes_per_step,
@@ -174,8 +179,13 @@ impl Engine {
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
         let host_blocks = swap.map_or(0, |swap| swap.host_blocks);
-        let options =
-            EngineOptions { scheduling: config.scheduling, look_ahead, lives: config.lives, host_blocks };
+        let options = EngineOptions {
+            scheduling: config.scheduling,
+            look_ahead,
+            lives: config.lives,
+            host_blocks,
+            adapters,
+        };
         Self::with_runner(runner, info, text, options)
     }
 
@@ -189,10 +199,11 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, lives, host_blocks } = options;
+        let EngineOptions { scheduling, look_ahead, lives, host_blocks, adapters } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
         let pool = block_pool(&info, &scheduling, host_blocks);
-        let scheduler = scheduler_config(&info, &scheduling);
+        let scheduler =
+            SchedulerConfig { max_loras: adapters.max_loras(), ..scheduler_config(&info, &scheduling) };
         let stats = Arc::new(SharedStats::new(pool.clone()));
         let queue = Queue::new(scheduling.max_num_queued_reqs, scheduling.max_num_queued_tokens);
         let settings = Settings {
@@ -217,9 +228,11 @@ impl Engine {
                 policy: scheduling.policy,
                 embedding: info.embedding,
                 forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
+                adapters: adapters.clone(),
             },
             info,
             text,
+            adapters,
             stats: stats.clone(),
             queue: queue.clone(),
             max_stream_buffer: scheduling.max_stream_buffer,
@@ -286,7 +299,25 @@ fn scheduler_config(info: &ModelInfo, scheduling: &SchedulingConfig) -> Schedule
         max_num_batched_tokens: info.max_num_batched_tokens,
         long_prefill_token_threshold: scheduling.long_prefill_token_threshold.unwrap_or(half),
     };
-    SchedulerConfig { limits, policy: scheduling.policy, weights: scheduling.tenant_weights.clone() }
+    SchedulerConfig {
+        limits,
+        policy: scheduling.policy,
+        weights: scheduling.tenant_weights.clone(),
+        max_loras: 0,
+    }
+}
+
+/// The adapters of the configuration, loaded.
+fn adapters(config: &EngineConfig, spec: &ModelSpec, name: &str) -> Result<Arc<Adapters>, LoadError> {
+    let adapters = match &config.lora {
+        None => Adapters::new(LoraConfig::default(), None, name.to_owned()),
+        Some(lora) => {
+            lora.check()?;
+            Adapters::new(lora.clone(), Some(Sites::of(spec)), name.to_owned())
+        }
+    };
+    adapters.load_modules()?;
+    Ok(Arc::new(adapters))
 }
 
 fn log_loaded(loaded: &Loaded) {

@@ -64,6 +64,11 @@ pub enum RequestError {
     /// A running or queued request has the same id.
     #[error("a request with id {0:?} is running already; ids must be unique among live requests")]
     DuplicateId(String),
+    /// What is served under this name already.
+    #[error(
+        "{0:?} is the name of a model or adapter that is loaded already; unload that first, or take another name"
+    )]
+    AdapterExists(String),
     /// Too many requests wait.
     #[error("the queue is full ({waiting} requests wait); retry in {} ms", retry_after.as_millis())]
     QueueFull {
@@ -144,7 +149,7 @@ impl RequestError {
             Self::Invalid(_) => ErrorCode::InvalidArgument,
             Self::Unsupported(_) | Self::Unformed { .. } => ErrorCode::FailedPrecondition,
             Self::ModelNotFound { .. } => ErrorCode::NotFound,
-            Self::DuplicateId(_) => ErrorCode::AlreadyExists,
+            Self::DuplicateId(_) | Self::AdapterExists(_) => ErrorCode::AlreadyExists,
             Self::QueueFull { .. }
             | Self::Overloaded { .. }
             | Self::SlowReader { .. }

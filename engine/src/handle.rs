@@ -12,6 +12,7 @@ use crossbeam_channel::Sender;
 
 use crate::{
     activity::Activity,
+    adapters::Adapters,
     core::{Command, Submission},
     embedding::PendingEmbedding,
     error::{RequestError, StopReason},
@@ -34,6 +35,7 @@ use crate::{
 pub(crate) struct Shared {
     pub info: ModelInfo,
     pub text: Arc<TextModel>,
+    pub adapters: Arc<Adapters>,
     pub validator: Validator,
     pub stats: Arc<SharedStats>,
     /// Requests that were submitted and have no row of the batch yet.
@@ -63,6 +65,11 @@ impl EngineHandle {
     /// Encoding, decoding, chat templates.
     pub fn text(&self) -> &Arc<TextModel> {
         &self.shared.text
+    }
+
+    /// The adapters that requests can name in place of the model.
+    pub fn adapters(&self) -> &Arc<Adapters> {
+        &self.shared.adapters
     }
 
     /// Checks a request; see [`Validator::validate`], also for where to call it.

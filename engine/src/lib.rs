@@ -1,6 +1,8 @@
 //! The Tidemill engine: requests in, tokens out; no network. `engine/ARCHITECTURE.md` is the map.
 
 pub mod activity;
+pub mod adapter;
+mod adapters;
 mod admission;
 mod config;
 pub mod constraint;
@@ -41,6 +43,7 @@ mod sync;
 pub mod text;
 mod unread;
 
+pub use adapters::{AdapterInfo, Adapters, LoraConfig};
 pub use config::{ComputeDtype, DeviceChoice, EngineConfig, SchedulingConfig};
 pub use embedding::PendingEmbedding;
 pub use engine::{Engine, EngineOptions, Progress};

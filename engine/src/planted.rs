@@ -68,6 +68,10 @@ pub enum Bug {
     StatesSkipped,
     /// A hidden state that is computed again counts again.
     StatesTwice,
+    /// A slot is given away although somebody in the batch has the adapter that it holds.
+    SlotTakenInUse,
+    /// A slot is given to an adapter and keeps what it held.
+    AdapterNotLoaded,
 }
 
 #[cfg(feature = "planted")]

@@ -12,6 +12,8 @@ pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
 
 use crate::{
+    adapter::Adapter,
+    adapters::Adapters,
     constraint::Constraint,
     error::{RequestError, Violation},
     ids::{RequestId, TenantId, TokenId},
@@ -56,7 +58,7 @@ pub struct GenerateRequest {
     pub token_ids_only: bool,
     /// Let special tokens stand in the text.
     pub include_special_tokens: bool,
-    /// The model the client means, if it said.
+    /// The model the client means, or one of its adapters, if it said.
     pub model: Option<String>,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
@@ -117,6 +119,7 @@ pub struct ValidatedRequest {
     /// One for each completion, or none.
     pub(crate) constraints: Vec<Box<dyn Constraint>>,
     pub(crate) opens_thinking: bool,
+    pub(crate) adapter: Option<Adapter>,
 }
 
 impl ValidatedRequest {
@@ -183,6 +186,7 @@ pub struct Validator {
     pub(crate) policy: Policy,
     pub(crate) embedding: EmbeddingInfo,
     pub(crate) forms: Forms,
+    pub(crate) adapters: Arc<Adapters>,
 }
 
 /// What a prompt is encoded for.
@@ -223,7 +227,7 @@ impl Validator {
     /// [`RequestError::Invalid`] with every violation found; [`RequestError::ModelNotFound`];
     /// [`RequestError::Unsupported`] for a chat prompt without a template, and where the model generates nothing.
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
-        self.check_model(request.model.as_deref())?;
+        let adapter = self.check_model(request.model.as_deref())?;
         if self.embedding.is_only_output {
             let message = "this model has no output layer: it gives embeddings and generates nothing";
             return Err(RequestError::Unsupported(message.into()));
@@ -274,6 +278,7 @@ impl Validator {
             cache_salt: request.cache_salt,
             trace_parent: request.trace_parent,
             opens_thinking: form.opens_thinking,
+            adapter,
             constraints: each(form, n),
         })
     }
@@ -288,14 +293,16 @@ impl Validator {
         });
     }
 
-    fn check_model(&self, asked: Option<&str>) -> Result<(), RequestError> {
-        match asked.filter(|asked| !asked.is_empty() && *asked != self.served_model_name) {
-            None => Ok(()),
-            Some(asked) => Err(RequestError::ModelNotFound {
-                asked: asked.to_owned(),
-                served: self.served_model_name.clone(),
-            }),
-        }
+    /// The adapter that a request names in place of the model, if it names one.
+    fn check_model(&self, asked: Option<&str>) -> Result<Option<Adapter>, RequestError> {
+        let Some(asked) = asked.filter(|asked| !asked.is_empty() && *asked != self.served_model_name) else {
+            return Ok(None);
+        };
+        let adapter = self.adapters.find(asked);
+        let served = || self.served_model_name.clone();
+        adapter
+            .map(Some)
+            .ok_or_else(|| RequestError::ModelNotFound { asked: asked.to_owned(), served: served() })
     }
 
     /// What says who is served when, and with whom prefixes are shared.
@@ -308,20 +315,6 @@ impl Validator {
         });
         found.check(priority == 0 || self.policy == Policy::Priority, "priority", || {
             "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
-        });
-    }
-
-    fn check_stops(&self, request: &GenerateRequest, found: &mut Findings) {
-        let stop = &request.sampling.stop;
-        found.check(stop.len() <= limits::MAX_STOP, "sampling.stop", || {
-            format!("{} strings; at most {}", stop.len(), limits::MAX_STOP)
-        });
-        found.check(stop.iter().all(|s| !s.is_empty()), "sampling.stop", || "holds an empty string".into());
-        found.check(stop.iter().all(|s| s.len() <= limits::MAX_STOP_BYTES), "sampling.stop", || {
-            format!("a string is longer than {} bytes", limits::MAX_STOP_BYTES)
-        });
-        found.check(stop.is_empty() || !request.token_ids_only, "sampling.stop", || {
-            "stop strings need text; use stop_token_ids with token_ids_only".into()
         });
     }
 

@@ -1,4 +1,4 @@
-//! How near the CPU's ops come to what the machine can do: `cargo bench -p tidemill-kernels -- [probe|linear|attention|fork|step]`.
+//! How near the CPU's ops come to what the machine can do: `cargo bench -p tidemill-kernels -- [probe|linear|quantized|attention|fork|step]`.
 //!
 //! Shapes are those of a 117 M-parameter decoder in bf16: 12 layers, H 768, I 3072, 12 query and 4 key/value heads of 64, V 8192.
 
@@ -9,10 +9,10 @@ use std::{sync::Arc, time::Instant};
 use bytes::Bytes;
 use tidemill_kernels::{
     DType, HostTensor, Ops,
-    cpu::{Compute, CpuBatch, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident},
+    cpu::{Compute, CpuBatch, CpuBuffer, CpuConfig, CpuOps, CpuWeight, probe, resident, resident_with},
     ops::{Activation, BatchMeta, Epilogue, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
     sampling::{RowTask, SampleSpec},
-    tensor::HostMatrix,
+    tensor::{GgmlType, HostMatrix, QuantFormat, QuantMatrix},
 };
 
 const LAYERS: usize = 12;
@@ -34,6 +34,9 @@ fn main() {
     }
     if want("linear") {
         linear(&ops, &limits);
+    }
+    if want("quantized") {
+        quantized(&ops);
     }
     if want("attention") {
         attention(&ops);
@@ -217,6 +220,54 @@ fn linear(ops: &CpuOps, limits: &Limits) {
             layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]).collect();
         all.push(&head);
         report("all", &all);
+    }
+}
+
+/// A matrix of zeros whose scales are zeros too, of the same cost as any other.
+fn zeros(format: QuantFormat, n: usize, k: usize) -> HostMatrix {
+    let (row_bytes, scales) = match format {
+        QuantFormat::Fp8 { rows, columns } => (k, n.div_ceil(rows) * k.div_ceil(columns)),
+        QuantFormat::Int4 { group } => (k / 2, n * k.div_ceil(group)),
+        QuantFormat::Int8 { group } => (k, n * k.div_ceil(group)),
+        QuantFormat::Mxfp4 => (k / 32 * 17, 0),
+        QuantFormat::Ggml(ty) => (k / ty.block() * ty.block_bytes(), 0),
+    };
+    let memory = |bytes| resident_with(bytes, |all| all.fill(0)).unwrap();
+    let (data, scales) = (memory(n * row_bytes), memory(4 * scales));
+    QuantMatrix { name: String::new(), shape: [n, k], format, data, scales, offsets: Bytes::new() }.into()
+}
+
+fn quantized(ops: &CpuOps) {
+    let (n, k) = (1 << 16, 2048);
+    let formats = [
+        QuantFormat::Fp8 { rows: 1, columns: k },
+        QuantFormat::Fp8 { rows: 128, columns: 128 },
+        QuantFormat::Int8 { group: k },
+        QuantFormat::Int4 { group: 128 },
+        QuantFormat::Mxfp4,
+        QuantFormat::Ggml(GgmlType::Q8_0),
+        QuantFormat::Ggml(GgmlType::Q4_0),
+        QuantFormat::Ggml(GgmlType::Q4_K),
+        QuantFormat::Ggml(GgmlType::Q5_K),
+        QuantFormat::Ggml(GgmlType::Q6_K),
+    ];
+    let mut weights = vec![("bf16".to_owned(), 2.0, weight(ops, &[n], k, &mut 1))];
+    for format in formats {
+        let matrix = zeros(format, n, k);
+        let bytes = if let HostMatrix::Quantized(m) = &matrix { m.data.len() + m.scales.len() } else { 0 };
+        let weight = ops.weight(&[matrix], &[]).unwrap();
+        weights.push((format!("{format:?}"), bytes as f64 / (n * k) as f64, weight));
+    }
+    println!("one product with {n} x {k}        M   Gweights/s    GB/s  times bf16");
+    for m in [1, 4, 16, 256] {
+        let (x, mut out) = (filled(ops, m * k), filled(ops, m * n));
+        let mut dense = 0.0;
+        for (name, bytes, w) in &weights {
+            let t = ops.enter(|| time(0.4, || ops.linear(&mut out, &x, w, m, Epilogue::Store).unwrap()));
+            let rate = (n * k) as f64 / t / 1e9;
+            dense = if name == "bf16" { rate } else { dense };
+            println!("  {name:<34} {m:>4} {rate:10.1} {:9.1} {:9.2}", rate * bytes, rate / dense);
+        }
     }
 }
 

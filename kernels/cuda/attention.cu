@@ -27,15 +27,6 @@
 
 namespace {
 
-// Items of one kind, as the plan's header tells.
-struct Items {
-    int count;
-    const Item *at;
-
-    TM_DEVICE Items(const AttentionArgs &a, int kind)
-        : count((int)a.plan[2 * kind]), at((const Item *)(a.plan + a.plan[2 * kind + 1])) {}
-};
-
 // ---- A warp on its own: 16 query rows, keys and values streamed through a ring of pieces of 32 positions.
 
 template <int D>

@@ -58,6 +58,15 @@ struct __align__(16) Item {
     TM_DEVICE int end() const { return (int)position - 1; }
 };
 
+// Items of one kind, as the plan's header tells.
+struct Items {
+    int count;
+    const Item *at;
+
+    TM_DEVICE Items(const AttentionArgs &a, int kind)
+        : count((int)a.plan[2 * kind]), at((const Item *)(a.plan + a.plan[2 * kind + 1])) {}
+};
+
 TM_DEVICE int lane_id() { return (int)(threadIdx.x & 31); }
 TM_DEVICE float empty_max() { return -infinity(); }
 

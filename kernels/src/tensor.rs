@@ -75,6 +75,21 @@ pub fn f8_to_f32(byte: u8) -> f32 {
     if byte & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
+/// The F8E4M3 that is nearest to a number, to even where two are. What is too large becomes ±448; NaN stays NaN.
+pub fn f32_to_f8(x: f32) -> u8 {
+    let (sign, magnitude) = ((x.to_bits() >> 24) as u8 & 0x80, x.abs().min(448.0));
+    if x.is_nan() {
+        return sign | 0x7f;
+    }
+    if magnitude < 1.0 / 64.0 {
+        // Subnormals are multiples of 2^-9; the eighth is the first normal number.
+        return sign | (magnitude * 512.0).round_ties_even() as u8;
+    }
+    let bits = magnitude.to_bits();
+    let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
+    sign | ((rounded >> 20) - ((127 - 7) << 3)) as u8
+}
+
 /// A matrix `[N, K]` in host memory: as it is, or quantised.
 #[derive(Debug, Clone)]
 pub enum HostMatrix {
@@ -97,6 +112,12 @@ impl HostMatrix {
 impl From<HostTensor> for HostMatrix {
     fn from(tensor: HostTensor) -> Self {
         HostMatrix::Dense(tensor)
+    }
+}
+
+impl From<QuantMatrix> for HostMatrix {
+    fn from(matrix: QuantMatrix) -> Self {
+        HostMatrix::Quantized(matrix)
     }
 }
 
@@ -190,4 +211,28 @@ pub struct ExpertParts {
     pub parts: Vec<HostMatrix>,
     /// Each `[N_i]`; as many as parts, or none.
     pub bias: Vec<HostTensor>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_f8_comes_back_and_numbers_between_go_to_the_nearer() {
+        for byte in 0..=255_u8 {
+            let x = f8_to_f32(byte);
+            assert!(f32_to_f8(x) == byte || x.is_nan() && f8_to_f32(f32_to_f8(x)).is_nan(), "{byte:#x}");
+        }
+        for byte in 0..0x7e_u8 {
+            let (low, high) = (f8_to_f32(byte), f8_to_f32(byte + 1));
+            let middle = f32::midpoint(low, high);
+            let even = if byte % 2 == 0 { byte } else { byte + 1 };
+            assert_eq!(f32_to_f8(middle), even, "{middle}");
+            assert_eq!([f32_to_f8(middle.next_down()), f32_to_f8(middle.next_up())], [byte, byte + 1]);
+            assert_eq!(f32_to_f8(-middle), even | 0x80);
+        }
+        assert_eq!([448.1, 1e30, f32::INFINITY].map(f32_to_f8), [0x7e; 3]);
+        assert_eq!([-470.0, f32::NEG_INFINITY].map(f32_to_f8), [0xfe; 2]);
+        assert!(f8_to_f32(f32_to_f8(f32::NAN)).is_nan());
+    }
 }

@@ -198,6 +198,9 @@ fn refuses_parts_that_do_not_fit() {
     shape(ops.weight(&[t(&[4, 2], DType::F32), t(&[4, 3], DType::F32)], &[]));
     shape(ops.weight(&[t(&[4, 2], DType::F32)], &[b(&[3], DType::F32)]));
     shape(ops.weight(&[t(&[4, 2], DType::F32)], &[b(&[4], DType::F32), b(&[4], DType::F32)]));
-    let mixed = ops.weight(&[t(&[4, 2], DType::F32), t(&[4, 2], DType::Bf16)], &[]);
-    assert!(matches!(mixed, Err(KernelError::Unsupported { .. })));
+    let mut alone = t(&[4, 2], DType::Bf16);
+    if let HostMatrix::Dense(tensor) = &mut alone {
+        (tensor.dtype, tensor.shape) = (DType::F8E4M3, vec![8, 2]);
+    }
+    assert!(matches!(ops.weight(&[alone], &[]), Err(KernelError::Unsupported { .. })), "no scales");
 }

@@ -5,6 +5,7 @@
 //! [`crate::config`], and nothing else of the program sees it.
 
 mod http;
+mod lora;
 mod scheduling;
 
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, time::Duration};
@@ -23,6 +24,7 @@ use crate::{
 };
 
 pub use http::{GatewayArgs, HttpArgs};
+pub use lora::{LoraArgs, LoraModule};
 pub use scheduling::{PolicyArg, SchedulingArgs, TenantWeight};
 
 /// An LLM inference engine: continuous batching, streaming over gRPC and HTTP, immediate aborts.
@@ -181,6 +183,9 @@ pub struct ServeArgs {
     /// Whose turn it is, what is refused.
     #[command(flatten)]
     pub scheduling: SchedulingArgs,
+    /// Adapters.
+    #[command(flatten)]
+    pub lora: LoraArgs,
     /// Port of the gRPC server; 0 takes a free one, which is printed.
     #[arg(
         long,

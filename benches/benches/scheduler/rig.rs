@@ -70,7 +70,7 @@ impl Rig {
             max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
             long_prefill_token_threshold: MAX_NUM_BATCHED_TOKENS / 2,
         };
-        let config = SchedulerConfig { limits, policy, weights: BTreeMap::new() };
+        let config = SchedulerConfig { limits, policy, weights: BTreeMap::new(), max_loras: 0 };
         let scheduler = Scheduler::new(config, pool.clone());
         let root = scheduler.prefix_root(&["model"], 0);
         Self {

@@ -49,10 +49,11 @@ impl Core {
         self.ledger.open(opening, now);
     }
 
-    /// Who shares cached prefixes with whom: the same model, the same credential, the same salt.
+    /// Who shares cached prefixes with whom: the same model, the same adapter, the same credential, the same salt.
     fn prefix_root(&self, submission: &Submission) -> BlockHash {
         let request = &submission.request;
-        let parts = [&*self.settings.model_name, &*request.credential, &*request.cache_salt];
+        let adapter = request.adapter.as_ref().map(|adapter| adapter.id.0.to_string()).unwrap_or_default();
+        let parts = [&*self.settings.model_name, &*adapter, &*request.credential, &*request.cache_salt];
         self.scheduler.prefix_root(&parts, submission.ticket.0)
     }
 
@@ -119,6 +120,7 @@ fn sequences(
             tenant: request.tenant.clone(),
             pooling: request.pooling,
             root,
+            adapter: request.adapter.clone(),
             constraint: constraints.next(),
         }
     })

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
-use tidemill_kernels::tensor::{DType, HostMatrix, HostTensor};
+use tidemill_kernels::tensor::{DType, GgmlType, HostMatrix, HostTensor, QuantFormat, QuantMatrix};
 
 use crate::{
     error::LoadError,
@@ -21,7 +21,9 @@ use crate::{
     model::{
         decoder::transposed,
         files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX, map_file},
-        spec::{ModelSpec, TensorSpec},
+        formats::{Raw, Scheme},
+        gguf::{Format, Gguf},
+        spec::{ModelSpec, TensorKind, TensorSpec},
     },
 };
 
@@ -47,15 +49,23 @@ pub trait Tensors {
     /// # Errors
     /// As [`Tensors::tensor`].
     fn experts(&self, name: &str, extents: [usize; 3]) -> Result<Vec<HostMatrix>, LoadError> {
-        let [experts, n, k] = extents;
-        let all = self.tensor(name, &[experts, k, n])?;
-        let bytes = n * k * all.dtype.size();
-        let expert = |x: usize| {
-            let data = all.data.slice(x * bytes..(x + 1) * bytes);
-            transposed(&HostTensor { shape: vec![k, n], data, ..all.clone() }).into()
-        };
-        Ok((0..experts).map(expert).collect())
+        dense_experts(self, name, extents)
     }
+}
+
+fn dense_experts(
+    tensors: &(impl Tensors + ?Sized),
+    name: &str,
+    extents: [usize; 3],
+) -> Result<Vec<HostMatrix>, LoadError> {
+    let [experts, n, k] = extents;
+    let all = tensors.tensor(name, &[experts, k, n])?;
+    let bytes = n * k * all.dtype.size();
+    let expert = |x: usize| {
+        let data = all.data.slice(x * bytes..(x + 1) * bytes);
+        transposed(&HostTensor { shape: vec![k, n], data, ..all.clone() }).into()
+    };
+    Ok((0..experts).map(expert).collect())
 }
 
 /// All tensors of a model folder. Nothing is read until it is used: the files are memory-mapped.
@@ -65,6 +75,7 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    scheme: Scheme,
 }
 
 #[derive(Debug)]
@@ -80,6 +91,10 @@ struct Entry {
     shape: Vec<usize>,
     /// Place in the shard's bytes.
     range: Range<usize>,
+    /// Blocks of GGML instead of `dtype`.
+    blocks: Option<GgmlType>,
+    /// Rows are heads of this width, whose two halves are to be told apart: see [`crate::model::gguf`].
+    paired_heads: Option<usize>,
 }
 
 /// `model.safetensors.index.json`; its metadata is not used.
@@ -97,8 +112,12 @@ impl Checkpoint {
     /// # Errors
     /// [`LoadError::Io`] and [`LoadError::Format`], naming the file and, where there is one, the tensor.
     pub fn open(files: &ModelFiles) -> Result<Self, LoadError> {
+        if let Some(gguf) = files.gguf() {
+            return Ok(Self::of_gguf(gguf));
+        }
+        let scheme = Scheme::read(files)?;
         if files.contains(WEIGHTS) {
-            let mut checkpoint = Self::empty(files.path(WEIGHTS));
+            let mut checkpoint = Self::empty(files.path(WEIGHTS), scheme);
             checkpoint.add_shard(files, WEIGHTS)?;
             return Ok(checkpoint);
         }
@@ -106,7 +125,7 @@ impl Checkpoint {
         let index: Index = serde_json::from_slice(&files.require(WEIGHTS_INDEX)?).map_err(|error| {
             LoadError::Format { path: path.clone(), detail: format!("not a safetensors index: {error}") }
         })?;
-        let mut checkpoint = Self::empty(path);
+        let mut checkpoint = Self::empty(path, scheme);
         let mut shard_numbers = BTreeMap::new();
         for (tensor, shard) in &index.weight_map {
             checkpoint.check_shard_name(tensor, shard)?;
@@ -131,13 +150,54 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open_file(path: &Path) -> Result<Self, LoadError> {
-        let mut checkpoint = Self::empty(path.to_path_buf());
+        let mut checkpoint = Self::empty(path.to_path_buf(), Scheme::Plain);
         checkpoint.add_bytes(path.to_path_buf(), map_file(path)?)?;
         Ok(checkpoint)
     }
 
-    fn empty(path: PathBuf) -> Self {
-        Self { path, shards: Vec::new(), tensors: BTreeMap::new() }
+    fn empty(path: PathBuf, scheme: Scheme) -> Self {
+        Self { path, shards: Vec::new(), tensors: BTreeMap::new(), scheme }
+    }
+
+    fn of_gguf(gguf: &Gguf) -> Self {
+        let path = gguf.path().to_path_buf();
+        let mut checkpoint = Self::empty(path.clone(), Scheme::Plain);
+        checkpoint.shards.push(Shard { path, bytes: gguf.bytes().clone() });
+        for (name, stored) in gguf.tensors() {
+            let (dtype, blocks) = match stored.format {
+                Format::Plain(dtype) => (dtype, None),
+                Format::Blocks(ty) => (Dtype::U8, Some(ty)),
+            };
+            let (shape, range) = (stored.shape.clone(), stored.range.clone());
+            let entry = Entry { shard: 0, dtype, shape, range, blocks, paired_heads: stored.paired_heads };
+            checkpoint.tensors.insert(name.clone(), entry);
+        }
+        checkpoint
+    }
+
+    /// Whether the matrices are stored quantised, and so cannot be quantised again.
+    pub fn is_quantized(&self) -> bool {
+        self.scheme != Scheme::Plain || self.tensors.values().any(|entry| entry.blocks.is_some())
+    }
+
+    /// Bytes of a tensor as it is stored, and the type of its elements if it is none of a quantised one.
+    pub fn stored(&self, name: &str) -> Option<(usize, Option<DType>)> {
+        let entry = self.tensors.get(name)?;
+        Some((entry.range.len(), plain_dtype(entry.dtype)))
+    }
+
+    /// The single weight file or the index.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A tensor of any type, as it is stored.
+    pub(super) fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.tensors.get(name)?;
+        let shard = &self.shards[entry.shard];
+        let (dtype, shape) = (entry.dtype, entry.shape.as_slice());
+        let data = shard.bytes.slice(entry.range.clone());
+        Some(Raw { path: &shard.path, name: name.to_owned(), dtype, shape, data })
     }
 
     /// Shards lie beside their index. (The files themselves may be symbolic links, as in the hub's cache.)
@@ -180,7 +240,8 @@ impl Checkpoint {
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
             let (dtype, shape) = (info.dtype, info.shape.clone());
-            let entry = Entry { shard, dtype, shape, range: data + start..data + end };
+            let range = data + start..data + end;
+            let entry = Entry { shard, dtype, shape, range, blocks: None, paired_heads: None };
             if let Some(earlier) = self.tensors.get(&name) {
                 let other = self.shards[earlier.shard].path.display();
                 return Err(format(format!("tensor {name:?} is in {other} too")));
@@ -196,9 +257,15 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::tensor`], for the first that fails.
     pub fn verify(&self, spec: &ModelSpec) -> Result<(), LoadError> {
-        spec.tensors()
-            .iter()
-            .try_for_each(|TensorSpec { name, shape, .. }| self.find(name, shape).map(|_| ()))
+        spec.tensors().iter().try_for_each(|TensorSpec { name, shape, kind }| {
+            let in_blocks = self.tensors.get(name).is_some_and(|entry| entry.blocks.is_some());
+            match self.scheme.stored_as(self, name, *kind) {
+                // Its parts are checked when they are read.
+                Some(_) => Ok(()),
+                None if in_blocks && *kind == TensorKind::Matrix => self.shaped(name, shape).map(drop),
+                None => self.find(name, shape).map(drop),
+            }
+        })
     }
 
     /// A tensor without copying its bytes.
@@ -209,29 +276,53 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError> {
         let (entry, dtype) = self.find(name, expected_shape)?;
         let data = self.shards[entry.shard].bytes.slice(entry.range.clone());
-        Ok(HostTensor { name: name.to_owned(), dtype, shape: entry.shape.clone(), data })
+        let tensor = HostTensor { name: name.to_owned(), dtype, shape: entry.shape.clone(), data };
+        match entry.paired_heads {
+            None => Ok(tensor),
+            Some(head_dim) => {
+                Ok(HostTensor { data: halves_apart(&tensor.data, entry.shape[0], head_dim), ..tensor })
+            }
+        }
+    }
+
+    /// A matrix in blocks of GGML.
+    fn blocks(&self, name: &str, expected: [usize; 2]) -> Result<Option<QuantMatrix>, LoadError> {
+        let Some(Entry { blocks: Some(ty), .. }) = self.tensors.get(name) else { return Ok(None) };
+        let entry = self.shaped(name, &expected)?;
+        let data = self.shards[entry.shard].bytes.slice(entry.range.clone());
+        let data = match entry.paired_heads {
+            None => data,
+            Some(head_dim) => halves_apart(&data, expected[0], head_dim),
+        };
+        let (scales, offsets) = (Bytes::new(), Bytes::new());
+        let format = QuantFormat::Ggml(*ty);
+        Ok(Some(QuantMatrix { name: name.to_owned(), shape: expected, format, data, scales, offsets }))
     }
 
     fn find(&self, name: &str, expected: &[usize]) -> Result<(&Entry, DType), LoadError> {
+        let entry = self.shaped(name, expected)?;
+        match plain_dtype(entry.dtype) {
+            Some(dtype) => Ok((entry, dtype)),
+            None => {
+                let stored =
+                    entry.blocks.map_or_else(|| format!("{:?}", entry.dtype), |ty| format!("{ty:?}"));
+                let detail = format!("tensor {name:?} has type {stored}; supported: BF16, F16, F32");
+                Err(LoadError::Unsupported { path: self.shards[entry.shard].path.clone(), detail })
+            }
+        }
+    }
+
+    fn shaped(&self, name: &str, expected: &[usize]) -> Result<&Entry, LoadError> {
         let Some(entry) = self.tensors.get(name) else {
             let (path, tensor) = (self.path.clone(), name.to_owned());
             return Err(LoadError::MissingTensor { path, tensor, expected: expected.to_vec() });
         };
-        let path = || self.shards[entry.shard].path.clone();
         if entry.shape != expected {
+            let path = self.shards[entry.shard].path.clone();
             let (tensor, got) = (name.to_owned(), entry.shape.clone());
-            return Err(LoadError::TensorShape { path: path(), tensor, got, expected: expected.to_vec() });
+            return Err(LoadError::TensorShape { path, tensor, got, expected: expected.to_vec() });
         }
-        let dtype = match entry.dtype {
-            Dtype::BF16 => DType::Bf16,
-            Dtype::F16 => DType::F16,
-            Dtype::F32 => DType::F32,
-            other => {
-                let detail = format!("tensor {name:?} has type {other:?}; supported: BF16, F16, F32");
-                return Err(LoadError::Unsupported { path: path(), detail });
-            }
-        };
-        Ok((entry, dtype))
+        Ok(entry)
     }
 
     /// The bytes of what the specification asks for, in its order: of each tensor, or of what a quantised one is made of.
@@ -252,7 +343,8 @@ impl Checkpoint {
     pub fn kinds(&self) -> Vec<WeightKind> {
         let mut kinds: BTreeMap<String, WeightKind> = BTreeMap::new();
         for entry in self.tensors.values() {
-            let dtype = format!("{:?}", entry.dtype);
+            let plain = || format!("{:?}", entry.dtype);
+            let dtype = entry.blocks.map_or_else(plain, |blocks| format!("{blocks:?}"));
             let empty = WeightKind { dtype: dtype.clone(), tensors: 0, parameters: 0, bytes: 0 };
             let kind = kinds.entry(dtype).or_insert(empty);
             kind.tensors += 1;
@@ -284,8 +376,50 @@ impl Checkpoint {
     }
 }
 
+fn plain_dtype(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::BF16 => Some(DType::Bf16),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::F32 => Some(DType::F32),
+        _ => None,
+    }
+}
+
+/// Rows of heads in which `(i, i + D/2)` stand side by side, with each head's first half before its second.
+fn halves_apart(data: &Bytes, rows: usize, head_dim: usize) -> Bytes {
+    let bytes = data.len() / rows.max(1);
+    let half = head_dim / 2;
+    let source = |row: usize| {
+        let (head, within) = (row / head_dim * head_dim, row % head_dim);
+        head + within % half * 2 + within / half
+    };
+    (0..rows).flat_map(|row| &data[source(row) * bytes..][..bytes]).copied().collect::<Vec<u8>>().into()
+}
+
 impl Tensors for Checkpoint {
     fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<HostTensor, LoadError> {
         Checkpoint::tensor(self, name, expected_shape)
+    }
+
+    fn matrix(&self, name: &str, expected_shape: [usize; 2]) -> Result<HostMatrix, LoadError> {
+        let weight = format!("{name}.weight");
+        if let Some(blocks) = self.blocks(&weight, expected_shape)? {
+            return Ok(HostMatrix::Quantized(blocks));
+        }
+        let is_plain = match self.tensors.get(&weight) {
+            Some(entry) => plain_dtype(entry.dtype).is_some(),
+            None => self.scheme == Scheme::Plain,
+        };
+        if is_plain {
+            return self.tensor(&weight, &expected_shape).map(HostMatrix::Dense);
+        }
+        self.scheme.matrix(self, name, expected_shape)
+    }
+
+    fn experts(&self, name: &str, extents: [usize; 3]) -> Result<Vec<HostMatrix>, LoadError> {
+        match self.scheme.experts(self, name, extents)? {
+            Some(matrices) => Ok(matrices),
+            None => dense_experts(self, name, extents),
+        }
     }
 }

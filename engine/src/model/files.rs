@@ -9,6 +9,7 @@ use std::{
 use bytes::Bytes;
 use memmap2::Mmap;
 
+use super::gguf::Gguf;
 use crate::error::LoadError;
 
 /// Where a model comes from.
@@ -16,7 +17,7 @@ use crate::error::LoadError;
 pub enum ModelSource {
     /// The demonstration model in the program itself.
     Builtin,
-    /// A folder with `config.json`, `tokenizer.json` and safetensors weights.
+    /// A folder with `config.json`, `tokenizer.json` and safetensors weights, or a GGUF file, or a folder that holds one.
     Dir(PathBuf),
 }
 
@@ -55,6 +56,8 @@ const BUILTIN: &[(&str, &[u8])] = &[
 pub struct ModelFiles {
     source: ModelSource,
     chat_template: Option<PathBuf>,
+    /// Stands for the folder's files.
+    gguf: Option<Gguf>,
 }
 
 impl ModelFiles {
@@ -64,10 +67,22 @@ impl ModelFiles {
     /// [`LoadError::Format`] where there is no such folder or no `config.json`; [`LoadError::Unsupported`] where its
     /// weights are in another format than safetensors.
     pub fn open(source: &ModelSource) -> Result<Self, LoadError> {
+        let mut gguf = None;
         if let ModelSource::Dir(dir) = source {
-            check_folder(dir)?;
+            match gguf_file(dir)? {
+                Some(path) => {
+                    let bytes = map_file(&path)?;
+                    gguf = Some(Gguf::open(&path, bytes)?);
+                }
+                None => check_folder(dir)?,
+            }
         }
-        Ok(Self { source: source.clone(), chat_template: None })
+        Ok(Self { source: source.clone(), chat_template: None, gguf })
+    }
+
+    /// The GGUF file that stands for all others, if the model is one.
+    pub(super) fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
     }
 
     /// Takes the chat template from this file instead of the folder's own.
@@ -95,6 +110,9 @@ impl ModelFiles {
 
     /// The path of a file of this model, for reading and for messages.
     pub fn path(&self, name: &str) -> PathBuf {
+        if let Some(gguf) = &self.gguf {
+            return gguf.path().to_path_buf();
+        }
         match &self.source {
             ModelSource::Builtin => Path::new(BUILTIN_FOLDER).join(name),
             ModelSource::Dir(dir) => dir.join(name),
@@ -103,6 +121,9 @@ impl ModelFiles {
 
     /// Whether there is such a file.
     pub fn contains(&self, name: &str) -> bool {
+        if let Some(gguf) = &self.gguf {
+            return gguf.file(name).is_some();
+        }
         match &self.source {
             ModelSource::Builtin => builtin(name).is_some(),
             ModelSource::Dir(dir) => dir.join(name).is_file(),
@@ -115,6 +136,9 @@ impl ModelFiles {
     /// [`LoadError::Io`] where the folder cannot be listed.
     pub fn find(&self, extension: &str) -> Result<Option<String>, LoadError> {
         let ModelSource::Dir(dir) = &self.source else { return Ok(None) };
+        if self.gguf.is_some() {
+            return Ok(None);
+        }
         let io = |source| LoadError::Io { path: dir.clone(), source };
         let mut first: Option<String> = None;
         for entry in std::fs::read_dir(dir).map_err(io)? {
@@ -134,6 +158,9 @@ impl ModelFiles {
     /// # Errors
     /// [`LoadError::Io`], or [`LoadError::Format`] for a file over its size limit.
     pub fn read(&self, name: &str) -> Result<Option<Bytes>, LoadError> {
+        if let Some(gguf) = &self.gguf {
+            return Ok(gguf.file(name));
+        }
         match &self.source {
             ModelSource::Builtin => Ok(builtin(name)),
             ModelSource::Dir(_) if !self.contains(name) => Ok(None),
@@ -241,6 +268,32 @@ fn advise(map: &Mmap) {
     let _ = map;
 }
 
+/// The path itself where it is a GGUF file, or the only one of a folder without `config.json`.
+///
+/// # Errors
+/// [`LoadError::Format`] where there are several; [`LoadError::Io`].
+fn gguf_file(path: &Path) -> Result<Option<PathBuf>, LoadError> {
+    let is_gguf = |path: &Path| {
+        path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file()
+    };
+    if is_gguf(path) {
+        return Ok(Some(path.to_path_buf()));
+    }
+    if !path.is_dir() || path.join(CONFIG).is_file() {
+        return Ok(None);
+    }
+    let io = |source| LoadError::Io { path: path.to_path_buf(), source };
+    let mut found = None;
+    for entry in std::fs::read_dir(path).map_err(io)? {
+        let file = entry.map_err(io)?.path();
+        if is_gguf(&file) && found.replace(file).is_some() {
+            let detail = "there are several GGUF files in this folder; pass the path of one".to_owned();
+            return Err(LoadError::Format { path: path.to_path_buf(), detail });
+        }
+    }
+    Ok(found)
+}
+
 fn check_folder(dir: &Path) -> Result<(), LoadError> {
     let format = |detail: String| LoadError::Format { path: dir.to_path_buf(), detail };
     let metadata = match std::fs::metadata(dir) {
@@ -257,9 +310,10 @@ fn check_folder(dir: &Path) -> Result<(), LoadError> {
     if !metadata.is_dir() {
         return Err(match foreign_format(dir) {
             Some(detail) => LoadError::Unsupported { path: dir.to_path_buf(), detail },
-            None => {
-                format("this is a file; pass the folder that holds config.json and the weights".to_owned())
-            }
+            None => format(
+                "this is a file; pass the folder that holds config.json and the weights, or a GGUF file"
+                    .to_owned(),
+            ),
         });
     }
     let missing = if !dir.join(CONFIG).is_file() {
@@ -291,7 +345,7 @@ fn other_weights(dir: &Path) -> Result<Option<String>, LoadError> {
 fn foreign_format(path: &Path) -> Option<String> {
     let extension = path.extension()?.to_str()?.to_ascii_lowercase();
     let format = match extension.as_str() {
-        "gguf" | "ggml" => "GGUF",
+        "ggml" => "GGML",
         "bin" | "pt" | "pth" | "ckpt" => "PyTorch pickle",
         "h5" | "msgpack" => "TensorFlow or Flax",
         "onnx" => "ONNX",
@@ -299,5 +353,5 @@ fn foreign_format(path: &Path) -> Option<String> {
         _ => return None,
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    Some(format!("{name} is in {format} format, but only safetensors weights are supported"))
+    Some(format!("{name} is in {format} format, but only safetensors and GGUF weights are supported"))
 }

@@ -2,6 +2,8 @@
 
 mod families;
 pub(crate) mod fields;
+mod formats;
+mod gguf;
 mod parts;
 
 pub mod checkpoint;
@@ -9,6 +11,7 @@ pub mod decoder;
 pub mod embedding;
 pub mod files;
 pub mod generation_config;
+pub mod lora;
 pub mod prefetch;
 pub mod rope;
 pub mod spec;

@@ -88,7 +88,7 @@ impl Validator {
     /// # Errors
     /// As [`validate`](Self::validate).
     pub fn validate_embed(&self, request: EmbedRequest) -> Result<ValidatedEmbed, RequestError> {
-        self.check_model(request.model.as_deref())?;
+        let adapter = self.check_model(request.model.as_deref())?;
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
         self.check_service(request.priority, &request.tenant, &request.cache_salt, &mut found);
@@ -119,6 +119,7 @@ impl Validator {
                 trace_parent: request.trace_parent,
                 constraints: Vec::new(),
                 opens_thinking: false,
+                adapter,
             },
             shape: EmbeddingShape { dimensions, normalize },
         })

@@ -10,8 +10,9 @@ use tidemill_kernels::{
 
 use super::{BlockCopy, DeviceLost, Runner, RunnerError};
 use crate::{
+    adapter::{Adapter, AdapterSlot},
     ids::TokenId,
-    model::decoder::Decoder,
+    model::{decoder::Decoder, lora::LoraWeights},
     output::TokenLogprobs,
     scheduler::{PlanRow, RowOutput, RowResult, SamplePlan, StepOutput, StepPlan, TokenInput},
 };
@@ -70,6 +71,14 @@ impl<O: Ops> Runner for DecoderRunner<O> {
         self.in_flight.front().is_some_and(|(pending, _)| self.decoder.is_done(pending))
     }
 
+    fn set_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), RunnerError> {
+        let lost = |detail: String| DeviceLost(format!("{adapter:?}: {detail}"));
+        let weights = adapter.weights.downcast_ref::<LoraWeights>();
+        let weights = weights.ok_or_else(|| lost("is of another model".into()))?;
+        let set = self.decoder.set_adapter(slot.0 as usize, weights);
+        set.map_err(|error| lost(error.to_string()).into())
+    }
+
     fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {
         let copies: Vec<_> = copies.iter().map(block_copy).collect();
         self.decoder.copy_blocks(&copies).map_err(|error| DeviceLost(error.to_string()).into())
@@ -101,6 +110,7 @@ fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
         }
         meta.cu_seqlens_q.push(meta.token_ids.len() as u32);
         meta.context_lens.push(row.end() as u32);
+        meta.adapters.push(row.adapter.map_or(0, |slot| slot.0 + 1));
         meta.block_tables.extend(row.blocks.iter().map(|block| block.0));
         meta.block_tables.resize(meta.context_lens.len() * max_blocks, 0);
         for (position, target) in row.score_at.clone().zip(&row.targets) {
@@ -112,6 +122,9 @@ fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
             meta.logits_indices.push((meta.token_ids.len() - 1) as u32);
             tasks.push(RowTask::Sample(spec(sample), sample.sampling.logprobs));
         }
+    }
+    if meta.adapters.iter().all(|&adapter| adapter == 0) {
+        meta.adapters.clear();
     }
     (meta, tasks)
 }

@@ -15,6 +15,7 @@ pub use thread::{Finished, RunnerThread};
 use tidemill_kernels::KernelError;
 
 use crate::{
+    adapter::{Adapter, AdapterSlot},
     ids::{BlockId, HostBlockId},
     scheduler::{StepOutput, StepPlan},
 };
@@ -48,6 +49,14 @@ pub trait Runner {
     /// another step is launched.
     fn is_done(&mut self) -> bool;
 
+    /// Puts an adapter into a slot, behind the steps in flight and before those that are launched later. A runner without slots is never asked.
+    ///
+    /// # Errors
+    /// [`RunnerError::DeviceLost`] always: nobody knows what the slot holds.
+    fn set_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), RunnerError> {
+        Err(DeviceLost(format!("{adapter:?} for {slot:?} of a runner without slots")).into())
+    }
+
     /// Queues copies of blocks, in this order, behind the steps in flight and before those that are launched later. A runner
     /// without host blocks copies nothing and is never asked for more.
     ///
@@ -72,6 +81,10 @@ impl<R: Runner + ?Sized> Runner for Box<R> {
 
     fn is_done(&mut self) -> bool {
         (**self).is_done()
+    }
+
+    fn set_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), RunnerError> {
+        (**self).set_adapter(slot, adapter)
     }
 
     fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {

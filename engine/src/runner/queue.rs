@@ -108,6 +108,9 @@ impl<R: Runner> StepQueue<R> {
     /// Makes the copies that a launch of this step needs.
     fn copy(&mut self, step: &mut Step) -> Result<(), DeviceLost> {
         let again = step.saved;
+        if !again {
+            self.set_adapters(&step.plan)?;
+        }
         let saves = if again && !planted(Bug::SavesRepeated) { &[] } else { step.plan.saves.as_slice() };
         let saves = saves.iter().map(|&(block, host)| BlockCopy::Save(block, host));
         let loads = if again && planted(Bug::LoadsNotRepeated) { &[] } else { step.plan.loads.as_slice() };
@@ -122,6 +125,18 @@ impl<R: Runner> StepQueue<R> {
             // A panic, say: what the blocks hold is just as unknown.
             RunnerError::Step(error) => DeviceLost(format!("blocks could not be copied: {error}")),
         })
+    }
+
+    /// Puts the adapters that a plan brings into their slots: once, as nothing overwrites them but the adapters of a later plan.
+    fn set_adapters(&mut self, plan: &StepPlan) -> Result<(), DeviceLost> {
+        for (slot, adapter) in &plan.adapters {
+            self.attempt(|runner| runner.set_adapter(*slot, adapter)).map_err(|error| match error {
+                RunnerError::DeviceLost(lost) => lost,
+                // What the slot holds is just as unknown.
+                RunnerError::Step(error) => DeviceLost(format!("{adapter:?} has no place: {error}")),
+            })?;
+        }
+        Ok(())
     }
 
     /// Waits for the oldest step and returns it with one result per row. At least one step is in flight.

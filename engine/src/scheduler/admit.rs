@@ -8,10 +8,16 @@ use crate::{
 
 impl Scheduler {
     /// Gives free rows to waiting sequences in the order of the policy, while their whole prompts find blocks. Nobody overtakes: where the head
-    /// of the queue finds none, the others wait too.
+    /// of the queue finds none, the others wait too. Where it finds no slot for its adapter, those without one may overtake.
     pub(super) fn admit(&mut self, prompts: &mut Prompts) {
+        let mut wants_slot = false;
         while prompts.budget > 0 && self.running.len() < self.limits.max_num_seqs {
-            let Some(id) = self.waiting.head() else { return };
+            let head = if wants_slot { self.head_without_adapter() } else { self.waiting.head() };
+            let Some(id) = head else { return };
+            if !self.has_slot(id, self.running.len()) {
+                wants_slot = true;
+                continue;
+            }
             let fit = self.fit(id);
             if !self.has_room(fit) {
                 return;
@@ -44,6 +50,7 @@ impl Scheduler {
     }
 
     fn take_in(&mut self, id: SeqId) {
+        self.take_slot(id);
         let seq = self.seqs.get_mut(&id).expect("whoever waits is live");
         self.waiting.remove(&seq.turn);
         seq.table.prepare(seq.prompt_len + seq.sampling.max_tokens);
@@ -78,13 +85,14 @@ impl Scheduler {
         let lower = self.running.partition_point(|id| self.seqs[id].turn.priority <= priority);
         let is_full = self.running.len() == self.limits.max_num_seqs;
         let fit = self.fit(head);
-        if lower == self.running.len() || (!is_full && self.has_room(fit)) {
+        let fits = !is_full && self.has_room(fit) && self.has_slot(head, self.running.len());
+        if lower == self.running.len() || fits {
             return;
         }
         let theirs: Vec<BlockId> =
             self.running[lower..].iter().flat_map(|id| self.seqs[id].table.ids()).copied().collect();
         let fit = self.fit_without(head, &theirs);
-        if !self.has_room_beside(lower, fit) {
+        if !self.has_room_beside(lower, fit) || !self.has_slot(head, lower) {
             return;
         }
         if self.num_in_flight > 0 {
@@ -93,7 +101,8 @@ impl Scheduler {
         }
         while self.running.len() > lower {
             let fit = self.fit(head);
-            if self.running.len() < self.limits.max_num_seqs && self.has_room(fit) {
+            let running = self.running.len();
+            if running < self.limits.max_num_seqs && self.has_room(fit) && self.has_slot(head, running) {
                 break;
             }
             self.preempt(*self.running.last().expect("more than those that stay"));

@@ -84,6 +84,9 @@ impl Scheduler {
         if ahead > 0 && self.waiting.head() != Some(id) {
             return Some(WaitReason::Turn { ahead });
         }
+        if !self.has_slot(id, self.running.len()) {
+            return Some(WaitReason::Adapter { max_loras: self.slots.count() });
+        }
         let fit = self.fit(id);
         match self.has_room(fit) {
             true => None,

@@ -19,6 +19,7 @@
 //! whatever comes. Tokens that are forced are appended at once, handed out like any others, and computed by the next step in one row.
 
 mod activity;
+mod adapters;
 mod admit;
 mod check;
 mod explain;
@@ -75,6 +76,8 @@ pub struct SchedulerConfig {
     pub policy: Policy,
     /// Shares of tenants under [`Policy::Fair`]; whoever is not named has 1.
     pub weights: BTreeMap<TenantId, u32>,
+    /// Adapters in the batch at a time.
+    pub max_loras: usize,
 }
 
 /// What a removed sequence gave back.
@@ -139,6 +142,7 @@ pub struct Scheduler {
     /// Sequences in the batch, in order of [rank](Self::rank).
     running: Vec<SeqId>,
     waiting: Waiting,
+    slots: adapters::Slots,
     num_held: usize,
     num_parked: usize,
     /// Live sequences whose tokens are constrained.
@@ -158,7 +162,7 @@ impl Scheduler {
     /// # Panics
     /// With limits that would never schedule something: 0, or fewer tokens than sequences.
     pub fn new(config: SchedulerConfig, pool: BlockPool) -> Self {
-        let SchedulerConfig { limits, policy, weights } = config;
+        let SchedulerConfig { limits, policy, weights, max_loras } = config;
         assert!(
             limits.max_num_seqs >= 1 && limits.max_num_batched_tokens >= limits.max_num_seqs,
             "a step has a token for each of its sequences, and at least one"
@@ -170,6 +174,7 @@ impl Scheduler {
             seqs: FxHashMap::default(),
             running: Vec::new(),
             waiting: Waiting::new(policy, weights),
+            slots: adapters::Slots::new(max_loras),
             num_held: 0,
             num_parked: 0,
             num_formed: 0,

@@ -88,6 +88,7 @@ impl Scheduler {
             self.seqs.get_mut(&plan.rows[index].seq).expect("planned just now").sampled_at = logits_row;
         }
         self.num_in_flight += 1;
+        self.slots.take_pending(&mut plan.adapters);
         self.pool.take_copies(&mut plan.saves, &mut plan.loads);
     }
 

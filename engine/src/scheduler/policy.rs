@@ -28,6 +28,11 @@ pub enum WaitReason {
         /// What could be had.
         available: usize,
     },
+    /// The batch has rows of other adapters in all slots.
+    Adapter {
+        /// So many there are.
+        max_loras: usize,
+    },
     /// The tokens of the step went to others.
     Budget {
         /// Tokens of a step.

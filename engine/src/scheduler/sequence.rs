@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Stage, form::Form, waiting::Turn};
 use crate::{
+    adapter::{Adapter, AdapterSlot},
     constraint::Constraint,
     ids::{SeqId, TenantId, TokenId},
     kv::{BlockHash, BlockTable},
@@ -35,6 +36,8 @@ pub struct NewSequence {
     /// The beginning of its chain of blocks: only sequences of the same beginning share
     /// ([`BlockPool::prefix_root`](crate::kv::BlockPool::prefix_root)).
     pub root: BlockHash,
+    /// What changes the model for it.
+    pub adapter: Option<Adapter>,
     /// What its tokens may be.
     pub constraint: Option<Box<dyn Constraint>>,
 }
@@ -80,6 +83,9 @@ pub struct Sequence {
     /// The hidden states so far of a sequence that gives an embedding.
     pub(super) pooler: Option<Pooler>,
     pub(super) num_preemptions: usize,
+    pub(super) adapter: Option<Adapter>,
+    /// Where its adapter is while it is in the batch.
+    pub(super) slot: Option<AdapterSlot>,
     /// What its tokens may be.
     pub(super) form: Option<Form>,
 }
@@ -111,6 +117,8 @@ impl Sequence {
             num_scored: 0,
             pooler: new.pooling.map(|pooling| Pooler::new(pooling, new.prompt.len())),
             num_preemptions: 0,
+            adapter: new.adapter,
+            slot: None,
             form: new.constraint.map(Form::new),
         }
     }
@@ -233,6 +241,7 @@ impl Sequence {
     pub(super) fn release(&mut self, place: Place) -> usize {
         self.place = place;
         self.turn.resumed = !planted(Bug::PreemptedLosesTurn);
+        self.slot = None;
         (self.num_computed, self.num_planned) = (0, 0);
         self.table.release()
     }

@@ -4,6 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::Sequence;
 use crate::{
+    adapter::{Adapter, AdapterSlot},
     ids::{BlockId, HostBlockId, SeqId, TokenId},
     sampling::Sampling,
 };
@@ -71,6 +72,8 @@ pub struct PlanRow {
     pub targets: Vec<TokenId>,
     /// How many of the most likely tokens to report for each target.
     pub score_top: u32,
+    /// Where its adapter is, if it has one.
+    pub adapter: Option<AdapterSlot>,
     /// Positions of this row whose hidden states are wanted.
     pub pool_at: Range<usize>,
 }
@@ -87,6 +90,8 @@ impl PlanRow {
 pub struct StepPlan {
     /// In the order in which they were planned.
     pub rows: Vec<PlanRow>,
+    /// What slots hold from this step on, one after the other.
+    pub adapters: Vec<(AdapterSlot, Adapter)>,
     /// Blocks to be copied out to host memory before anything else of the step.
     pub saves: Vec<(BlockId, HostBlockId)>,
     /// Blocks to be copied in from host memory after the saves and before the rows are computed.
@@ -128,6 +133,7 @@ impl Spare {
     /// Keeps a plan's memory.
     pub fn recycle(&mut self, mut plan: StepPlan) {
         self.rows.append(&mut plan.rows);
+        plan.adapters.clear();
         plan.saves.clear();
         plan.loads.clear();
         self.plans.push(plan);
@@ -145,6 +151,7 @@ impl Spare {
             score_at: 0..0,
             targets: Vec::new(),
             score_top: 0,
+            adapter: None,
             pool_at: 0..0,
         });
         if let TokenInput::Known(mut tokens) =
@@ -178,6 +185,7 @@ impl Spare {
         row.targets.clear();
         row.targets.extend(row.score_at.clone().map(|at| seq.tokens[at + 1]));
         row.score_top = seq.sampling.prompt_logprobs.unwrap_or(0);
+        row.adapter = seq.slot;
         row.pool_at = seq.pooler.as_ref().map_or(0..0, |pooler| pooler.needed(start..end));
         row
     }

@@ -110,6 +110,18 @@ impl Waiting {
         }
     }
 
+    /// Whose turn it would be if only those waited that `is_meant` names.
+    pub fn first_of(&self, is_meant: impl Fn(SeqId) -> bool) -> Option<SeqId> {
+        let first = |queue: &BTreeSet<SeqId>| queue.iter().copied().find(|id| is_meant(*id));
+        match &self.order {
+            Order::Static { queue, .. } => queue.iter().map(|&(_, _, id)| id).find(|id| is_meant(*id)),
+            Order::Fair { resumed, queues, shares } => first(resumed).or_else(|| {
+                let tenants = queues.iter().filter(|(_, queue)| first(queue).is_some());
+                first(&queues[shares.least(tenants.map(|(tenant, _)| tenant))?])
+            }),
+        }
+    }
+
     /// The first `count` in the order in which they are served; under fair shares, whoever had a row before and then the others by arrival.
     pub fn first(&self, count: usize) -> Vec<SeqId> {
         match &self.order {

@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod embedding;
+mod families;
 mod files;
 mod generation;
 mod rope;

@@ -67,7 +67,10 @@ impl Rig {
         let weights = setup.weights.iter().map(|&(name, weight)| (TenantId::new(name), weight)).collect();
         let wires = Rc::<RefCell<Wires>>::default();
         Self {
-            scheduler: Scheduler::new(SchedulerConfig { limits, policy, weights }, pool.clone()),
+            scheduler: Scheduler::new(
+                SchedulerConfig { limits, policy, weights, max_loras: 2 },
+                pool.clone(),
+            ),
             steps: StepQueue::new(Device::new(wires, BLOCK, blocks, host_blocks)),
             pool,
             notes: Vec::new(),

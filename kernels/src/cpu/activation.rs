@@ -144,7 +144,7 @@ fn activate<S: Simd>(s: S, f: Activation, x: S::F) -> S::F {
         Activation::Gelu => gelu(s, x),
         Activation::GeluTanh => {
             // (1 + tanh u) / 2 = 1 / (1 + e^-2u), with 2u = 2 sqrt(2 / pi) (x + 0.044715 x³).
-            let cubic = s.fma(s.mul(x, x), s.splat(0.071_354_814), s.splat(1.595_769_1));
+            let cubic = s.fma(s.mul(x, x), s.splat(0.071_354_814), s.splat(1.595_769_2));
             times_sigmoid(s, x, s.mul(x, cubic))
         }
         Activation::Relu => s.max(s.splat(0.0), x),

@@ -89,8 +89,16 @@ impl Arena {
 /// # Errors
 /// [`KernelError::OutOfMemory`].
 pub fn resident(bytes: &[u8]) -> Result<Bytes> {
-    let mut arena = Arena::new("weights", bytes.len())?;
-    arena.as_mut_bytes().copy_from_slice(bytes);
+    resident_with(bytes.len(), |copy| copy.copy_from_slice(bytes))
+}
+
+/// Bytes in huge pages that `fill` makes; they are zero before.
+///
+/// # Errors
+/// [`KernelError::OutOfMemory`].
+pub fn resident_with(bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<Bytes> {
+    let mut arena = Arena::new("weights", bytes)?;
+    fill(arena.as_mut_bytes());
     Ok(Bytes::from_owner(arena))
 }
 

@@ -1,21 +1,24 @@
 //! Rows of tables, by token, position or segment.
 
-use half::{bf16, f16};
-
 use super::{
     CpuBuffer, CpuWeight,
+    isa::Host,
     pool::{Pool, Shared},
 };
-use crate::{
-    ops::{BatchMeta, Lookup},
-    tensor::DType,
-};
+use crate::ops::{BatchMeta, Lookup};
 
 /// Elements of a task.
 const CHUNK: usize = 16_384;
 
 /// `Ops::embedding`.
-pub(super) fn run(pool: &Pool, out: &mut CpuBuffer, table: &CpuWeight, meta: &BatchMeta, lookup: Lookup) {
+pub(super) fn run(
+    host: Host,
+    pool: &Pool,
+    out: &mut CpuBuffer,
+    table: &CpuWeight,
+    meta: &BatchMeta,
+    lookup: Lookup,
+) {
     let (tokens, h) = (meta.num_tokens(), table.k);
     let out = Shared::new(&mut out.as_mut_slice()[..tokens * h]);
     let row = |t: usize| match lookup {
@@ -29,34 +32,12 @@ pub(super) fn run(pool: &Pool, out: &mut CpuBuffer, table: &CpuWeight, meta: &Ba
         for t in task * chunk..tokens.min((task + 1) * chunk) {
             // SAFETY: row `t` of the output is this task's own.
             let out = unsafe { out.slice(t * h, h) };
-            let row = table.row(row(t));
             match lookup {
-                Lookup::Tokens { scale } => widen(out, row, table.dtype, |out, x| *out = x * scale),
+                Lookup::Tokens { scale } => table.widen_row(host, row(t), out, |out, x| *out = x * scale),
                 Lookup::Positions { .. } | Lookup::Segments => {
-                    widen(out, row, table.dtype, |out, x| *out += x);
+                    table.widen_row(host, row(t), out, |out, x| *out += x);
                 }
             }
         }
     });
-}
-
-/// Puts every element of a table's row into `out`.
-fn widen(out: &mut [f32], row: &[u8], dtype: DType, put: impl Fn(&mut f32, f32)) {
-    match dtype {
-        DType::Bf16 => {
-            for (o, b) in out.iter_mut().zip(row.chunks_exact(2)) {
-                put(o, bf16::from_le_bytes([b[0], b[1]]).to_f32());
-            }
-        }
-        DType::F16 => {
-            for (o, b) in out.iter_mut().zip(row.chunks_exact(2)) {
-                put(o, f16::from_le_bytes([b[0], b[1]]).to_f32());
-            }
-        }
-        _ => {
-            for (o, b) in out.iter_mut().zip(row.chunks_exact(4)) {
-                put(o, f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            }
-        }
-    }
 }

@@ -20,8 +20,8 @@ pub struct CpuKvCache {
 impl CpuKvCache {
     pub(crate) fn new(shape: KvShape) -> Result<CpuKvCache> {
         let unsupported = |detail: String| Err(KernelError::Unsupported { op: "kv_cache", detail });
-        if !matches!(shape.dtype, DType::F32 | DType::Bf16) {
-            return unsupported(format!("no {:?} cache; choose F32 or Bf16", shape.dtype));
+        if !matches!(shape.dtype, DType::F32 | DType::Bf16 | DType::F8E4M3) {
+            return unsupported(format!("no {:?} cache; choose F32, Bf16 or F8E4M3", shape.dtype));
         }
         if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(2) || shape.head_dim > 1024 {
             return unsupported(format!(

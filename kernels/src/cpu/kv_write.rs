@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     ops::{BatchMeta, HeadShape, LatentShape, Norm, QkTransform, Rotary},
-    tensor::DType,
+    tensor::{DType, f32_to_f8},
 };
 
 /// The arguments of one call.
@@ -144,6 +144,11 @@ fn write(out: &mut [u8], x: &[f32], dtype: DType, first: usize, stride: usize) {
         DType::F32 => {
             for (place, v) in places.zip(x) {
                 place[..4].copy_from_slice(&v.to_ne_bytes());
+            }
+        }
+        DType::F8E4M3 => {
+            for (place, v) in places.zip(x) {
+                place[0] = f32_to_f8(*v);
             }
         }
         _ => {

@@ -1,7 +1,7 @@
 //! The CPU backend: every op over a pool of threads and the widest vectors that the CPU has.
 //!
 //! - [`isa`](Isa): which instructions there are; `simd`: vectors over them; `pool`: threads.
-//! - `buffer`, `weight`, `kv_cache`: memory.
+//! - `buffer`, `weight`, `kv_cache`: memory; `decode`: what quantised weights are worth.
 //! - One file per kind of op: `embedding`, `norm`, `linear`, `activation`, `kv_write` with `rope`, `attention`, `experts` with `routes`, `add`, `gather`, `sample`.
 //! - [`probe`]: what the machine could do at best.
 //!
@@ -15,6 +15,7 @@ mod add;
 mod attention;
 mod batch;
 mod buffer;
+mod decode;
 mod embedding;
 mod experts;
 mod gather;
@@ -22,6 +23,7 @@ mod isa;
 mod kv_cache;
 mod kv_write;
 mod linear;
+mod lora;
 mod norm;
 mod pool;
 pub mod probe;
@@ -38,10 +40,11 @@ use std::{
 
 pub use self::{
     batch::CpuBatch,
-    buffer::{CpuBuffer, resident},
+    buffer::{CpuBuffer, resident, resident_with},
     isa::Isa,
     kv_cache::{CpuHostKv, CpuKvCache},
     linear::Compute,
+    lora::CpuLora,
     routes::CpuRoutes,
     weight::CpuWeight,
 };
@@ -49,8 +52,8 @@ use self::{batch::Feedback, experts::Experts, isa::Host, linear::Linear, norm::F
 use crate::{
     error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
-        Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
+        LoraPart, LoraShape, Norm, Ops, QkTransform, Result, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
     tensor::{ExpertParts, HostMatrix, HostTensor},
@@ -121,6 +124,7 @@ impl Ops for CpuOps {
     type Weight = CpuWeight;
     type Vector = Vec<f32>;
     type Experts = Vec<CpuWeight>;
+    type Lora = CpuLora;
     type Routes = CpuRoutes;
     type KvCache = CpuKvCache;
     type HostKv = CpuHostKv;
@@ -157,6 +161,14 @@ impl Ops for CpuOps {
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<Vec<CpuWeight>> {
         experts::new(experts)
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CpuLora> {
+        Ok(CpuLora::new(shape))
+    }
+
+    fn set_lora(&self, lora: &mut CpuLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora.set(slot, parts)
     }
 
     fn routes(&self, tokens: usize, routing: &Routing) -> Result<CpuRoutes> {
@@ -209,7 +221,7 @@ impl Ops for CpuOps {
         batch: &CpuBatch,
         lookup: Lookup,
     ) -> Result<()> {
-        embedding::run(&self.pool, out, table, &batch.meta, lookup);
+        embedding::run(self.host, &self.pool, out, table, &batch.meta, lookup);
         Ok(())
     }
 
@@ -332,6 +344,33 @@ impl Ops for CpuOps {
         activation: Activation,
     ) -> Result<()> {
         self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        let shape = [rows, weight.n / 2];
+        activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
+        Ok(())
+    }
+
+    fn has_adapters(&self, batch: &CpuBatch) -> bool {
+        !batch.meta.adapters.is_empty()
+    }
+
+    fn lora_add(&self, out: &mut CpuBuffer, x: &CpuBuffer, lora: &CpuLora, batch: &CpuBatch) -> Result<()> {
+        lora::add(self.host, &self.pool, out, x, lora, &batch.meta);
+        Ok(())
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut CpuBuffer,
+        scratch: &mut CpuBuffer,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        lora: &CpuLora,
+        batch: &CpuBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        let rows = batch.meta.num_tokens();
+        self.linear(scratch, x, weight, rows, Epilogue::Store)?;
+        self.lora_add(scratch, x, lora, batch)?;
         let shape = [rows, weight.n / 2];
         activation::gate(self.host, &self.pool, out, scratch, shape, activation, |row| row);
         Ok(())

@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
+    decoder::lora::LoraStep,
     driver::Result,
     graphs::GraphKey,
     layout::Layout,
@@ -23,6 +24,8 @@ pub struct CudaBatch {
     pub(super) layout: Layout,
     pub(super) kernels: AttentionKernels,
     pub(super) plan_words: usize,
+    /// Absent where no row has an adapter.
+    pub(super) lora: Option<LoraStep>,
     pub(super) groups: Vec<Group>,
     pub(super) tasks: Arc<[RowTask]>,
     pub(super) graph: Option<GraphKey>,

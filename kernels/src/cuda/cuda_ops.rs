@@ -5,8 +5,8 @@ use std::{ops::Range, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
-    CudaBatch, CudaConfig, CudaExperts, CudaHostKv, CudaKvCache, CudaPending, CudaRoutes, Device,
-    decoder::{attention, cache, experts, products, rows, step},
+    CudaBatch, CudaConfig, CudaExperts, CudaHostKv, CudaKvCache, CudaLora, CudaPending, CudaRoutes, Device,
+    decoder::{attention, cache, experts, lora, products, rows, step},
     driver::Result,
     memory::DeviceBuffer,
     ops::{AddGated, add, add_gated},
@@ -14,10 +14,9 @@ use super::{
     weights::{CudaWeight, Uploader},
 };
 use crate::{
-    error::KernelError,
     ops::{
-        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup, Norm,
-        Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
+        Activation, BatchMeta, BlockCopy, Epilogue, Extent, HeadShape, KvShape, LatentShape, Lookup,
+        LoraPart, LoraShape, Norm, Ops, QkTransform, Rotary, Routing, Scoring, Slices, StepResults,
     },
     sampling::RowTask,
     tensor::{DType, ExpertParts, HostMatrix, HostTensor},
@@ -28,6 +27,8 @@ pub struct CudaOps {
     // Dropped in this order: what is queued ends first.
     pub(super) steps: Mutex<Steps>,
     pub(super) uploader: Mutex<Uploader>,
+    /// Between the two products of adapters, where there are any.
+    pub(super) low: Mutex<Option<DeviceBuffer>>,
     pub(super) device: Device,
     pub(super) config: CudaConfig,
 }
@@ -42,6 +43,7 @@ impl CudaOps {
         Ok(Self {
             steps: Mutex::new(Steps::new(&device, &config, config.max_logits_rows())?),
             uploader: Mutex::new(Uploader::new(&device)?),
+            low: Mutex::default(),
             device,
             config,
         })
@@ -59,16 +61,12 @@ impl CudaOps {
     }
 }
 
-/// TEMPORARY: what is still to be written.
-fn later<T>(op: &'static str) -> Result<T> {
-    Err(KernelError::Unsupported { op, detail: "not written yet".to_owned() })
-}
-
 impl Ops for CudaOps {
     type Buffer = DeviceBuffer;
     type Weight = CudaWeight;
     type Vector = DeviceBuffer;
     type Experts = CudaExperts;
+    type Lora = CudaLora;
     type Routes = CudaRoutes;
     type KvCache = CudaKvCache;
     type HostKv = CudaHostKv;
@@ -106,6 +104,14 @@ impl Ops for CudaOps {
 
     fn experts(&self, experts: &[ExpertParts]) -> Result<CudaExperts> {
         self.uploader.lock().experts(experts)
+    }
+
+    fn lora(&self, shape: &LoraShape) -> Result<CudaLora> {
+        lora::lora(self, shape)
+    }
+
+    fn set_lora(&self, lora: &mut CudaLora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()> {
+        lora::set_lora(self, lora, slot, parts)
     }
 
     fn routes(&self, tokens: usize, routing: &Routing) -> Result<CudaRoutes> {
@@ -216,30 +222,30 @@ impl Ops for CudaOps {
 
     fn latent_kv_write(
         &self,
-        _: &mut DeviceBuffer,
-        _: &mut DeviceBuffer,
-        _: &mut CudaKvCache,
-        _: Norm<'_, DeviceBuffer>,
-        _: Rotary<'_, DeviceBuffer>,
-        _: &CudaBatch,
-        _: LatentShape,
-        _: usize,
+        q_rope: &mut DeviceBuffer,
+        latent: &mut DeviceBuffer,
+        kv: &mut CudaKvCache,
+        norm: Norm<'_, DeviceBuffer>,
+        rotary: Rotary<'_, DeviceBuffer>,
+        batch: &CudaBatch,
+        shape: LatentShape,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_kv_write")
+        attention::latent_kv_write(self, (q_rope, latent), kv.layer(layer), (norm, rotary), (batch, shape))
     }
 
     fn latent_attention(
         &self,
-        _: &mut DeviceBuffer,
-        _: &DeviceBuffer,
-        _: &DeviceBuffer,
-        _: &CudaKvCache,
-        _: &CudaBatch,
-        _: LatentShape,
-        _: f32,
-        _: usize,
+        out: &mut DeviceBuffer,
+        q_latent: &DeviceBuffer,
+        q_rope: &DeviceBuffer,
+        kv: &CudaKvCache,
+        batch: &CudaBatch,
+        shape: LatentShape,
+        scale: f32,
+        layer: usize,
     ) -> Result<()> {
-        later("latent_attention")
+        attention::latent_attention(self, out, (q_latent, q_rope), kv.layer(layer), (batch, shape, scale))
     }
 
     fn linear_heads(
@@ -262,6 +268,33 @@ impl Ops for CudaOps {
         activation: Activation,
     ) -> Result<()> {
         products::linear_gated(self, out, x, weight, (rows, activation))
+    }
+
+    fn has_adapters(&self, batch: &CudaBatch) -> bool {
+        batch.lora.is_some()
+    }
+
+    fn lora_add(
+        &self,
+        out: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+    ) -> Result<()> {
+        lora::lora_add(self, out, x, lora, batch)
+    }
+
+    fn lora_gated(
+        &self,
+        out: &mut DeviceBuffer,
+        scratch: &mut DeviceBuffer,
+        x: &DeviceBuffer,
+        weight: &CudaWeight,
+        lora: &CudaLora,
+        batch: &CudaBatch,
+        activation: Activation,
+    ) -> Result<()> {
+        lora::lora_gated(self, lora::Gated { out, scratch, x, weight, activation }, lora, batch)
     }
 
     fn add_gated(

@@ -33,6 +33,7 @@ pub use self::{
         cache::{CudaHostKv, CudaKvCache},
         config::{CudaAttention, CudaConfig},
         experts::CudaRoutes,
+        lora::CudaLora,
         step::CudaPending,
     },
     weights::{CudaExperts, CudaWeight},

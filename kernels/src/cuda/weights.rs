@@ -149,8 +149,17 @@ impl Uploader {
         Ok(buffer)
     }
 
+    /// Copies words, fewer than a staging buffer holds.
+    pub(super) fn words(&mut self, dst: DevPtr, words: &[u32]) -> Result<()> {
+        self.stage(dst, 4 * words.len(), |out| {
+            out.chunks_exact_mut(4)
+                .zip(words)
+                .for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
+        })
+    }
+
     /// Copies a tensor as bf16, rounding to nearest even where it is stored in more bits.
-    fn copy(&mut self, dst: DevPtr, tensor: &HostTensor) -> Result<()> {
+    pub(super) fn copy(&mut self, dst: DevPtr, tensor: &HostTensor) -> Result<()> {
         let size = tensor.dtype.size();
         let per_copy = STAGING_BYTES / 2;
         for (i, source) in tensor.data.chunks(per_copy * size).enumerate() {

@@ -33,6 +33,8 @@ pub struct BatchMeta {
     pub state_indices: Vec<u32>,
     /// `[T]` segment of each token (the token types of BERT), or empty: all are 0.
     pub segments: Vec<u32>,
+    /// `[S]` adapter of each row: its slot + 1, or 0 for none; or empty: no row has one. See [`Ops::lora_add`].
+    pub adapters: Vec<u32>,
 }
 
 impl BatchMeta {

@@ -11,6 +11,7 @@
 
 mod batch;
 mod forms;
+mod lora;
 mod routing;
 mod shapes;
 
@@ -22,9 +23,11 @@ use crate::{
     tensor::{ExpertParts, HostMatrix, HostTensor},
 };
 
+pub(crate) use self::lora::LoraGroup;
 pub use self::{
     batch::{BatchMeta, Extent, FEEDBACK, StepResults},
     forms::{Activation, Epilogue, HeadNorm, Lookup, Norm, QkTransform, Rotary, Scoring},
+    lora::{LoraPart, LoraShape},
     routing::{ExpertGroups, ExpertScoring, Routing},
     shapes::{BlockCopy, HeadShape, KvShape, LatentShape, Slices},
 };
@@ -49,6 +52,8 @@ pub trait Ops: Send + Sync {
     type Vector: Send + Sync;
     /// Resident matrices `[X, N, K]`, one for each expert (or head), with optional biases `[X, N]`.
     type Experts: Send + Sync;
+    /// Low-rank adapters of one matrix, in slots.
+    type Lora: Send + Sync;
     /// Which experts the tokens of a step go to, and with what weights.
     type Routes: Send;
     /// Keys and values of all layers.
@@ -82,7 +87,7 @@ pub trait Ops: Send + Sync {
     ///
     /// # Errors
     /// [`KernelError::Shape`] when a part is not `[_, K]`, or a bias does not match its part; [`KernelError::Unsupported`] for parts of
-    /// different formats, or one that the device does not compute with.
+    /// different formats where the device wants one, or one that it does not compute with.
     fn weight(&self, parts: &[HostMatrix], bias: &[HostTensor]) -> Result<Self::Weight>;
 
     /// Makes a matrix that [`Ops::embedding`] can look up in, and [`Ops::linear`] can multiply with: quantised ones are widened where the device
@@ -97,6 +102,19 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// As [`Ops::weight`], and [`KernelError::Shape`] where two experts differ in shape.
     fn experts(&self, experts: &[ExpertParts]) -> Result<Self::Experts>;
+
+    /// Allocates room for low-rank adapters of one matrix, for steps of the device's largest size. All slots are empty.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for extents that the device does not compute with.
+    fn lora(&self, shape: &LoraShape) -> Result<Self::Lora>;
+
+    /// Puts an adapter into a slot, in place of what was there; an entry for each part of the matrix, `None` where the adapter leaves it as it is.
+    /// Queued in order with the steps: those queued before compute with what was there.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] when a matrix does not fit the part, or its rank is over the highest; what the device reports.
+    fn set_lora(&self, lora: &mut Self::Lora, slot: usize, parts: &[Option<LoraPart>]) -> Result<()>;
 
     /// Allocates the routes of up to `tokens` tokens.
     ///
@@ -289,6 +307,33 @@ pub trait Ops: Send + Sync {
         gate: &Self::Buffer,
         rows: usize,
         width: usize,
+    ) -> Result<()>;
+
+    /// Whether a row of the step has an adapter.
+    fn has_adapters(&self, batch: &Self::Batch) -> bool;
+
+    /// `out[t, i] += scale * B_i (A_i x[t])` for each token of a row that has an adapter, and each part i of the matrix that the adapter changes; the
+    /// rest of `out` is not touched. `x` is `[T, K]`, `out` `[T, N]`.
+    fn lora_add(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        lora: &Self::Lora,
+        batch: &Self::Batch,
+    ) -> Result<()>;
+
+    /// [`Ops::linear_gated`] of all T tokens with adapters: for tokens without one its bits, for others `f(gate) * up` of what
+    /// [`Ops::lora_add`] makes of the product. `scratch` is an [`Ops::buffer`] of `T * 2 I` elements.
+    #[allow(clippy::too_many_arguments)]
+    fn lora_gated(
+        &self,
+        out: &mut Self::Buffer,
+        scratch: &mut Self::Buffer,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        lora: &Self::Lora,
+        batch: &Self::Batch,
+        activation: Activation,
     ) -> Result<()>;
 
     /// `out[i] += x[i]` for the first `elems` elements.

@@ -102,6 +102,7 @@ impl<'a, O: Ops> Bed<'a, O> {
             logits_indices: Vec::new(),
             state_indices: Vec::new(),
             segments: Vec::new(),
+            adapters: Vec::new(),
             positions: positions.collect(),
         };
         self.ops.upload(Arc::new(meta), Arc::new([])).unwrap()

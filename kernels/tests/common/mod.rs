@@ -6,6 +6,7 @@ use tidemill_kernels::{
     DType, HostTensor, Ops,
     cpu::{Compute, CpuBuffer, CpuConfig, CpuOps, Isa},
     ops::{QkTransform, Rotary, Scoring},
+    tensor::f32_to_f8,
 };
 
 /// A small random generator (xorshift64*, Vigna 2016).
@@ -64,7 +65,7 @@ pub fn tensor(dtype: DType, shape: &[usize], values: &[f32], skew: usize) -> Hos
             DType::Bf16 => data.extend(half::bf16::from_f32(v).to_le_bytes()),
             DType::F16 => data.extend(half::f16::from_f32(v).to_le_bytes()),
             DType::F32 => data.extend(v.to_le_bytes()),
-            DType::F8E4M3 => unimplemented!("no test has such a tensor"),
+            DType::F8E4M3 => data.push(f32_to_f8(v)),
         }
     }
     HostTensor { name: "test".into(), dtype, shape: shape.to_vec(), data: Bytes::from(data).slice(skew..) }

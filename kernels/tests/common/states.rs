@@ -37,7 +37,7 @@ pub fn states_come_with_their_step<O: Ops>(ops: &O) {
             max_blocks: 1,
             logits_indices: logits.to_vec(),
             state_indices: wanted.to_vec(),
-            segments: Vec::new(),
+            ..BatchMeta::default()
         };
         // Nobody asks for what the rows of logits give.
         let batch = ops.upload(Arc::new(meta), Arc::new([])).unwrap();

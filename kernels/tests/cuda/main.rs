@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+#[path = "../common/adapters.rs"]
+mod adapters;
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
@@ -12,8 +14,11 @@ mod common_states;
 #[path = "../common/copies.rs"]
 mod copies;
 mod copy_blocks;
+mod decoder;
 mod harness;
+mod latent;
 mod linear;
+mod lora;
 mod moe;
 mod moe_route;
 mod norm;

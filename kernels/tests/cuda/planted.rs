@@ -12,7 +12,7 @@ use std::{
 
 use tidemill_kernels_emu::{EmuDriver, Schedule, Site};
 
-use crate::{attention, linear, moe, norm, paged::Bed, rope_kv_write, sampling};
+use crate::{attention, latent, linear, moe, norm, paged::Bed, rope_kv_write, sampling};
 
 /// Random schedules that are tried after the four of every test.
 const MORE_SCHEDULES: u64 = 8;
@@ -25,6 +25,7 @@ const SAMPLES: &[(&str, Sample)] = &[
     ("attention, 64", |bed| attention::sample(bed, 64)),
     ("attention, 192", |bed| attention::sample(bed, 192)),
     ("layernorm", |bed| norm::sample(&bed.device, true)),
+    ("latent", latent::sample),
     ("linear", |bed| linear::sample(&bed.device)),
     ("moe", moe::sample),
     ("rmsnorm", |bed| norm::sample(&bed.device, false)),

@@ -7,7 +7,7 @@ use std::{
 
 use futures_util::{FutureExt, stream};
 use tidemill_engine::{
-    EngineHandle, EngineStats, Generation, RequestError,
+    AdapterInfo, EngineHandle, EngineStats, Generation, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
     output::{AbortReceipt, Embedding},
@@ -118,6 +118,19 @@ impl EngineClient for LocalEngine {
 
     async fn abort(&self, id: RequestId) -> Result<AbortReceipt, CallError> {
         Ok(self.engine()?.abort(id).await?)
+    }
+
+    async fn adapters(&self) -> Result<Vec<AdapterInfo>, CallError> {
+        Ok(self.engine()?.adapters().list())
+    }
+
+    async fn load_adapter(&self, name: String, path: String) -> Result<(), CallError> {
+        let adapters = self.engine()?.adapters().clone();
+        Ok(self.texts.run(move || adapters.load(&name, &path)).await?)
+    }
+
+    async fn unload_adapter(&self, name: String) -> Result<(), CallError> {
+        Ok(self.engine()?.adapters().unload(&name)?)
     }
 
     async fn stats(&self) -> Result<EngineStats, CallError> {

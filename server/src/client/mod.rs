@@ -9,7 +9,7 @@ use std::{fmt, pin::Pin, sync::Arc};
 
 use futures_util::Stream;
 use tidemill_engine::{
-    EngineStats,
+    AdapterInfo, EngineStats,
     activity::Activity,
     ids::{RequestId, TokenId},
     output::{AbortReceipt, Embedding, Output},
@@ -163,6 +163,24 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// When the engine is gone.
     async fn abort(&self, id: RequestId) -> Result<AbortReceipt, CallError>;
+
+    /// The adapters that requests can name in place of the model.
+    ///
+    /// # Errors
+    /// When the engine is gone.
+    async fn adapters(&self) -> Result<Vec<AdapterInfo>, CallError>;
+
+    /// Loads an adapter from a folder that the server allows.
+    ///
+    /// # Errors
+    /// Why it was not; see [`Adapters::load`](tidemill_engine::Adapters::load).
+    async fn load_adapter(&self, name: String, path: String) -> Result<(), CallError>;
+
+    /// Takes an adapter's name away; requests that named it before keep it.
+    ///
+    /// # Errors
+    /// NOT_FOUND for a name that there is not.
+    async fn unload_adapter(&self, name: String) -> Result<(), CallError>;
 
     /// A reading of gauges, counters and distributions.
     ///

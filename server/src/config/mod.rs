@@ -3,6 +3,7 @@
 pub mod file;
 mod http;
 mod inspect;
+mod lora;
 mod run;
 mod serve;
 pub mod size;

@@ -10,7 +10,7 @@ use std::{
 
 use tidemill_engine::{EngineConfig, SchedulingConfig, ids::TenantId, scheduler::Policy};
 
-use super::{HttpConfig, engine_config};
+use super::{HttpConfig, engine_config, lora::lora_config};
 use crate::{
     args::{NetworkArgs, PolicyArg, SchedulingArgs, ServeArgs, TenantWeight},
     auth::ApiKeys,
@@ -110,6 +110,7 @@ impl ServeConfig {
         engine.max_num_seqs = args.limits.max_num_seqs.map(Into::into);
         engine.swap_space = args.scheduling.swap_space.0;
         engine.scheduling = scheduling_config(args.scheduling)?;
+        engine.lora = lora_config(args.lora)?;
         let log = LogConfig::new(args.log.log_format, &args.log.log_level)?;
         let listen = listen_config(&args.network)?;
         let http = (!args.no_http).then(|| HttpConfig::new(args.http, &args.network, &listen)).transpose()?;

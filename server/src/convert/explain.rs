@@ -38,7 +38,7 @@ pub fn explain_response(explanation: &Explanation) -> v1::ExplainResponse {
 }
 
 fn wait_reason(reason: WaitReason) -> v1::WaitReason {
-    use wait_reason::{Blocks, Budget, Fairness, Prompt, Reader, Reason, Rows, Turn};
+    use wait_reason::{Adapter, Blocks, Budget, Fairness, Prompt, Reader, Reason, Rows, Turn};
     let (text, reason) = match reason {
         WaitReason::Rows { max_num_seqs } => (
             format!("all {max_num_seqs} rows of the batch are taken"),
@@ -51,6 +51,10 @@ fn wait_reason(reason: WaitReason) -> v1::WaitReason {
         WaitReason::Budget { max_num_batched_tokens } => (
             format!("the step's tokens, at most {max_num_batched_tokens}, went to others"),
             Reason::Budget(Budget { max_num_batched_tokens: max_num_batched_tokens as u32 }),
+        ),
+        WaitReason::Adapter { max_loras } => (
+            format!("the batch has rows of {max_loras} other adapters, as many as it may"),
+            Reason::Adapter(Adapter { max_loras: max_loras as u32 }),
         ),
         WaitReason::Turn { ahead } => {
             (format!("its turn comes after {ahead} others"), Reason::Turn(Turn { ahead: ahead as u32 }))

@@ -18,6 +18,6 @@ pub use embed::{embed_request, embed_response};
 pub use error::{code, code_name, status};
 pub use explain::{explain_response, finish_reason, finish_reason_name};
 pub use kv_events::kv_event_messages;
-pub use model::model_response;
+pub use model::{adapter_messages, model_response};
 pub use request::{chat_prompt, generate_request, token_ids};
 pub use response::{ResponseWriter, WriteOutput};

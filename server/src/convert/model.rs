@@ -1,6 +1,6 @@
 //! What is loaded, for the wire.
 
-use tidemill_engine::{ModelInfo, text::TextModel};
+use tidemill_engine::{AdapterInfo, ModelInfo, text::TextModel};
 use tidemill_proto::v1;
 
 use crate::http::answer::parsers::{ReasoningFormat, ToolFormat};
@@ -52,5 +52,11 @@ pub fn model_response(
         tool_call_parser: tools.map(|format| format.to_string()).unwrap_or_default(),
         reasoning_parser: reasoning.map(|format| format.to_string()).unwrap_or_default(),
         tokenizer: text.tokenizer_kind().map(|kind| kind.to_string()).unwrap_or_default(),
+        adapters: Vec::new(),
     }
+}
+
+/// The adapters that requests can name.
+pub fn adapter_messages(adapters: Vec<AdapterInfo>) -> Vec<v1::Adapter> {
+    adapters.into_iter().map(|AdapterInfo { name, path }| v1::Adapter { name, path }).collect()
 }

@@ -12,6 +12,7 @@ use super::{
     lifecycle::{Lifecycle, Phase},
     readings::{self, Readings},
     stream::ResponseStream,
+    texts::TextWorkers,
 };
 use crate::convert;
 
@@ -20,12 +21,13 @@ use crate::convert;
 pub struct ControlService {
     lifecycle: Arc<Lifecycle>,
     grace: Duration,
+    texts: TextWorkers,
 }
 
 impl ControlService {
     /// A service over the server's engine; `grace` is what `Drain` waits when its caller does not say.
     pub fn new(lifecycle: Arc<Lifecycle>, grace: Duration) -> Self {
-        Self { lifecycle, grace }
+        Self { lifecycle, grace, texts: TextWorkers::default() }
     }
 
     /// The id of a request that is to be looked up.
@@ -69,6 +71,19 @@ impl ControlService {
         let freed = self.lifecycle.engine()?.reset_prefix_cache().await;
         let freed = freed.map_err(|error| convert::status(&error, id))?;
         Ok(v1::ResetPrefixCacheResponse { blocks_freed: freed as u32 })
+    }
+
+    /// Loads an adapter off the network's threads: reading its files takes time.
+    async fn load(&self, request: v1::LoadAdapterRequest, id: &RequestId) -> Result<(), Status> {
+        let adapters = self.lifecycle.engine()?.adapters().clone();
+        let v1::LoadAdapterRequest { lora_name, lora_path } = request;
+        let loaded = self.texts.run(move || adapters.load(&lora_name, &lora_path)).await;
+        loaded.map_err(|error| convert::status(&error, id))
+    }
+
+    fn unload(&self, name: &str, id: &RequestId) -> Result<(), Status> {
+        let unloaded = self.lifecycle.engine()?.adapters().unload(name);
+        unloaded.map_err(|error| convert::status(&error, id))
     }
 
     /// Changes of the prefix cache, with what is needed to stream them.
@@ -207,5 +222,23 @@ impl Control for ControlService {
         let call = Call::start("AbortAll", RequestId::random());
         let result = self.abort_everything(call.id()).await;
         call.end(result)
+    }
+
+    async fn load_adapter(
+        &self,
+        request: Request<v1::LoadAdapterRequest>,
+    ) -> Result<Response<v1::LoadAdapterResponse>, Status> {
+        let call = Call::start("LoadAdapter", RequestId::random());
+        let result = self.load(request.into_inner(), call.id()).await;
+        call.end(result.map(|()| v1::LoadAdapterResponse {}))
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<v1::UnloadAdapterRequest>,
+    ) -> Result<Response<v1::UnloadAdapterResponse>, Status> {
+        let call = Call::start("UnloadAdapter", RequestId::random());
+        let result = self.unload(&request.into_inner().lora_name, call.id());
+        call.end(result.map(|()| v1::UnloadAdapterResponse {}))
     }
 }

@@ -103,7 +103,8 @@ impl Inference for InferenceService {
         let call = Call::start("GetModel", RequestId::random());
         let model = self.door.engine().map(|engine| {
             let formats = self.parsers.resolve(engine.text().chat_template_source());
-            convert::model_response(engine.info(), engine.text(), formats)
+            let model = convert::model_response(engine.info(), engine.text(), formats);
+            v1::GetModelResponse { adapters: convert::adapter_messages(engine.adapters().list()), ..model }
         });
         call.end(model)
     }

@@ -87,18 +87,19 @@ impl AppState {
         self.engine.model()
     }
 
-    /// The same, if it has the name that a client asked for.
+    /// The same, if it or one of its adapters has the name that a client asked for; under that name.
     ///
     /// # Errors
     /// As [`Self::model`]; NOT_FOUND for another name.
-    pub fn model_named(&self, asked: Option<&str>) -> Result<Arc<ModelCard>, CallError> {
+    pub async fn model_named(&self, asked: Option<&str>) -> Result<Arc<ModelCard>, CallError> {
         let card = self.model()?;
-        match asked.filter(|asked| !asked.is_empty() && **asked != card.served_model_name) {
-            None => Ok(card),
-            Some(asked) => {
-                let served = card.served_model_name.clone();
-                Err(RequestError::ModelNotFound { asked: asked.to_owned(), served }.into())
-            }
+        let Some(asked) = asked.filter(|asked| !asked.is_empty() && **asked != card.served_model_name) else {
+            return Ok(card);
+        };
+        if self.engine.adapters().await?.iter().any(|adapter| adapter.name == asked) {
+            return Ok(Arc::new(ModelCard { served_model_name: asked.to_owned(), ..(*card).clone() }));
         }
+        let served = card.served_model_name.clone();
+        Err(RequestError::ModelNotFound { asked: asked.to_owned(), served }.into())
     }
 }

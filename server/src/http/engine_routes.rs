@@ -62,7 +62,7 @@ pub async fn tokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
         }),
         _ => return Err(ApiError::invalid("prompt", "give one of `prompt` and `messages`")),
     };
-    let card = app.model_named(request.model.as_deref())?;
+    let card = app.model_named(request.model.as_deref()).await?;
     let tokenized = app.engine.tokenize(input).await?;
     let texts = request.return_token_strs.unwrap_or(false).then(|| {
         let text = |id: &TokenId| String::from_utf8_lossy(card.tokens.bytes(*id)).into_owned();
@@ -92,7 +92,7 @@ pub struct DetokenizeRequest {
 /// Token ids as text.
 pub async fn detokenize(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let request: DetokenizeRequest = call.json().await?;
-    app.model_named(request.model.as_deref())?;
+    app.model_named(request.model.as_deref()).await?;
     let ids = request.tokens.into_iter().map(TokenId).collect();
     let text = app.engine.detokenize(ids, request.skip_special_tokens != Some(true)).await?;
     Ok(json_response(&json!({ "prompt": text })))

@@ -50,7 +50,7 @@ pub async fn predict(app: App, call: &mut Call) -> Result<Response, ApiError> {
         body.extend(parameters);
     }
     let mut sampling: SamplingFields = part(&body)?;
-    let card = app.model()?;
+    let card = app.model_named(fields.model.as_deref()).await?;
     let prompt = match (fields.prompt.or(fields.inputs), fields.messages) {
         (Some(text), None) => Prompt::Text(text),
         (None, Some(messages)) => Prompt::Chat(ChatPrompt::new(conversation(&messages)?)),

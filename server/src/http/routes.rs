@@ -113,8 +113,19 @@ pub fn table() -> Vec<Route> {
             handler!(anthropic::count_tokens),
         )
         .takes::<anthropic::PromptFields>(),
-        get("/v1/models", OpenAi, "The model that is served.", handler!(openai::models::list)),
+        get(
+            "/v1/models",
+            OpenAi,
+            "The model that is served, and its adapters.",
+            handler!(openai::models::list),
+        ),
         get("/v1/models/{id}", OpenAi, "One model.", handler!(openai::models::retrieve)),
+        post("/v1/load_lora_adapter", OpenAi, "Loads an adapter.", handler!(openai::lora::load))
+            .takes::<openai::lora::LoadLoraFields>()
+            .answers(&["text/plain"]),
+        post("/v1/unload_lora_adapter", OpenAi, "Unloads an adapter.", handler!(openai::lora::unload))
+            .takes::<openai::lora::UnloadLoraFields>()
+            .answers(&["text/plain"]),
     ];
     routes.extend(responses());
     let aliases: Vec<Route> = routes.iter().map(environment_alias).collect();

@@ -11,6 +11,7 @@ use super::{
     scratch::Scratch,
 };
 use crate::model::{
+    lora::Site,
     parts::{Attention, GroupedAttention, Latent, Layer},
     spec::{AttentionSpec, Heads, LatentHeads, NormKind, QkNorm},
 };
@@ -46,6 +47,7 @@ impl<O: Ops> Step<'_, O> {
         let (spec, heads) = (&self.spec.layers[index].attention, self.spec.head_shape());
         let x = input.pick(&s.hidden, &s.normed, &s.second_normed);
         ops.linear(&mut s.qkv, x, &weights.qkv_proj, tokens, Epilogue::Store)?;
+        self.adapt(&mut s.qkv, x, (index, Site::Qkv))?;
         let mut norm = None;
         if let (Some(kind), Some([q, k])) = (spec.qk_norm, &weights.qk_norm) {
             match kind {

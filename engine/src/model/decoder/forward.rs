@@ -21,10 +21,11 @@ impl<O: Ops> Decoder<O> {
         batch: &O::Batch,
         mut each: impl FnMut(&O, &mut O::Buffer, Range<usize>) -> Result<(), KernelError> + Send,
     ) -> Result<(), KernelError> {
-        let Self { ops, spec, model, layers, ropes, kv, scratch, .. } = self;
+        let Self { ops, spec, model, layers, ropes, kv, lora, scratch, .. } = self;
         let (kv, _) = kv.as_mut().expect(KV_FIRST);
         let (ops, extent) = (&*ops, ops.extent(batch));
-        let step = Step { ops, spec, ropes, alibi: model.alibi.as_ref(), batch, tokens: extent.tokens };
+        let lora = lora.as_deref().filter(|_| ops.has_adapters(batch));
+        let step = Step { ops, spec, ropes, alibi: model.alibi.as_ref(), batch, tokens: extent.tokens, lora };
         let epilogue = spec.logit_soft_cap.map_or(Epilogue::Store, Epilogue::SoftCap);
         let (width, logits_norm) = (spec.hidden_size, model.logits_norm.as_ref().or(model.norm.as_ref()));
         ops.run(batch, || {

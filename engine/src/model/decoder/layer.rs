@@ -2,8 +2,9 @@
 
 use tidemill_kernels::{KernelError, Ops, ops::Epilogue};
 
-use super::{OnDevice, scratch::Scratch};
+use super::{OnDevice, lora::LoraLayer, scratch::Scratch};
 use crate::model::{
+    lora::Site,
     parts::{Layer, NormWeights},
     spec::{AfterNorm, LayerSpec, ModelSpec},
 };
@@ -17,6 +18,8 @@ pub(super) struct Step<'a, O: Ops> {
     pub batch: &'a O::Batch,
     /// T.
     pub tokens: usize,
+    /// One for each layer, in a step that has adapters.
+    pub lora: Option<&'a [LoraLayer<O>]>,
 }
 
 /// Which activation a block reads.
@@ -65,9 +68,11 @@ impl<O: Ops> Step<'_, O> {
         match held_back(spec, layer.after_attention.as_ref()) {
             None => {
                 self.ops.linear(&mut s.hidden, &s.attention, &layer.o_proj, self.tokens, Epilogue::Add)?;
+                self.adapt(&mut s.hidden, &s.attention, (index, Site::Output))?;
             }
             Some(norm) => {
                 self.ops.linear(&mut s.block, &s.attention, &layer.o_proj, self.tokens, Epilogue::Store)?;
+                self.adapt(&mut s.block, &s.attention, (index, Site::Output))?;
                 self.ops.norm_add(&mut s.hidden, &s.block, norm.of(&self.spec.norm), self.tokens)?;
             }
         }
@@ -76,7 +81,7 @@ impl<O: Ops> Step<'_, O> {
             Some(second) => second,
             None => self.normed(s, layer.before_mlp.as_ref())?,
         };
-        self.mlp(s, layer, spec, input)?;
+        self.mlp(s, layer, (index, input))?;
         self.settle(s, spec, layer.after_mlp.as_ref())
     }
 

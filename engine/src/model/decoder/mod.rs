@@ -4,6 +4,7 @@
 //!
 //! - `load`, `rows`: from a checkpoint to weights on a device. `scratch`: activations.
 //! - `forward`: a step. `layer`, `attention`, `mlp`: a layer of it.
+//! - `lora`: adapters of it.
 //! - `batches`: steps that nobody asked for.
 
 mod attention;
@@ -11,6 +12,7 @@ mod batches;
 mod forward;
 mod layer;
 mod load;
+mod lora;
 mod mlp;
 mod rows;
 mod scratch;
@@ -23,10 +25,11 @@ use tidemill_kernels::{
     sampling::RowTask,
 };
 
-pub(crate) use self::rows::transposed;
+pub(crate) use self::rows::{take_rows, transposed};
 use self::{
     batches::{decode_batch, greedy, largest_batch, prefill_batch},
     load::{Loader, OnDevice},
+    lora::LoraLayer,
     scratch::Scratch,
 };
 use super::{
@@ -61,6 +64,8 @@ pub struct Decoder<O: Ops> {
     kv: Option<(O::KvCache, KvShape)>,
     /// Absent until [`Decoder::allocate_host_kv`].
     host_kv: Option<O::HostKv>,
+    /// One for each layer; absent until [`Decoder::allocate_lora`].
+    lora: Option<Vec<LoraLayer<O>>>,
     scratch: Scratch<O>,
 }
 
@@ -87,7 +92,18 @@ impl<O: Ops> Decoder<O> {
         let table = |rope| loader.values(&rope_table(rope, limits.max_model_len));
         let ropes = spec.ropes.iter().map(table).collect::<Result<_, _>>()?;
         let scratch = Scratch::new(&ops, spec, limits.max_num_batched_tokens)?;
-        Ok(Self { model, layers, ropes, kv: None, host_kv: None, scratch, limits, spec: spec.clone(), ops })
+        Ok(Self {
+            model,
+            layers,
+            ropes,
+            kv: None,
+            host_kv: None,
+            lora: None,
+            scratch,
+            limits,
+            spec: spec.clone(),
+            ops,
+        })
     }
 
     /// Allocates the KV cache, in place of the one there was.

@@ -9,7 +9,7 @@ use tidemill_kernels::{
 };
 
 /// The matrix of these rows, in this order. Rows that lie in order are a view.
-pub(super) fn take_rows(matrix: &HostMatrix, ranges: &[Range<usize>]) -> Result<HostMatrix, KernelError> {
+pub(crate) fn take_rows(matrix: &HostMatrix, ranges: &[Range<usize>]) -> Result<HostMatrix, KernelError> {
     match matrix {
         HostMatrix::Dense(tensor) => {
             let (n, k) = (tensor.shape[0], tensor.shape[1]);

@@ -26,6 +26,8 @@ pub(super) struct Scratch<O: Ops> {
     pub gathered: O::Buffer,
     /// `[max_logits_rows, V]` in f32.
     pub logits: O::Buffer,
+    /// `[T, 2 I]`, where there are adapters.
+    pub adapted: Option<O::Buffer>,
     pub latent: Option<LatentScratch<O>>,
     pub moe: Option<MoeScratch<O>>,
 }
@@ -85,6 +87,7 @@ impl<O: Ops> Scratch<O> {
             mlp: buffer(widths.mlp)?,
             gathered: buffer(hidden)?,
             logits: ops.logits_buffer(ops.max_logits_rows() * spec.vocab_size)?,
+            adapted: None,
             latent: match spec.heads {
                 Heads::Grouped(_) => None,
                 Heads::Latent(heads) => Some(LatentScratch {

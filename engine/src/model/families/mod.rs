@@ -202,11 +202,6 @@ const MEANINGFUL: &[&str] = &[
 pub(super) fn read(path: &Path, bytes: &[u8]) -> Result<ModelSpec, LoadError> {
     let map = parse_object(path, bytes)?;
     let fields = Fields::new(path, &map);
-    for field in ["quantization_config", "compression_config"] {
-        if fields.get(field).is_some() {
-            return Err(fields.unsupported(field, "is set, but only unquantised checkpoints are supported"));
-        }
-    }
     let (family, class, output) = family(&fields)?;
     let config = Config { fields, class, output };
     let spec = (family.read)(&config)?;

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 pub(in crate::cpu) use self::latent::{Latent, run as run_latent};
 use self::{
-    products::{Bf16Kv, F32Kv},
+    products::{Bf16Kv, F8Kv, F32Kv, KvElement},
     tile::{OfKeys, Plain, Scored, attend_task},
 };
 use super::{
@@ -205,14 +205,21 @@ impl Job for TaskJob<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let TaskJob { view, task, mode, dtype } = self;
-        match (mode, dtype) {
-            (Mode::Plain, DType::Bf16) => attend_task::<S, Bf16Kv, Plain>(s, view, &task),
-            (Mode::Plain, _) => attend_task::<S, F32Kv, Plain>(s, view, &task),
-            (Mode::Scored, DType::Bf16) => attend_task::<S, Bf16Kv, Scored>(s, view, &task),
-            (Mode::Scored, _) => attend_task::<S, F32Kv, Scored>(s, view, &task),
-            (Mode::OfKeys, DType::Bf16) => attend_task::<S, Bf16Kv, OfKeys>(s, view, &task),
-            (Mode::OfKeys, _) => attend_task::<S, F32Kv, OfKeys>(s, view, &task),
+        match self.dtype {
+            DType::Bf16 => self.attend::<S, Bf16Kv>(s),
+            DType::F8E4M3 => self.attend::<S, F8Kv>(s),
+            _ => self.attend::<S, F32Kv>(s),
+        }
+    }
+}
+
+impl TaskJob<'_> {
+    #[inline(always)]
+    fn attend<S: Simd, E: KvElement>(self, s: S) {
+        match self.mode {
+            Mode::Plain => attend_task::<S, E, Plain>(s, self.view, &self.task),
+            Mode::Scored => attend_task::<S, E, Scored>(s, self.view, &self.task),
+            Mode::OfKeys => attend_task::<S, E, OfKeys>(s, self.view, &self.task),
         }
     }
 }

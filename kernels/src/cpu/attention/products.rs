@@ -12,6 +12,7 @@ pub(super) trait KvElement {
 
 pub(super) struct F32Kv;
 pub(super) struct Bf16Kv;
+pub(super) struct F8Kv;
 
 impl KvElement for F32Kv {
     const SIZE: usize = 4;
@@ -28,6 +29,15 @@ impl KvElement for Bf16Kv {
     unsafe fn load<S: Simd>(s: S, p: *const u8, n: usize) -> S::F {
         // SAFETY: by the caller's word.
         unsafe { if n == S::LANES { s.load_bf16(p) } else { s.load_bf16_first(p, n) } }
+    }
+}
+
+impl KvElement for F8Kv {
+    const SIZE: usize = 1;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8, n: usize) -> S::F {
+        // SAFETY: by the caller's word.
+        unsafe { if n == S::LANES { s.load_f8(p) } else { s.load_f8_first(p, n) } }
     }
 }
 

@@ -57,10 +57,10 @@ pub(super) fn attend_task<S: Simd, E: KvElement, M: Form>(s: S, view: &View, tas
         match n {
             1 => attend::<S, E, M, 1>(s, &tile, &mut scratch),
             2 => attend::<S, E, M, 2>(s, &tile, &mut scratch),
-            3 if S::QUERIES >= 3 => attend::<S, E, M, 3>(s, &tile, &mut scratch),
-            4 if S::QUERIES >= 4 => attend::<S, E, M, 4>(s, &tile, &mut scratch),
-            5 if S::QUERIES >= 5 => attend::<S, E, M, 5>(s, &tile, &mut scratch),
-            6 if S::QUERIES >= 6 => attend::<S, E, M, 6>(s, &tile, &mut scratch),
+            3 if const { S::QUERIES >= 3 } => attend::<S, E, M, 3>(s, &tile, &mut scratch),
+            4 if const { S::QUERIES >= 4 } => attend::<S, E, M, 4>(s, &tile, &mut scratch),
+            5 if const { S::QUERIES >= 5 } => attend::<S, E, M, 5>(s, &tile, &mut scratch),
+            6 if const { S::QUERIES >= 6 } => attend::<S, E, M, 6>(s, &tile, &mut scratch),
             _ => unreachable!("a tile of {n} queries"),
         }
         at += n;

@@ -6,6 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod coded;
 mod dot;
 mod format;
 
@@ -22,6 +23,7 @@ use super::{
     isa::{Host, Isa, Job},
     pool::{Pool, Shared},
     simd::Simd,
+    weight::{Form, Part, Storage},
 };
 use crate::{
     ops::{Epilogue, Result},
@@ -31,7 +33,7 @@ use crate::{
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::amx::works as amx_works;
 
-/// Precision in which activations meet bf16 weights. Sums are f32 always; f16 and f32 weights always meet f32 activations.
+/// Precision in which activations meet bf16 and quantised weights. Sums are f32 always; f16 and f32 weights always meet f32 activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Compute {
     /// Activations stay f32.
@@ -72,65 +74,67 @@ impl Linear {
         if rows == 0 || weight.n == 0 {
             return Ok(());
         }
-        let kernel = Kernel::choose(self.host, self.compute, weight.dtype);
         let x = &x[..rows * weight.k];
-        let out = &mut out[..rows * weight.n];
-        let x_stride = weight.k.next_multiple_of(K_ALIGN) * kernel.x_size();
-
+        let shared = Shared::new(&mut out[..rows * weight.n]);
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        if packed.bytes() < rows * x_stride {
-            *packed = Arena::new("packed activations", (rows * x_stride).next_power_of_two())?;
-        }
-        pack(pool, kernel, x, weight.k, packed.as_mut_bytes(), x_stride);
-
-        let shared = Shared::new(out);
-        let packed: &[u8] = packed.as_mut_bytes();
-        let chunk = chunk_rows(pool, kernel, weight, rows);
-        let tasks = weight.parts.iter().map(|p| p.rows.div_ceil(chunk)).sum();
-        // About 16 bytes of weights or 64 multiply-adds a nanosecond.
-        let nanos = weight.n * weight.k / 8 * (1 + rows / 8);
-        pool.for_each(tasks, nanos, |mut task| {
-            for part in &weight.parts {
-                let here = part.rows.div_ceil(chunk);
-                if task >= here {
-                    task -= here;
-                    continue;
-                }
-                let first = task * chunk;
-                let n = chunk.min(part.rows - first);
-                let row = part.first + first;
-                let panel = Panel {
-                    x: packed.as_ptr(),
-                    x_stride,
-                    tokens: rows,
-                    w: part.data[first * weight.k * weight.dtype.size()..].as_ptr(),
-                    rows: n,
-                    k: weight.k,
-                    // SAFETY: `row` is below N, so this is inside the first of the `rows * N` outputs.
-                    out: unsafe { shared.at(row) },
-                    out_stride: weight.n,
-                    bias: weight.bias.as_ref().map(|b| &b[row..row + n]),
-                    add: epilogue == Epilogue::Add,
-                };
-                // SAFETY: the packed rows hold `x_stride` bytes for each token; the part holds `rows * k` elements, and `first + n` of
-                // its rows exist; columns `row..row + n` of the outputs are this task's own.
-                unsafe { kernel.panel(panel) };
-                if let Some(function) = function {
-                    for t in 0..rows {
-                        // SAFETY: these columns are this task's own, and were just written.
-                        function.apply(self.host, unsafe { shared.slice(t * weight.n + row, n) });
-                    }
-                }
-                return;
+        for parts in weight.parts.chunk_by(|a, b| a.form() == b.form()) {
+            let kernel = Kernel::choose(self.host, self.compute, parts[0].form());
+            let x_stride = weight.k.next_multiple_of(K_ALIGN) * kernel.x_size();
+            if packed.bytes() < rows * x_stride {
+                *packed = Arena::new("packed activations", (rows * x_stride).next_power_of_two())?;
             }
-        });
+            pack(pool, kernel, x, weight.k, packed.as_mut_bytes(), x_stride);
+
+            let packed: &[u8] = packed.as_mut_bytes();
+            let chunks: Vec<usize> =
+                parts.iter().map(|p| chunk_rows(pool, kernel, weight, p, rows)).collect();
+            let tasks = parts.iter().zip(&chunks).map(|(p, chunk)| p.rows.div_ceil(*chunk)).sum();
+            let n: usize = parts.iter().map(|p| p.rows).sum();
+            // About 16 bytes of weights or 64 multiply-adds a nanosecond.
+            let nanos = n * weight.k / 8 * (1 + rows / 8);
+            pool.for_each(tasks, nanos, |mut task| {
+                for (part, &chunk) in parts.iter().zip(&chunks) {
+                    let here = part.rows.div_ceil(chunk);
+                    if task >= here {
+                        task -= here;
+                        continue;
+                    }
+                    let first = task * chunk;
+                    let n = chunk.min(part.rows - first);
+                    let row = part.first + first;
+                    let panel = Panel {
+                        x: packed.as_ptr(),
+                        x_stride,
+                        tokens: rows,
+                        w: std::ptr::null(),
+                        rows: n,
+                        k: weight.k,
+                        // SAFETY: `row` is below N, so this is inside the first of the `rows * N` outputs.
+                        out: unsafe { shared.at(row) },
+                        out_stride: weight.n,
+                        bias: weight.bias.as_ref().map(|b| &b[row..row + n]),
+                        add: epilogue == Epilogue::Add,
+                    };
+                    // SAFETY: the packed rows hold `x_stride` bytes for each token; `first + n` rows of the part exist; columns
+                    // `row..row + n` of the outputs are this task's own.
+                    unsafe { kernel.part(part, first, panel) };
+                    if let Some(function) = function {
+                        for t in 0..rows {
+                            // SAFETY: these columns are this task's own, and were just written.
+                            function.apply(self.host, unsafe { shared.slice(t * weight.n + row, n) });
+                        }
+                    }
+                    return;
+                }
+            });
+        }
         Ok(())
     }
 }
 
 /// Weight rows per task: small enough that the threads end together, large enough that taking a task costs nothing.
-fn chunk_rows(pool: &Pool, kernel: Kernel, weight: &CpuWeight, rows: usize) -> usize {
-    let row_bytes = (weight.k * weight.dtype.size()).max(1);
+fn chunk_rows(pool: &Pool, kernel: Kernel, weight: &CpuWeight, part: &Part, rows: usize) -> usize {
+    let row_bytes = part.row_bytes(weight.k).max(1);
     let least = (TASK_BYTES / row_bytes / rows.min(8)).max(8);
     weight
         .n
@@ -154,7 +158,7 @@ fn pack(pool: &Pool, kernel: Kernel, x: &[f32], k: usize, out: &mut [u8], stride
     });
 }
 
-/// The inner loops for one dtype on one instruction set.
+/// The inner loops for one form of weights on one instruction set.
 #[derive(Clone, Copy)]
 enum Kernel {
     /// Widened weights times f32; activations are rounded to bf16 first where `round` says so.
@@ -168,8 +172,8 @@ enum Kernel {
 }
 
 impl Kernel {
-    fn choose(host: Host, compute: Compute, dtype: DType) -> Kernel {
-        let bf16 = dtype == DType::Bf16 && compute == Compute::Bf16;
+    fn choose(host: Host, compute: Compute, form: Form) -> Kernel {
+        let bf16 = matches!(form, Form::Dense(DType::Bf16) | Form::Coded) && compute == Compute::Bf16;
         #[cfg(target_arch = "x86_64")]
         match host.isa() {
             // SAFETY: the host was found to have working tiles.
@@ -178,7 +182,25 @@ impl Kernel {
             Isa::Avx512Bf16 if bf16 => return Kernel::Bf16Dot(unsafe { format::Bf16Dot::new() }),
             _ => {}
         }
+        // Without instructions for bf16 there is no use in rounding decoded weights to it.
+        let dtype = if let Form::Dense(dtype) = form { dtype } else { DType::F32 };
         Kernel::Wide { host, dtype, round: bf16 }
+    }
+
+    /// The product with rows `first..first + p.rows` of a part; `p.w` is not looked at.
+    ///
+    /// # Safety
+    /// The rows are there; otherwise see [`Panel`].
+    unsafe fn part(self, part: &Part, first: usize, p: Panel) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            match &part.storage {
+                Storage::Dense(dtype, data) => {
+                    self.panel(Panel { w: data[first * p.k * dtype.size()..].as_ptr(), ..p });
+                }
+                Storage::Coded(coded) => self.coded(coded, first, p),
+            }
+        }
     }
 
     /// Bytes of a packed activation.

@@ -74,6 +74,23 @@ fn mask(n: usize) -> __mmask16 {
     ((1_u32 << n) - 1) as __mmask16
 }
 
+/// Sixteen F8E4M3 by way of f16, whose subnormals cost nothing: the same bits, but for a bias of 7 instead of 15.
+///
+/// # Safety
+/// The CPU has AVX-512 F with AVX2.
+#[inline(always)]
+unsafe fn widen_f8(raw: __m128i) -> __m512 {
+    op!({
+        let raw = _mm256_cvtepu8_epi16(raw);
+        let magnitude = _mm256_and_si256(raw, _mm256_set1_epi16(0x7f));
+        let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+        let nan = _mm256_and_si256(nan, _mm256_set1_epi16(0x7c00));
+        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(raw, _mm256_set1_epi16(0x80)));
+        let half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign), nan);
+        _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+    })
+}
+
 impl Simd for Avx512 {
     type F = __m512;
     const LANES: usize = 16;
@@ -201,6 +218,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m512 {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> __m512 {
+        op!(widen_f8(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> __m512 {
+        op!(widen_f8(_mm_maskz_loadu_epi8(mask(n), p.cast())))
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(self, p: *const u8) -> [__m512; 2] {

@@ -64,6 +64,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16_first(self, p: *const u8, n: usize) -> Self::F;
     /// Widens `LANES` f16.
     unsafe fn load_f16(self, p: *const u8) -> Self::F;
+    /// Widens `LANES` signed bytes.
+    unsafe fn load_i8(self, p: *const i8) -> Self::F;
+    /// Widens `LANES` F8E4M3.
+    unsafe fn load_f8(self, p: *const u8) -> Self::F;
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> Self::F;
     /// Widens `2 * LANES` bf16 into those of even and those of odd index.
     unsafe fn load_bf16_pair(self, p: *const u8) -> [Self::F; 2];
 }

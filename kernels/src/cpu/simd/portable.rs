@@ -1,6 +1,7 @@
 //! Vectors as arrays: the compiler makes of them what the build target has.
 
 use super::Simd;
+use crate::tensor::f8_to_f32;
 
 /// Eight lanes of plain Rust.
 #[derive(Clone, Copy)]
@@ -167,6 +168,30 @@ impl Simd for Portable {
         let mut out = [0.0; L];
         for i in 0..L {
             out[i] = half::f16::from_bits(u16::from_le(raw[i])).to_f32();
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for LANES bytes.
+        unsafe { p.cast::<[i8; L]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for LANES bytes.
+        let raw = unsafe { p.cast::<[u8; L]>().read_unaligned() };
+        let mut out = [0.0; L];
+        for i in 0..L {
+            out[i] = f8_to_f32(raw[i]);
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_f8_first(self, p: *const u8, n: usize) -> Self::F {
+        let mut out = [0.0; L];
+        for (i, o) in out.iter_mut().enumerate().take(n) {
+            // SAFETY: i < n, and the caller's pointer is valid for n bytes.
+            *o = f8_to_f32(unsafe { *p.add(i) });
         }
         out
     }

@@ -3,7 +3,7 @@
 use crate::{
     cuda::{
         driver::Result,
-        ops::{PlanKind, PlanShape, check_model},
+        ops::{PlanKind, PlanShape, check_latent, check_model},
     },
     ops::{HeadShape, LatentShape},
 };
@@ -32,7 +32,7 @@ impl CudaAttention {
     pub(in crate::cuda) fn check(self) -> Result<()> {
         match self {
             Self::Heads { heads, .. } => check_model(heads),
-            Self::Latent(_) => Ok(()),
+            Self::Latent(shape) => check_latent(shape),
         }
     }
 

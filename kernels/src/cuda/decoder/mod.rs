@@ -4,6 +4,7 @@ pub(super) mod attention;
 pub(super) mod cache;
 pub(super) mod config;
 pub(super) mod experts;
+pub(super) mod lora;
 pub(super) mod products;
 pub(super) mod rows;
 pub(super) mod step;

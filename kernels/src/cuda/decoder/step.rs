@@ -9,13 +9,14 @@ use crate::{
     cuda::{
         CudaBatch, CudaOps,
         batch::{Group, Plan, States},
+        decoder::lora::LoraStep,
         driver::Result,
         graphs::{GraphKey, GraphLists},
         layout::Layout,
         memory::{DeviceBuffer, Graph},
         ops::{
-            AttentionKernels, BlockShape, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, Sample, decode_results,
-            encode, is_masked, list_words, sample as queue_sampler,
+            AttentionKernels, BlockShape, LoraPlan, PADDING_INDEX, PADDING_SLOT, RESULT_WORDS, Sample,
+            decode_results, encode, is_masked, list_words, sample as queue_sampler,
         },
         steps::{Slot, Steps},
         words::DeviceWords,
@@ -56,7 +57,13 @@ pub(in crate::cuda) fn upload(
     }
     let plan = Plan::new(&meta, ops.config.attention.plan(ops.config.block_size), &steps.limits)?;
     let blocks: Vec<_> = groups.iter_mut().map(|g| (g.at, std::mem::take(&mut g.words))).collect();
-    let words = layout.write(&meta, &blocks, &plan.words, [PADDING_SLOT, PADDING_INDEX]);
+    let mut words = layout.write(&meta, &blocks, &plan.words, [PADDING_SLOT, PADDING_INDEX]);
+    let lora = (!meta.adapters.is_empty()).then(|| {
+        let (plan, adapters) = LoraPlan::new(&meta);
+        let at = words.len();
+        words.extend(adapters);
+        LoraStep { at, plan }
+    });
     let lists = groups.iter().map(|group| group.shape.list_words).max().unwrap_or(0);
     steps.reserve(words.len(), lists)?;
     steps.send(&words)?;
@@ -68,7 +75,7 @@ pub(in crate::cuda) fn upload(
     let kernels = if graph.is_some() { AttentionKernels::DECODE } else { plan.kernels };
     let slot = steps.slot()?;
     let (plan_words, states) = (plan.words.len(), Mutex::default());
-    Ok(CudaBatch { extent, layout, kernels, plan_words, groups, tasks, graph, slot, states })
+    Ok(CudaBatch { extent, layout, kernels, plan_words, lora, groups, tasks, graph, slot, states })
 }
 
 /// Rows of the graph that a step may run from, and the room for lists that it has.
@@ -81,7 +88,8 @@ fn graph_rows(
     let rows = meta.num_rows();
     let decodes = meta.num_tokens() == rows && meta.logits_indices.len() == rows;
     let lists = GraphLists { masked: tasks.iter().any(is_masked) };
-    let decodes = decodes && meta.state_indices.is_empty();
+    // Which adapters there are changes what is launched.
+    let decodes = decodes && meta.state_indices.is_empty() && meta.adapters.is_empty();
     let fits = list_words(tasks) <= lists.words(rows, ops.config.vocab);
     if decodes && fits { steps.graphs.padded(rows).map(|rows| (rows, lists)) } else { None }
 }

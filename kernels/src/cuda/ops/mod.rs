@@ -6,7 +6,10 @@ mod attention;
 mod copy_blocks;
 mod embedding;
 mod gather_rows;
+mod latent_attention;
+mod latent_kv_write;
 mod linear;
+mod lora;
 mod moe;
 mod norm;
 mod paged_kv;
@@ -23,7 +26,10 @@ pub use attention::{
 pub use copy_blocks::{CopyBlocks, copy_blocks};
 pub use embedding::{Embedding, EmbeddingAdd, embedding, embedding_add};
 pub use gather_rows::{GatherRows, PADDING_INDEX, gather_rows};
+pub use latent_attention::{LatentAttention, attend_latents, check_latent};
+pub use latent_kv_write::{LatentKvWrite, write_latents};
 pub use linear::{Linear, LinearEpilogue, LinearHeads, LinearKernel, linear, linear_heads, linear_with};
+pub use lora::{LoraAdd, LoraMemory, LoraPlan, LoraRestore, lora_add, lora_restore};
 pub use moe::{
     MoeCombine, MoeLinear, MoeOrder, MoePermute, MoeRoute, MoeRows, MoeShape, check_routing, moe_combine,
     moe_linear, moe_permute, moe_route,
@@ -48,8 +54,11 @@ pub(super) static TABLES: &[&[Kernel]] = &[
     attention::KERNELS,
     embedding::KERNELS,
     gather_rows::KERNELS,
+    latent_attention::KERNELS,
+    latent_kv_write::KERNELS,
     linear::SKINNY_KERNELS,
     linear::TILED_KERNELS,
+    lora::KERNELS,
     moe::COMBINE_KERNELS,
     moe::PERMUTE_KERNELS,
     moe::ROUTE_KERNELS,

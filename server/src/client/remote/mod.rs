@@ -16,7 +16,7 @@ use std::{
 };
 
 use tidemill_engine::{
-    EngineStats, ErrorCode, RequestError,
+    AdapterInfo, EngineStats, ErrorCode, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
     output::{AbortReceipt, AbortStage, Embedding},
@@ -175,6 +175,24 @@ impl EngineClient for RemoteEngine {
         }
         let request = v1::AbortRequest { request_id: id.as_str().to_owned() };
         convert::abort_receipt(answer(self.control.clone().abort(request).await)?)
+    }
+
+    async fn adapters(&self) -> Result<Vec<AdapterInfo>, CallError> {
+        self.link.card()?;
+        let model = answer(self.inference.clone().get_model(v1::GetModelRequest {}).await)?;
+        Ok(convert::adapters(model.adapters))
+    }
+
+    async fn load_adapter(&self, lora_name: String, lora_path: String) -> Result<(), CallError> {
+        self.link.card()?;
+        let request = v1::LoadAdapterRequest { lora_name, lora_path };
+        answer(self.control.clone().load_adapter(request).await).map(drop)
+    }
+
+    async fn unload_adapter(&self, lora_name: String) -> Result<(), CallError> {
+        self.link.card()?;
+        let request = v1::UnloadAdapterRequest { lora_name };
+        answer(self.control.clone().unload_adapter(request).await).map(drop)
     }
 
     async fn stats(&self) -> Result<EngineStats, CallError> {

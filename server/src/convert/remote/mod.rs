@@ -16,7 +16,7 @@ mod tests;
 pub use activity::activity;
 pub use control::{abort_receipt, engine_stats};
 pub use error::{call_error, call_error_of};
-pub use model::model_card;
+pub use model::{adapters, model_card};
 pub use request::{chat_message, embed_message, generate_message};
 pub use response::{embedding, output};
 

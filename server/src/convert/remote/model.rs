@@ -1,6 +1,6 @@
 //! What is loaded, from the wire.
 
-use tidemill_engine::ids::TokenId;
+use tidemill_engine::{AdapterInfo, ids::TokenId};
 use tidemill_proto::v1;
 
 use crate::{
@@ -37,6 +37,7 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         tool_call_parser,
         reasoning_parser,
         tokenizer,
+        adapters: _,
     } = model;
     Ok(ModelCard {
         served_model_name,
@@ -52,6 +53,11 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         reasoning: format("reasoning_parser", &reasoning_parser)?,
         created: since_1970().as_secs(),
     })
+}
+
+/// The adapters that an engine has.
+pub fn adapters(adapters: Vec<v1::Adapter>) -> Vec<AdapterInfo> {
+    adapters.into_iter().map(|v1::Adapter { name, path }| AdapterInfo { name, path }).collect()
 }
 
 /// A format by its name in flags; an empty one is none.

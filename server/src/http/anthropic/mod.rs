@@ -56,7 +56,7 @@ async fn message(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let mut sampling: SamplingFields = part(&body)?;
     sampling.check_single("/v1/chat/completions")?;
     fields.refuse_unsupported()?;
-    let card = app.model_named(prompt.model.as_deref())?;
+    let card = app.model_named(prompt.model.as_deref()).await?;
     let request_id = sampling.request_id.take();
     sampling.max_tokens = Some(fields.max_tokens);
     (sampling.max_completion_tokens, sampling.max_new_tokens) = (None, None);
@@ -91,7 +91,7 @@ async fn message(app: App, call: &mut Call) -> Result<Response, ApiError> {
 
 async fn count(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let prompt: PromptFields = part(&call.json::<Value>().await?)?;
-    let card = app.model_named(prompt.model.as_deref())?;
+    let card = app.model_named(prompt.model.as_deref()).await?;
     // The same way as for an answer: the tools stand in the prompt where the answer could call them.
     let request = prepared(&prompt)?;
     let Prompt::Chat(chat) = ask(&card, request, prompt)?.request.prompt else {

@@ -135,7 +135,7 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let stream = chat.stream.unwrap_or(false);
     let options = stream_options(stream, chat.stream_options)?;
     sampling.check_stream(stream)?;
-    let card = app.model()?;
+    let card = app.model_named(chat.model.as_deref()).await?;
     let request_id = sampling.request_id.take();
     let mut request = GenerateRequest::new(Prompt::Chat(prompt(&chat)?));
     sampling.apply(&mut request)?;

@@ -116,7 +116,7 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let stream = fields.stream.unwrap_or(false);
     let options = stream_options(stream, fields.stream_options)?;
     sampling.check_stream(stream)?;
-    let card = app.model()?;
+    let card = app.model_named(fields.model.as_deref()).await?;
     let request_id = sampling.request_id.take();
     let echo = fields.echo.unwrap_or(false);
     let mut request = GenerateRequest::new(Prompt::Text(String::new()));

@@ -98,7 +98,7 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
 
 async fn embed(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let fields: EmbeddingFields = part(&call.json::<Value>().await?)?;
-    let card = app.model_named(fields.model.as_deref())?;
+    let card = app.model_named(fields.model.as_deref()).await?;
     let prompts = fields.input.prompts()?;
     let like = stamped(call, fields.user, fields.request_id)?;
     let several = prompts.len() > 1;

@@ -5,6 +5,7 @@ mod chunks;
 pub mod completions;
 pub mod embeddings;
 mod logprobs;
+pub mod lora;
 pub mod models;
 pub mod responses;
 pub mod tools;

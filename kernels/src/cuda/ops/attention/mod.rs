@@ -20,53 +20,53 @@ use crate::{
 kernels! {
     file "attention";
     /// A warp per item: 16 query rows, D = 64.
-    fn attention_split_64(args: Args);
+    fn attention_split_64(args: AttentionArgs);
     /// A block per item: 64 query rows, D = 64.
-    fn attention_block_64(args: Args);
+    fn attention_block_64(args: AttentionArgs);
     /// A warp per query row of a split item, D = 64.
-    fn attention_combine_64(args: Args);
+    fn attention_combine_64(args: AttentionArgs);
     /// D = 16.
-    fn attention_split_16(args: Args);
+    fn attention_split_16(args: AttentionArgs);
     /// D = 16.
-    fn attention_block_16(args: Args);
+    fn attention_block_16(args: AttentionArgs);
     /// D = 16.
-    fn attention_combine_16(args: Args);
+    fn attention_combine_16(args: AttentionArgs);
     /// D = 32.
-    fn attention_split_32(args: Args);
+    fn attention_split_32(args: AttentionArgs);
     /// D = 32.
-    fn attention_block_32(args: Args);
+    fn attention_block_32(args: AttentionArgs);
     /// D = 32.
-    fn attention_combine_32(args: Args);
+    fn attention_combine_32(args: AttentionArgs);
     /// D = 80.
-    fn attention_split_80(args: Args);
+    fn attention_split_80(args: AttentionArgs);
     /// D = 80.
-    fn attention_block_80(args: Args);
+    fn attention_block_80(args: AttentionArgs);
     /// D = 80.
-    fn attention_combine_80(args: Args);
+    fn attention_combine_80(args: AttentionArgs);
     /// D = 96.
-    fn attention_split_96(args: Args);
+    fn attention_split_96(args: AttentionArgs);
     /// D = 96.
-    fn attention_block_96(args: Args);
+    fn attention_block_96(args: AttentionArgs);
     /// D = 96.
-    fn attention_combine_96(args: Args);
+    fn attention_combine_96(args: AttentionArgs);
     /// D = 128.
-    fn attention_split_128(args: Args);
+    fn attention_split_128(args: AttentionArgs);
     /// D = 128.
-    fn attention_block_128(args: Args);
+    fn attention_block_128(args: AttentionArgs);
     /// D = 128.
-    fn attention_combine_128(args: Args);
+    fn attention_combine_128(args: AttentionArgs);
     /// D = 192.
-    fn attention_split_192(args: Args);
+    fn attention_split_192(args: AttentionArgs);
     /// D = 192.
-    fn attention_block_192(args: Args);
+    fn attention_block_192(args: AttentionArgs);
     /// D = 192.
-    fn attention_combine_192(args: Args);
+    fn attention_combine_192(args: AttentionArgs);
     /// D = 256.
-    fn attention_split_256(args: Args);
+    fn attention_split_256(args: AttentionArgs);
     /// D = 256.
-    fn attention_block_256(args: Args);
+    fn attention_block_256(args: AttentionArgs);
     /// D = 256.
-    fn attention_combine_256(args: Args);
+    fn attention_combine_256(args: AttentionArgs);
 }
 
 const OP: &str = "attention";
@@ -74,22 +74,22 @@ const OP: &str = "attention";
 /// `AttentionArgs` of the kernels' file.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Args {
-    out: DevPtr,
-    qkv: DevPtr,
-    kv: DevPtr,
-    plan: DevPtr,
-    slopes: DevPtr,
-    sinks: DevPtr,
-    partial_o: DevPtr,
-    partial_ml: DevPtr,
-    num_heads: i32,
-    num_kv_heads: i32,
-    block_shift: i32,
-    window: i32,
-    scale: f32,
-    soft_cap: f32,
-    both_ways: i32,
+pub(super) struct AttentionArgs {
+    pub out: DevPtr,
+    pub qkv: DevPtr,
+    pub kv: DevPtr,
+    pub plan: DevPtr,
+    pub slopes: DevPtr,
+    pub sinks: DevPtr,
+    pub partial_o: DevPtr,
+    pub partial_ml: DevPtr,
+    pub num_heads: i32,
+    pub num_kv_heads: i32,
+    pub block_shift: i32,
+    pub window: i32,
+    pub scale: f32,
+    pub soft_cap: f32,
+    pub both_ways: i32,
 }
 
 /// Room for the partial results of split rows. One serves all layers and steps of a stream.
@@ -119,6 +119,26 @@ impl AttentionWorkspace {
     pub fn split_tiles(&self) -> usize {
         self.split_tiles
     }
+
+    /// Where sums and their `m` and `l` go, if rows have this many elements.
+    pub(super) fn checked(&self, op: &'static str, head_dim: usize) -> Result<[DevPtr; 2]> {
+        if self.head_dim == head_dim {
+            return Ok([self.o.ptr(), self.ml.ptr()]);
+        }
+        let detail =
+            format!("the workspace was made for heads of {}, not {head_dim} elements", self.head_dim);
+        Err(KernelError::Unsupported { op, detail })
+    }
+}
+
+/// Where a plan begins, if it does where items can be read as vectors.
+pub(super) fn checked_plan(op: &'static str, plan: DeviceWords<'_>) -> Result<DevPtr> {
+    let plan = plan.at_least(op, "plan", plan::ITEM_WORDS)?;
+    if !plan.0.is_multiple_of(16) {
+        let detail = format!("the plan begins {} bytes off a multiple of 16", plan.0 % 16);
+        return Err(KernelError::Unsupported { op, detail });
+    }
+    Ok(plan)
 }
 
 /// Arguments of [`attention`]. Letters as in [`crate::ops`].
@@ -182,7 +202,7 @@ pub fn attention(device: &Device, call: Attention<'_>) -> Result<()> {
     Ok(())
 }
 
-type Launcher = unsafe fn(&dyn crate::cuda::driver::Driver, LaunchConfig, Args) -> Result<()>;
+type Launcher = unsafe fn(&dyn crate::cuda::driver::Driver, LaunchConfig, AttentionArgs) -> Result<()>;
 
 /// The split, block and combine kernels for a head size that [`Geometry::new`] knows.
 fn launchers(head_dim: usize) -> [Launcher; 3] {
@@ -233,7 +253,7 @@ pub fn check_model(heads: HeadShape) -> Result<()> {
     Geometry::new(heads.head_dim).map(drop)
 }
 
-fn checked(call: &Attention<'_>) -> Result<Args> {
+fn checked(call: &Attention<'_>) -> Result<AttentionArgs> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = call.heads;
     check_heads(OP, call.heads)?;
     let Scoring { scale, window, soft_cap, slopes, sinks, causal } = call.scoring;
@@ -242,31 +262,20 @@ fn checked(call: &Attention<'_>) -> Result<Args> {
         let detail = format!("scale {scale}, soft cap {soft_cap:?} and window {window:?} must be positive");
         return Err(KernelError::Unsupported { op: OP, detail });
     }
-    if call.workspace.head_dim != head_dim {
-        let detail = format!(
-            "the workspace was made for heads of {}, not {head_dim} elements",
-            call.workspace.head_dim
-        );
-        return Err(KernelError::Unsupported { op: OP, detail });
-    }
-    let plan = call.plan.at_least(OP, "plan", plan::ITEM_WORDS)?;
-    if !plan.0.is_multiple_of(16) {
-        let detail = format!("the plan begins {} bytes off a multiple of 16", plan.0 % 16);
-        return Err(KernelError::Unsupported { op: OP, detail });
-    }
+    let [partial_o, partial_ml] = call.workspace.checked(OP, head_dim)?;
     let per_head = |what, buffer: Option<&DeviceBuffer>| match buffer {
         Some(buffer) => buffer.at_least(OP, what, DType::F32, num_heads),
         None => Ok(DevPtr::NULL),
     };
-    Ok(Args {
+    Ok(AttentionArgs {
         out: call.out.at_least(OP, "out", DType::Bf16, call.tokens * num_heads * head_dim)?,
         qkv: call.qkv.at_least(OP, "qkv", DType::Bf16, call.tokens * call.heads.qkv_width())?,
         kv: call.kv.checked(OP, call.heads)?,
-        plan,
+        plan: checked_plan(OP, call.plan)?,
         slopes: per_head("slopes", slopes)?,
         sinks: per_head("sinks", sinks)?,
-        partial_o: call.workspace.o.ptr(),
-        partial_ml: call.workspace.ml.ptr(),
+        partial_o,
+        partial_ml,
         num_heads: num_heads as i32,
         num_kv_heads: num_kv_heads as i32,
         block_shift: call.kv.block_shift(),

@@ -33,7 +33,7 @@ pub enum PlanKind {
     Causal,
     /// For [`super::attention`]: a token sees its whole row, which is in the step from its first token on.
     BothWays,
-    /// For [`super::super::latent_attention`], causal.
+    /// For [`super::super::attend_latents`], causal.
     Latent,
 }
 

@@ -61,7 +61,7 @@ async fn respond(app: App, call: &mut Call) -> Result<Response, ApiError> {
     let mut sampling: SamplingFields = part(&body)?;
     fields.refuse_unsupported()?;
     sampling.check_single("/v1/chat/completions")?;
-    let card = app.model_named(fields.model.as_deref())?;
+    let card = app.model_named(fields.model.as_deref()).await?;
     let request_id = sampling.request_id.take();
     let mut request = GenerateRequest::new(Prompt::Text(String::new()));
     if let Some(most) = fields.max_output_tokens {
