@@ -324,20 +324,6 @@ impl Validator {
         });
     }
 
-    fn check_stops(&self, request: &GenerateRequest, found: &mut Findings) {
-        let stop = &request.sampling.stop;
-        found.check(stop.len() <= limits::MAX_STOP, "sampling.stop", || {
-            format!("{} strings; at most {}", stop.len(), limits::MAX_STOP)
-        });
-        found.check(stop.iter().all(|s| !s.is_empty()), "sampling.stop", || "holds an empty string".into());
-        found.check(stop.iter().all(|s| s.len() <= limits::MAX_STOP_BYTES), "sampling.stop", || {
-            format!("a string is longer than {} bytes", limits::MAX_STOP_BYTES)
-        });
-        found.check(stop.is_empty() || !request.token_ids_only, "sampling.stop", || {
-            "stop strings need text; use stop_token_ids with token_ids_only".into()
-        });
-    }
-
     /// Everything of [`Sampling`] that does not depend on the prompt's length.
     fn sampling_without_lengths(&self, asked: &SamplingParams, found: &mut Findings) -> Sampling {
         let defaults = &self.defaults;

@@ -358,7 +358,8 @@ impl Checkpoint {
     pub fn kinds(&self) -> Vec<WeightKind> {
         let mut kinds: BTreeMap<String, WeightKind> = BTreeMap::new();
         for entry in self.tensors.values() {
-            let dtype = format!("{:?}", entry.dtype);
+            let plain = || format!("{:?}", entry.dtype);
+            let dtype = entry.blocks.map_or_else(plain, |blocks| format!("{blocks:?}"));
             let empty = WeightKind { dtype: dtype.clone(), tensors: 0, parameters: 0, bytes: 0 };
             let kind = kinds.entry(dtype).or_insert(empty);
             kind.tensors += 1;

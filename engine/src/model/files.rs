@@ -135,6 +135,9 @@ impl ModelFiles {
     /// [`LoadError::Io`] where the folder cannot be listed.
     pub fn find(&self, extension: &str) -> Result<Option<String>, LoadError> {
         let ModelSource::Dir(dir) = &self.source else { return Ok(None) };
+        if self.gguf.is_some() {
+            return Ok(None);
+        }
         let io = |source| LoadError::Io { path: dir.clone(), source };
         let mut first: Option<String> = None;
         for entry in std::fs::read_dir(dir).map_err(io)? {

@@ -1,6 +1,6 @@
-//! Requests to a server that was told to do without a tokenizer.
+//! What requests ask about text: stop strings, and whatever a server that does without a tokenizer has to refuse.
 
-use super::{GenerateRequest, Validator};
+use super::{Findings, GenerateRequest, Validator, limits};
 use crate::error::RequestError;
 
 impl Validator {
@@ -16,5 +16,19 @@ impl Validator {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn check_stops(&self, request: &GenerateRequest, found: &mut Findings) {
+        let stop = &request.sampling.stop;
+        found.check(stop.len() <= limits::MAX_STOP, "sampling.stop", || {
+            format!("{} strings; at most {}", stop.len(), limits::MAX_STOP)
+        });
+        found.check(stop.iter().all(|s| !s.is_empty()), "sampling.stop", || "holds an empty string".into());
+        found.check(stop.iter().all(|s| s.len() <= limits::MAX_STOP_BYTES), "sampling.stop", || {
+            format!("a string is longer than {} bytes", limits::MAX_STOP_BYTES)
+        });
+        found.check(stop.is_empty() || !request.token_ids_only, "sampling.stop", || {
+            "stop strings need text; use stop_token_ids with token_ids_only".into()
+        });
     }
 }
