@@ -226,7 +226,7 @@ mod tests {
         for byte in 0..0x7e_u8 {
             let (low, high) = (f8_to_f32(byte), f8_to_f32(byte + 1));
             let middle = f32::midpoint(low, high);
-            let even = if byte % 2 == 0 { byte } else { byte + 1 };
+            let even = if byte.is_multiple_of(2) { byte } else { byte + 1 };
             assert_eq!(f32_to_f8(middle), even, "{middle}");
             assert_eq!([f32_to_f8(middle.next_down()), f32_to_f8(middle.next_up())], [byte, byte + 1]);
             assert_eq!(f32_to_f8(-middle), even | 0x80);

@@ -63,7 +63,7 @@ fn setup(shape: LatentShape, block_size: usize, dtype: DType, lens: &[usize]) ->
         })
         .collect();
     let (norm, rope) = (rng.units(latent_dim), rotations(longest, rope_dim));
-    Setup { shape, kv, norm, rope, interleaved: block_size % 2 == 0, sequences }
+    Setup { shape, kv, norm, rope, interleaved: block_size.is_multiple_of(2), sequences }
 }
 
 type Part = (usize, usize, usize);

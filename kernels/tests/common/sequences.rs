@@ -1,5 +1,6 @@
 //! Sequences in a paged cache: what attention is to give for them, by its definition in f64, and what a device gives.
-#![allow(dead_code)]
+// In the reference an index names a position or a head, in several arrays at once.
+#![allow(dead_code, clippy::needless_range_loop)]
 
 use std::sync::Arc;
 
