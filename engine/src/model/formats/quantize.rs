@@ -67,7 +67,8 @@ impl Quantized<'_> {
         if tensor.dtype == DType::F8E4M3 || n * k == 0 {
             return Ok(tensor.into());
         }
-        let (group, max) = match self.to {
+        let to = self.to;
+        let (group, max) = match to {
             Quantization::Int8 => (int8_group(k), INT8_MAX),
             Quantization::Fp8 => (k, FP8_MAX),
         };
@@ -84,14 +85,14 @@ impl Quantized<'_> {
                 let scale = scales[n * groups + i];
                 let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
                 for (x, o) in values.iter().zip(out) {
-                    *o = match self.to {
+                    *o = match to {
                         Quantization::Int8 => (x * inverse).round_ties_even() as i8 as u8,
                         Quantization::Fp8 => f32_to_f8(x * inverse),
                     };
                 }
             }
         })?;
-        let format = match self.to {
+        let format = match to {
             Quantization::Int8 => QuantFormat::Int8 { group },
             Quantization::Fp8 => QuantFormat::Fp8 { rows: 1, columns: k },
         };
