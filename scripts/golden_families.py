@@ -305,6 +305,7 @@ FAMILIES = {
         "deepseek_v2",
         q_lora_rank=None,
         n_shared_experts=2,
+        topk_group=1,
         topk_method="group_limited_greedy",
         routed_scaling_factor=1.5,
         norm_topk_prob=False,

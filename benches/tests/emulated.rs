@@ -37,6 +37,9 @@ fn kernels_are_all_measured() {
     for case in ["gemm", "qkv", "o ", "gate_up", "down", "lm_head", "attention decode", "attention prefill"] {
         assert!(names.iter().any(|name| name.starts_with(case)), "no case {case}: {names:?}");
     }
+    for case in ["gate_up int4", "down mxfp4", "gate_up fp8", "down int8"] {
+        assert!(names.iter().any(|name| name.starts_with(case)), "no case {case}: {names:?}");
+    }
     for case in ["rmsnorm", "embedding", "rope + kv write", "sample greedy", "sample top-k top-p", "experts"]
     {
         assert!(names.iter().any(|name| name.starts_with(case)), "no case {case}: {names:?}");

@@ -18,7 +18,7 @@ use parking_lot::RwLock;
 use crate::{
     adapter::{Adapter, AdapterId},
     error::{LoadError, RequestError},
-    model::lora::{self, Sites},
+    model::lora::{self, LoraWeights, Sites},
 };
 
 /// Adapters of an engine.
@@ -105,8 +105,12 @@ impl Adapters {
     pub fn load_modules(&self) -> Result<(), LoadError> {
         let option = |detail| LoadError::Option { option: "--lora-modules", detail };
         for (name, path) in &self.config.modules {
-            self.check_name(name).map_err(|error| option(format!("{name}: {error}")))?;
-            self.insert(name, path, path)?.map_err(|error| option(format!("{name}: {error}")))?;
+            let refused = |error: RequestError| option(format!("{name}: {error}"));
+            self.check_name(name).map_err(refused)?;
+            if let Some(sites) = &self.sites {
+                let weights = lora::load(path, path, sites, self.config.max_lora_rank)?;
+                self.insert(name, path.display().to_string(), weights).map_err(refused)?;
+            }
         }
         Ok(())
     }
@@ -118,11 +122,11 @@ impl Adapters {
     /// [`RequestError::Unsupported`] where that is not allowed, [`RequestError::AdapterExists`] for a name that is taken, and
     /// [`RequestError::Invalid`] for what is wrong with the name, the path or the files.
     pub fn load(&self, name: &str, path: &str) -> Result<(), RequestError> {
-        if self.sites.is_none() {
+        let Some(sites) = &self.sites else {
             return Err(RequestError::Unsupported(
                 "adapters need a server that runs with --enable-lora".into(),
             ));
-        }
+        };
         let Some(dir) = &self.config.dir else {
             let message = "adapters are loaded at run time only where the server runs with --lora-dir";
             return Err(RequestError::Unsupported(message.into()));
@@ -132,23 +136,20 @@ impl Adapters {
             let message = "must name a folder below the server's --lora-dir, relative to it";
             RequestError::invalid("lora_path", message)
         })?;
-        self.insert(name, &folder, Path::new(path))
-            .unwrap_or_else(|error| Err(RequestError::invalid("lora_path", error.to_string())))
+        let weights = lora::load(&folder, Path::new(path), sites, self.config.max_lora_rank)
+            .map_err(|error| RequestError::invalid("lora_path", error.to_string()))?;
+        self.insert(name, path.to_owned(), weights)
     }
 
-    /// Reads an adapter and gives it a name.
-    fn insert(&self, name: &str, folder: &Path, shown: &Path) -> Result<Result<(), RequestError>, LoadError> {
-        let Some(sites) = &self.sites else { return Ok(Ok(())) };
-        let weights = lora::load(folder, shown, sites, self.config.max_lora_rank)?;
+    /// Gives an adapter a name.
+    fn insert(&self, name: &str, path: String, weights: LoraWeights) -> Result<(), RequestError> {
         let id = AdapterId(self.next.fetch_add(1, Relaxed));
         let adapter = Adapter { id, name: name.into(), weights: Arc::new(weights) };
         let mut loaded = self.loaded.write();
         // Somebody may have come between.
-        if let Err(error) = self.check_free(name, &loaded) {
-            return Ok(Err(error));
-        }
-        loaded.insert(name.to_owned(), Loaded { adapter, path: shown.display().to_string() });
-        Ok(Ok(()))
+        self.check_free(name, &loaded)?;
+        loaded.insert(name.to_owned(), Loaded { adapter, path });
+        Ok(())
     }
 
     fn check_name(&self, name: &str) -> Result<(), RequestError> {

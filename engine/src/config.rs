@@ -54,6 +54,11 @@ pub struct EngineConfig {
     pub served_model_name: Option<String>,
     /// A chat template that replaces the model's own.
     pub chat_template: Option<PathBuf>,
+    /// The two tokens whose logits score a pair of texts, the negative one first, in rerankers that answer with yes or no; `None`: what the
+    /// model folder says.
+    pub classifier_from_token: Option<[String; 2]>,
+    /// Token ids in, token ids out: no tokenizer is loaded, and what is about text is refused.
+    pub skip_tokenizer_init: bool,
     /// Arithmetic of the matrix products.
     pub dtype: ComputeDtype,
     /// Quantises the matrices of linear layers as they are loaded; embeddings, norms, routers and the output layer stay as they are.
@@ -103,6 +108,8 @@ impl EngineConfig {
             source,
             served_model_name: None,
             chat_template: None,
+            classifier_from_token: None,
+            skip_tokenizer_init: false,
             dtype: ComputeDtype::Auto,
             quantization: None,
             kv_cache_dtype: None,

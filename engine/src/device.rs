@@ -28,8 +28,8 @@ use crate::{
 };
 
 /// Default bound of the CPU's KV cache in bytes.
-const CPU_KV_BYTES: usize = 2 << 30;
-const CPU_DEFAULTS: Defaults = Defaults { max_num_seqs: 64, max_num_batched_tokens: 512 };
+pub(crate) const CPU_KV_BYTES: usize = 2 << 30;
+pub(crate) const CPU_DEFAULTS: Defaults = Defaults { max_num_seqs: 64, max_num_batched_tokens: 512 };
 const CUDA_DEFAULTS: Defaults = Defaults { max_num_seqs: 256, max_num_batched_tokens: 2048 };
 
 /// The GPU to use; `None` is the CPU.
@@ -218,16 +218,18 @@ impl Model<'_> {
         Ok(decoder)
     }
 
-    /// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
     fn stored_dtype(&self) -> Result<DType, LoadError> {
-        let name = self.spec.embedding_name();
-        match self.checkpoint.stored(&name) {
-            _ if self.checkpoint.is_quantized() => Ok(DType::Bf16),
-            Some((_, Some(dtype))) => Ok(dtype),
-            _ => {
-                self.checkpoint.tensor(&name, &[self.spec.vocab_size, self.spec.hidden_size]).map(|t| t.dtype)
-            }
-        }
+        stored_dtype(self.spec, self.checkpoint)
+    }
+}
+
+/// The element type of the checkpoint's embedding, and so of all its matrices; of quantised ones bf16, which is what they are decoded to.
+pub(crate) fn stored_dtype(spec: &ModelSpec, checkpoint: &Checkpoint) -> Result<DType, LoadError> {
+    let name = spec.embedding_name();
+    match checkpoint.stored(&name) {
+        _ if checkpoint.is_quantized() => Ok(DType::Bf16),
+        Some((_, Some(dtype))) => Ok(dtype),
+        _ => checkpoint.tensor(&name, &[spec.vocab_size, spec.hidden_size]).map(|tensor| tensor.dtype),
     }
 }
 
@@ -236,16 +238,10 @@ fn refuse_what_cuda_lacks(config: &EngineConfig) -> Result<(), LoadError> {
     if config.dtype == ComputeDtype::F32 {
         return option("--dtype", "float32 is computed on the CPU alone; take bfloat16, or --device cpu");
     }
-    if config.quantization.is_some() {
-        return option(
-            "--quantization",
-            "quantised matrices are multiplied on the CPU alone; leave it out, or take --device cpu",
-        );
-    }
-    if config.kv_cache_dtype.is_some_and(|dtype| dtype != DType::Bf16) {
+    if config.kv_cache_dtype.is_some_and(|dtype| !matches!(dtype, DType::Bf16 | DType::F8E4M3)) {
         return option(
             "--kv-cache-dtype",
-            "a GPU keeps keys and values in bfloat16 alone; take bfloat16, or --device cpu",
+            "a GPU keeps keys and values in bfloat16 or fp8; take one of them, or --device cpu",
         );
     }
     if !config.block_size.is_power_of_two() || !(16..=256).contains(&config.block_size) {

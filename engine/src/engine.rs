@@ -17,14 +17,16 @@ use crate::{
     error::{LoadError, StopReason},
     explain::EndedLife,
     handle::{EngineHandle, Shared},
+    heads::Heads,
     info::ModelInfo,
     kv::{BlockPool, CacheConfig},
     model::{
         checkpoint::Checkpoint,
-        embedding::embedding_info,
         files::{ModelFiles, ModelSource},
         generation_config::GenerationDefaults,
+        heads::HeadSpec,
         lora::Sites,
+        prefetch::{Loaded, Prefetch},
         spec::ModelSpec,
     },
     queue::Queue,
@@ -40,12 +42,19 @@ use crate::{
 /// What loading has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// So many of so many layers are loaded.
+    /// So many of so many layers are set up.
     Layers {
         /// Done.
         done: usize,
         /// In all.
         total: usize,
+    },
+    /// So many of so many bytes of weights are read.
+    Bytes {
+        /// Done.
+        done: u64,
+        /// In all.
+        total: u64,
     },
 }
 
@@ -58,6 +67,8 @@ pub struct EngineOptions {
     pub look_ahead: bool,
     /// Gets the life of every request that has ended. What finds it full is lost and counted.
     pub lives: Option<async_channel::Sender<EndedLife>>,
+    /// What stands around a model that embeds or scores.
+    pub heads: Heads,
     /// Blocks of host memory that the runner has, for what the prefix cache gives up.
     pub host_blocks: usize,
     /// The adapters that requests can name. The runner has as many slots as the batch may have adapters.
@@ -102,15 +113,24 @@ impl Engine {
         }
         let mut files = ModelFiles::open(&config.source)?;
         if let Some(path) = &config.chat_template {
+            if config.skip_tokenizer_init {
+                let detail = "conversations become text, which --skip-tokenizer-init leaves out; leave out one of the two".into();
+                return Err(LoadError::Option { option: "--chat-template", detail });
+            }
             files = files.with_chat_template(path);
         }
         let mut spec = ModelSpec::load(&files)?;
         let defaults = GenerationDefaults::load(&files, &spec)?;
-        let embedding = embedding_info(&files, &spec)?;
-        let text = Arc::new(TextModel::load(&files, &spec)?);
+        let head_spec = HeadSpec::read(&files, &spec, config.classifier_from_token.as_ref())?;
+        let text = match config.skip_tokenizer_init {
+            true => TextModel::without_tokenizer(&files, &spec),
+            false => TextModel::load(&files, &spec)?,
+        };
+        let text = Arc::new(text);
         let checkpoint = Checkpoint::open(&files)?;
         spec.follow_names(|name| checkpoint.contains(name));
         checkpoint.verify(&spec)?;
+        let heads = head_spec.load(&files, &spec, &checkpoint, &text)?;
         let num_parameters = checkpoint.num_parameters();
         // The embedding is a look-up, unless it is the output matrix too.
         let (table_bytes, table_dtype) = checkpoint.stored(&spec.embedding_name()).unwrap_or_default();
@@ -127,11 +147,18 @@ impl Engine {
         let (runner, facts) = RunnerThread::start(move || {
             let total = runner_spec.layers.len();
             let model = Model { config: &runner_config, spec: &runner_spec, checkpoint: &checkpoint };
-            let progress = |done| progress(Progress::Layers { done, total });
-            let built = match driver {
-                Some(driver) => model.on_cuda(driver, progress)?,
-                None => model.on_cpu(progress)?,
+            let prefetch = Prefetch::start(checkpoint.needed(&runner_spec), checkpoint.total_bytes());
+            let layers = |done_layers| {
+                progress(Progress::Layers { done: done_layers, total });
+                let (done, total) = prefetch.progress();
+                progress(Progress::Bytes { done, total });
             };
+            let built = match driver {
+                Some(driver) => model.on_cuda(driver, layers)?,
+                None => model.on_cpu(layers)?,
+            };
+            let loaded = prefetch.finish(|done, total| progress(Progress::Bytes { done, total }));
+            log_loaded(&loaded);
             Ok((built.runner, built.facts))
         })?;
         let info = ModelInfo {
@@ -151,7 +178,9 @@ impl Engine {
             eos_token_ids: defaults.eos.clone(),
             has_chat_template: text.has_chat_template(),
             defaults,
-            embedding,
+            is_bidirectional: spec.is_bidirectional(),
+            embedding: head_spec.embedding,
+            scoring: head_spec.scoring,
         };
         // Saving what costs more to bring back than to compute would be a loss.
         let swap = facts.swap.filter(SwapFacts::pays);
@@ -160,6 +189,7 @@ impl Engine {
             scheduling: config.scheduling,
             look_ahead,
             lives: config.lives,
+            heads,
             host_blocks,
             adapters,
         };
@@ -176,8 +206,9 @@ impl Engine {
         text: Arc<TextModel>,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let EngineOptions { scheduling, look_ahead, lives, host_blocks, adapters } = options;
+        let EngineOptions { scheduling, look_ahead, lives, heads, host_blocks, adapters } = options;
         scheduling.check(info.max_num_seqs, info.max_num_batched_tokens)?;
+        check_whole(&info)?;
         let pool = block_pool(&info, &scheduling, host_blocks);
         let scheduler =
             SchedulerConfig { max_loras: adapters.max_loras(), ..scheduler_config(&info, &scheduling) };
@@ -204,6 +235,9 @@ impl Engine {
                 eos_token_ids: info.eos_token_ids.clone(),
                 policy: scheduling.policy,
                 embedding: info.embedding,
+                scoring: info.scoring,
+                is_bidirectional: info.is_bidirectional,
+                heads: Arc::new(heads),
                 forms: Forms::new(text.clone(), info.eos_token_ids.clone()),
                 adapters: adapters.clone(),
             },
@@ -236,6 +270,19 @@ impl Drop for Engine {
             drop(thread.join());
         }
     }
+}
+
+/// A prompt that must be computed in one step must fit into one.
+fn check_whole(info: &ModelInfo) -> Result<(), LoadError> {
+    if !info.is_bidirectional || info.max_model_len <= info.max_num_batched_tokens {
+        return Ok(());
+    }
+    let detail = format!(
+        "{} tokens per step are too few: this model reads a prompt in one step, and prompts have up to {}; raise this, or lower \
+         --max-model-len",
+        info.max_num_batched_tokens, info.max_model_len
+    );
+    Err(LoadError::Option { option: "--max-num-batched-tokens", detail })
 }
 
 /// Runs an engine thread to its end.
@@ -295,6 +342,17 @@ fn adapters(config: &EngineConfig, spec: &ModelSpec, name: &str) -> Result<Arc<A
     };
     adapters.load_modules()?;
     Ok(Arc::new(adapters))
+}
+
+fn log_loaded(loaded: &Loaded) {
+    let hundredths = |value: f64| (value * 100.0).round() / 100.0;
+    tracing::info!(
+        gigabytes = hundredths(loaded.bytes as f64 / 1e9),
+        of_gigabytes = hundredths(loaded.file_bytes as f64 / 1e9),
+        seconds = hundredths(loaded.time.as_secs_f64()),
+        gigabytes_per_second = hundredths(loaded.rate()),
+        "read the weights"
+    );
 }
 
 /// A model's name when none is given: its folder's.

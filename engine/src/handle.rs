@@ -14,16 +14,20 @@ use crate::{
     activity::Activity,
     adapters::Adapters,
     core::{Command, Submission},
-    embedding::PendingEmbedding,
+    embedding::{PendingEmbedding, PendingScore},
     error::{RequestError, StopReason},
     explain::Explanation,
     generation::{Generation, Stream},
+    heads::Heads,
     ids::{RequestId, Ticket},
     info::ModelInfo,
     kv::KvEventBatch,
     output::AbortReceipt,
     queue::Queue,
-    request::{EmbedRequest, GenerateRequest, ValidatedEmbed, ValidatedRequest, Validator},
+    request::{
+        EmbedRequest, GenerateRequest, ScoreRequest, ValidatedEmbed, ValidatedRequest, ValidatedScore,
+        Validator,
+    },
     stats::{EngineStats, SharedStats},
     stopped::Stopped,
     text::TextModel,
@@ -107,6 +111,29 @@ impl EngineHandle {
         self.enqueue(request, |request, stream| {
             PendingEmbedding::new(request.id.clone(), shape, stream, self.clone())
         })
+    }
+
+    /// Checks a request for a score; see [`Validator::validate_score`], also for where to call it.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn validate_score(&self, request: ScoreRequest) -> Result<ValidatedScore, RequestError> {
+        self.shared.validator.validate_score(request)
+    }
+
+    /// Queues a request for a score, as [`submit`](Self::submit) does one for tokens. Dropping the [`PendingScore`] aborts it.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit).
+    pub fn submit_score(&self, score: ValidatedScore) -> Result<PendingScore, RequestError> {
+        let ValidatedScore { request, use_activation } = score;
+        self.enqueue(request, |request, stream| {
+            PendingScore::new(request.id.clone(), use_activation, stream, self.clone())
+        })
+    }
+
+    pub(crate) fn heads(&self) -> Arc<Heads> {
+        self.shared.validator.heads.clone()
     }
 
     /// Takes a place in the queue and hands the request to the engine thread; `answer` makes the caller's side of it.

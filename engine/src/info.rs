@@ -37,8 +37,12 @@ pub struct ModelInfo {
     pub has_chat_template: bool,
     /// Sampling defaults of the model.
     pub defaults: GenerationDefaults,
+    /// Tokens see those behind them too, as in encoders: a prompt is computed in one step.
+    pub is_bidirectional: bool,
     /// What its embeddings are.
     pub embedding: EmbeddingInfo,
+    /// How it scores pairs of texts, if it does.
+    pub scoring: Option<ScoringInfo>,
 }
 
 /// What a model's embeddings are.
@@ -52,4 +56,32 @@ pub struct EmbeddingInfo {
     pub normalize: bool,
     /// The model has no output layer: it gives embeddings and nothing else.
     pub is_only_output: bool,
+}
+
+/// How a model scores pairs of texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoringInfo {
+    /// What a pair is made a prompt by.
+    pub format: PairFormat,
+    /// It scores and does nothing else: it gives no embeddings and generates nothing.
+    pub is_only_output: bool,
+}
+
+/// How a query and a document become one prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PairFormat {
+    /// By the tokenizer's own template for pairs, as cross-encoders read them.
+    Pair,
+    /// As a question that is answered by yes or no, in the format of the Qwen3 rerankers, with an instruction.
+    YesNo,
+}
+
+impl PairFormat {
+    /// Its name on the wire and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pair => "pair",
+            Self::YesNo => "yes_no",
+        }
+    }
 }

@@ -93,6 +93,17 @@ pub struct Embedding {
     pub cached_tokens: usize,
 }
 
+/// How well a document answers a query.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Larger is better; between 0 and 1 for most models.
+    pub value: f32,
+    /// Tokens of query and document together, with what stands around them.
+    pub prompt_tokens: usize,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
 /// Where a request was when its abort took effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AbortStage {

@@ -72,6 +72,10 @@ pub enum Bug {
     SlotTakenInUse,
     /// A slot is given to an adapter and keeps what it held.
     AdapterNotLoaded,
+    /// A prompt that must be computed in one step is cut as others are.
+    WholeCut,
+    /// What such a prompt computes can be found by others.
+    WholeShared,
 }
 
 #[cfg(feature = "planted")]

@@ -4,19 +4,25 @@
 //! front end gives the same verdict.
 
 mod embed;
+mod prompt;
+mod score;
+mod words;
 
-use std::{fmt::Display, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 pub(crate) use embed::EmbeddingShape;
 pub use embed::{EmbedRequest, ValidatedEmbed};
+use prompt::Purpose;
+pub use score::{ScoreInput, ScoreRequest, ValidatedScore};
 
 use crate::{
     adapter::Adapter,
     adapters::Adapters,
     constraint::Constraint,
     error::{RequestError, Violation},
+    heads::Heads,
     ids::{RequestId, TenantId, TokenId},
-    info::EmbeddingInfo,
+    info::{EmbeddingInfo, ScoringInfo},
     model::generation_config::GenerationDefaults,
     pooling::Pooling,
     sampling::{Sampling, SamplingParams},
@@ -105,6 +111,10 @@ pub struct ValidatedRequest {
     pub(crate) sampling: Arc<Sampling>,
     /// The request is for an embedding; nothing is sampled.
     pub(crate) pooling: Option<Pooling>,
+    /// All of the prompt is computed in one step.
+    pub(crate) is_whole: bool,
+    /// Segment of each token of the prompt; none: all are 0.
+    pub(crate) segments: Option<Arc<[u32]>>,
     pub(crate) stop: Vec<String>,
     pub(crate) n: u32,
     pub(crate) text_output: bool,
@@ -184,17 +194,11 @@ pub struct Validator {
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) policy: Policy,
     pub(crate) embedding: EmbeddingInfo,
+    pub(crate) scoring: Option<ScoringInfo>,
+    pub(crate) is_bidirectional: bool,
+    pub(crate) heads: Arc<Heads>,
     pub(crate) forms: Forms,
     pub(crate) adapters: Arc<Adapters>,
-}
-
-/// What a prompt is encoded for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    /// At least one token follows it.
-    Generate,
-    /// Nothing follows it.
-    Embed,
 }
 
 /// Collects everything that is wrong, so that a client learns it in one answer.
@@ -228,8 +232,9 @@ impl Validator {
     pub fn validate(&self, request: GenerateRequest) -> Result<ValidatedRequest, RequestError> {
         let adapter = self.check_model(request.model.as_deref())?;
         if self.embedding.is_only_output {
-            let message = "this model has no output layer: it gives embeddings and generates nothing";
-            return Err(RequestError::Unsupported(message.into()));
+            let what = if self.scores_only() { "scores pairs of texts" } else { "gives embeddings" };
+            let message = format!("this model has no output layer: it {what} and generates nothing");
+            return Err(RequestError::Unsupported(message));
         }
         let mut found = Findings::default();
         self.check_id(request.id.as_ref(), &mut found);
@@ -243,6 +248,7 @@ impl Validator {
                     .into()
             },
         );
+        self.check_text(&request)?;
         let sampling = self.sampling_without_lengths(&request.sampling, &mut found);
         let n = request.sampling.n.unwrap_or(1);
         found.check((1..=limits::MAX_N).contains(&n), "sampling.n", || {
@@ -265,9 +271,11 @@ impl Validator {
             prompt: prompt.into(),
             sampling: Arc::new(sampling),
             pooling: None,
+            is_whole: false,
+            segments: None,
             stop: request.sampling.stop,
             n,
-            text_output: !request.token_ids_only,
+            text_output: !request.token_ids_only && self.text.tokenizer_kind().is_some(),
             include_special_tokens: request.include_special_tokens,
             deadline: request.deadline,
             priority: request.priority,
@@ -313,20 +321,6 @@ impl Validator {
         });
         found.check(priority == 0 || self.policy == Policy::Priority, "priority", || {
             "counts only where the server runs with --scheduling-policy priority; leave it 0 here".into()
-        });
-    }
-
-    fn check_stops(&self, request: &GenerateRequest, found: &mut Findings) {
-        let stop = &request.sampling.stop;
-        found.check(stop.len() <= limits::MAX_STOP, "sampling.stop", || {
-            format!("{} strings; at most {}", stop.len(), limits::MAX_STOP)
-        });
-        found.check(stop.iter().all(|s| !s.is_empty()), "sampling.stop", || "holds an empty string".into());
-        found.check(stop.iter().all(|s| s.len() <= limits::MAX_STOP_BYTES), "sampling.stop", || {
-            format!("a string is longer than {} bytes", limits::MAX_STOP_BYTES)
-        });
-        found.check(stop.is_empty() || !request.token_ids_only, "sampling.stop", || {
-            "stop strings need text; use stop_token_ids with token_ids_only".into()
         });
     }
 
@@ -386,63 +380,6 @@ impl Validator {
     fn check_ids(&self, mut ids: impl Iterator<Item = TokenId>, field: &'static str, found: &mut Findings) {
         let bad = ids.find(|id| id.0 as usize >= self.vocab_size);
         found.check(bad.is_none(), field, || self.outside_vocabulary(bad));
-    }
-
-    fn outside_vocabulary(&self, id: Option<TokenId>) -> String {
-        format!("token id {} is outside the vocabulary of {}", id.map_or(0, |id| id.0), self.vocab_size)
-    }
-
-    fn encode(&self, prompt: Prompt, purpose: Purpose) -> Result<Vec<TokenId>, RequestError> {
-        let (ids, field) = match prompt {
-            Prompt::Text(text) => {
-                self.refuse_gigantic(text.len(), "prompt.text", purpose)?;
-                (self.text.encode(&text, true)?, "prompt.text")
-            }
-            Prompt::Chat(chat) => {
-                let text = self.text.render_chat(&chat)?;
-                self.refuse_gigantic(text.len(), "prompt.chat", purpose)?;
-                (self.text.encode(&text, false)?, "prompt.chat")
-            }
-            Prompt::TokenIds(ids) => {
-                if let Some(bad) = ids.iter().find(|id| id.0 as usize >= self.vocab_size) {
-                    return Err(RequestError::invalid(
-                        "prompt.token_ids",
-                        self.outside_vocabulary(Some(*bad)),
-                    ));
-                }
-                (ids, "prompt.token_ids")
-            }
-        };
-        if ids.is_empty() {
-            return Err(RequestError::invalid(field, "the prompt is empty; give at least one token"));
-        }
-        if ids.len() > self.longest_prompt(purpose) {
-            return Err(self.too_long(field, ids.len(), purpose));
-        }
-        Ok(ids)
-    }
-
-    fn longest_prompt(&self, purpose: Purpose) -> usize {
-        self.max_model_len - usize::from(purpose == Purpose::Generate)
-    }
-
-    /// A text that cannot fit whatever its tokens are is refused before time is spent on encoding it.
-    fn refuse_gigantic(
-        &self,
-        bytes: usize,
-        field: &'static str,
-        purpose: Purpose,
-    ) -> Result<(), RequestError> {
-        let least = self.text.min_tokens_for_bytes(bytes);
-        let fits = least <= self.longest_prompt(purpose);
-        if fits { Ok(()) } else { Err(self.too_long(field, format_args!("at least {least}"), purpose)) }
-    }
-
-    fn too_long(&self, field: &'static str, tokens: impl Display, purpose: Purpose) -> RequestError {
-        let room = if purpose == Purpose::Generate { "with one token to generate, " } else { "" };
-        let (most, of) = (self.longest_prompt(purpose), self.max_model_len);
-        let message = format!("the prompt has {tokens} tokens; {room}at most {most} fit max_model_len {of}");
-        RequestError::invalid(field, message)
     }
 
     fn with_lengths(

@@ -30,10 +30,13 @@ impl Asked {
         let longest = spec.max_position_embeddings;
         // A step has a token for each row. Who gives one of the two gets the other one to fit.
         let (seqs, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+        let max_model_len = config.max_model_len.unwrap_or(longest);
+        // So has one for each token of a prompt that cannot be cut.
+        let whole = if spec.is_bidirectional() { max_model_len } else { 0 };
         let max_num_batched_tokens =
-            tokens.unwrap_or(defaults.max_num_batched_tokens.max(seqs.unwrap_or_default()));
+            tokens.unwrap_or(defaults.max_num_batched_tokens.max(seqs.unwrap_or_default()).max(whole));
         let asked = Self {
-            max_model_len: config.max_model_len.unwrap_or(longest),
+            max_model_len,
             max_num_seqs: seqs.unwrap_or(defaults.max_num_seqs.min(max_num_batched_tokens)),
             max_num_batched_tokens,
             block_size: config.block_size,

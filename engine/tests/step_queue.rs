@@ -134,6 +134,7 @@ fn row(seq: u64, block: u32) -> PlanRow {
         targets: Vec::new(),
         score_top: 0,
         pool_at: 0..0,
+        segments: None,
     }
 }
 

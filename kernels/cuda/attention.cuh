@@ -8,7 +8,7 @@ using namespace tidemill;
 struct AttentionArgs {
     bf16 *out;
     const bf16 *qkv;
-    const bf16 *kv;
+    const void *kv;  // bf16 or F8E4M3
     const uint32_t *plan;
     const float *slopes;
     const float *sinks;
@@ -95,22 +95,54 @@ struct Span {
     }
 };
 
-// Queues the copy of ROWS rows of one head's keys (which = 0) or values (1), from `position` on, to rows row0.. of `tile`, by one warp. The
-// rows lie in one block. Positions outside of [low, high] become zeros and are not read.
-template <int D, int ROWS>
+// Loads of a lane that are in flight together, as the registers allow: without instructions for F8E4M3 its conversion takes more.
+#if TM_GPU && __CUDA_ARCH__ < 890
+static constexpr int F8_LOADS = 4;
+#else
+static constexpr int F8_LOADS = 8;
+#endif
+
+// A lane's chunks of 8 elements of a cache in F8E4M3, to shared memory in bf16.
+template <int COPIES, class Valid, class Place>
+TM_DEVICE void widen_kv(const uint2 *src, Valid valid, Place place) {
+    constexpr int ROUNDS = (COPIES + F8_LOADS - 1) / F8_LOADS, AT_ONCE = (COPIES + ROUNDS - 1) / ROUNDS;
+    TM_UNROLL_BY(1)
+    for (int first = 0; first < COPIES; first += AT_ONCE) {
+        uint2 codes[AT_ONCE];
+        TM_UNROLL
+        for (int i = 0; i < AT_ONCE; i++)
+            codes[i] = first + i < COPIES && valid(first + i) ? load_streaming8(src + lane_id() + 32 * (first + i)) : make_uint2(0, 0);
+        TM_UNROLL
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i >= COPIES) break;
+            float v[8];
+            f8_to_f32(codes[i], v);
+            const bf16x8 wide = pack(v);
+            store_shared16(place(first + i), make_uint4(wide.pair[0], wide.pair[1], wide.pair[2], wide.pair[3]));
+        }
+    }
+}
+
+// Brings ROWS rows of one head's keys (which = 0) or values (1), from `position` on, to rows row0.. of `tile`, by one warp: queues their copy, or
+// with F8 writes them. The rows lie in one block. Positions outside of [low, high] become zeros and are not read.
+template <int D, int ROWS, bool F8>
 TM_DEVICE void load_kv(const AttentionArgs &a, const Item &item, int which, bf16x8 *tile, int row0, int position, int low, int high) {
-    const bf16x8 *src = (const bf16x8 *)a.kv;
+    size_t from = 0;  // in chunks of 8 elements
     if (position <= high && position + ROWS > low) {
         const uint32_t block = a.plan[item.table + (position >> a.block_shift)];
         const size_t head = ((size_t)block * 2 + which) * a.num_kv_heads + item.head();
-        src += ((head << a.block_shift) + (position & ((1 << a.block_shift) - 1))) * (D / 8);
+        from = ((head << a.block_shift) + (position & ((1 << a.block_shift) - 1))) * (D / 8);
+    }
+    constexpr int COPIES = ROWS * (D / 8) / 32;
+    const auto row = [&](int i) { return (lane_id() + 32 * i) / (D / 8); };
+    const auto valid = [&](int i) { return position + row(i) >= low && position + row(i) <= high; };
+    const auto place = [&](int i) { return tile + Rows<D>::at(row0 + row(i), (lane_id() + 32 * i) % (D / 8)); };
+    if (F8) {
+        widen_kv<COPIES>((const uint2 *)a.kv + from, valid, place);
+        return;
     }
     TM_UNROLL
-    for (int i = 0; i < ROWS * (D / 8) / 32; i++) {
-        const int chunk = lane_id() + 32 * i, r = chunk / (D / 8);
-        const bool valid = position + r >= low && position + r <= high;
-        cp_async16(tile + Rows<D>::at(row0 + r, chunk % (D / 8)), src + chunk, valid);
-    }
+    for (int i = 0; i < COPIES; i++) cp_async16(place(i), (const bf16x8 *)a.kv + from + lane_id() + 32 * i, valid(i));
 }
 
 // Queues the copy of an item's query rows; rows it does not have become zeros.

@@ -3,6 +3,7 @@
 //   out[r, n] = epilogue( sum_k x[r, k] * weight[n, k] + bias[n] )
 //
 // x [M, K] bf16, weight [W, K] bf16 as in checkpoints, both 16-byte aligned; K a multiple of 8; any M and W. out [M, N] bf16 or f32.
+// Kernels of BITS 8 or 4: weight is quantised, as quantized.cuh says, and K a multiple of 32.
 // Not gated: W = N. Gated: W = 2 N, gate rows first, and out = activation(gate) * up.
 //
 // Order of a sum, the same in every kernel of the family whatever M is, so that a row has the same bits in any company:
@@ -12,7 +13,7 @@
 //   columns 2t, 2t+1 and 8t+2, 8t+3 for 2t+8, 2t+9; the second takes 8t+4..8t+7 likewise. Both operands are permuted alike.
 // - The slices are added in order, beginning with 0; then bias; activation, gate; residual; one rounding.
 #pragma once
-#include "primitives.cuh"
+#include "quantized.cuh"
 
 namespace tidemill {
 
@@ -22,7 +23,7 @@ static constexpr int SLICES = 8;
 static constexpr uint32_t BLOCK_CHUNKS = 4;
 
 // Bits of LinearArgs::flags.
-static constexpr uint32_t GATED = 1, RESIDUAL = 2, OUT_F32 = 4, BIAS_BF16 = 8;
+static constexpr uint32_t GATED = 1, RESIDUAL = 2, OUT_F32 = 4, BIAS_BF16 = 8, OFFSETS = 16, FLOAT_CODES = 32;
 // Values of LinearArgs::activation. SOFT_CAP: cap * tanh(v / cap). SWIGLU_OAI, gated alone: (u + 1) * g / (1 + e^(-alpha g)) with
 // g = min(gate, cap), u = up within -cap..cap.
 static constexpr uint32_t IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3, SOFT_CAP = 4, RELU = 5, SWIGLU_OAI = 6;
@@ -35,8 +36,9 @@ static constexpr uint32_t NO_EXPERT = 0xffffffffu;
 struct LinearArgs {
     void *out;
     const bf16 *x;
-    const bf16 *weight;
+    const void *weight;
     const void *bias;           // [W] f32 or bf16, or null
+    const uint32_t *scales;     // of a quantised weight
     const uint2 *tiles;         // one token tile per entry: its expert, its first row; or null
     const uint32_t *offsets;
     const uint32_t *pairs;      // row r reads x[pairs[r] / divisor] and writes out[pairs[r]]
@@ -47,6 +49,8 @@ struct LinearArgs {
     uint32_t flags;
     uint32_t divisor;
     float cap;
+    uint32_t scale_stride;      // words from one row's scales to the next
+    uint32_t scale_shift;
     float alpha;
 };
 
@@ -78,8 +82,16 @@ TM_DEVICE size_t out_row(const LinearArgs &a, const TokenTile &tile, uint32_t ro
 }
 
 TM_DEVICE uint32_t weight_rows(const LinearArgs &a) { return a.flags & GATED ? 2 * a.width : a.width; }
-TM_DEVICE const uint4 *expert_weight(const LinearArgs &a, uint32_t expert) {
-    return (const uint4 *)a.weight + (size_t)expert * weight_rows(a) * (a.depth / 8);
+// An expert's weights, eight at a time, and their scales.
+template <int BITS>
+TM_DEVICE const typename Codes<BITS>::Type *expert_weight(const LinearArgs &a, uint32_t expert) {
+    return (const typename Codes<BITS>::Type *)a.weight + (size_t)expert * weight_rows(a) * (a.depth / 8);
+}
+TM_DEVICE const uint32_t *expert_scales(const LinearArgs &a, uint32_t expert) {
+    return a.scales + (size_t)expert * weight_rows(a) * a.scale_stride;
+}
+TM_DEVICE CodeFormat code_format(const LinearArgs &a) {
+    return {(a.flags & FLOAT_CODES) != 0, (a.flags & OFFSETS) != 0, a.scale_shift};
 }
 
 // Row of the weight that is row `r` of the m16 tiles, counted through. A gated tile holds 8 gate rows, then the 8 up rows of the

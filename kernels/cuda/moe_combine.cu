@@ -1,8 +1,8 @@
 // Adds up what the experts made of each token.
 //
-//   out[t, h] = (out[t, h] +) sum_j weights[t, j] * rows[t * k + j, h]      j in order, from 0, each step one fused multiply-add
+//   out[t, h] += sum_j weights[t, j] * rows[t * k + j, h]      j in order, from 0, each step one fused multiply-add
 //
-// out [T, H] bf16, rounded once; rows [T * k, H] bf16 or f32; weights [T, k] f32; 16-byte aligned; H a multiple of 8.
+// out [T, H] bf16, rounded once; rows [T * k, H] bf16; weights [T, k] f32; 16-byte aligned; H a multiple of 8.
 // Grid (T, ceil(H / 2048)), block 256.
 #include "primitives.cuh"
 
@@ -10,8 +10,8 @@ using namespace tidemill;
 
 static constexpr int THREADS = 256;
 
-template <class T>
-TM_DEVICE void combine(bf16 *out, const T *rows, const float *weights, int k, int width, int accumulate) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    moe_combine_bf16(bf16 *out, const bf16 *rows, const float *weights, int k, int width) {
     const int h = 8 * (blockIdx.y * THREADS + threadIdx.x);
     if (h >= width) return;
     const size_t token = blockIdx.x;
@@ -24,22 +24,10 @@ TM_DEVICE void combine(bf16 *out, const T *rows, const float *weights, int k, in
         for (int i = 0; i < 8; i++) sum[i] = __fmaf_rn(weight, v[i], sum[i]);
     }
     bf16x8 *to = (bf16x8 *)(out + token * width + h);
-    if (accumulate) {
-        float old[8];
-        unpack(*to, old);
-        TM_UNROLL
-        for (int i = 0; i < 8; i++) sum[i] += old[i];
-    }
+    float old[8];
+    unpack(*to, old);
+    TM_UNROLL
+    for (int i = 0; i < 8; i++) sum[i] += old[i];
     *to = pack(sum);
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    moe_combine_bf16(bf16 *out, const bf16 *rows, const float *weights, int k, int width, int accumulate) {
-    combine(out, rows, weights, k, width, accumulate);
-}
 KERNEL(moe_combine_bf16);
-extern "C" __global__ void __launch_bounds__(THREADS)
-    moe_combine_f32(bf16 *out, const float *rows, const float *weights, int k, int width, int accumulate) {
-    combine(out, rows, weights, k, width, accumulate);
-}
-KERNEL(moe_combine_f32);

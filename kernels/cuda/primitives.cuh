@@ -117,6 +117,17 @@ TM_DEVICE uint4 load_streaming16(const void *p) {
 #endif
 }
 
+TM_DEVICE uint2 load_streaming8(const void *p) {
+#if TM_GPU
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+#else
+    if ((uintptr_t)p & 7) emu::fail("8-byte load from a misaligned address %p", p);
+    return *(const uint2 *)p;
+#endif
+}
+
 // ---- Accesses to shared memory whose bank conflicts the emulator counts (`Stats::shared_phases`, `shared_conflicts`); on a GPU
 // plain loads and stores. The hardware serves a warp's 16-byte access in four phases, lanes 0-7, 8-15, 16-23, 24-31, and a
 // 4-byte access in one. A phase without conflicts takes one pass over the 32 banks of 4 bytes; it takes as many passes as the
@@ -134,6 +145,12 @@ TM_DEVICE void store_shared16(void *p, uint4 v TM_PLACE) {
     emu::shared_access(p, 16, file, line);
 #endif
     *(uint4 *)p = v;
+}
+TM_DEVICE uint2 load_shared8(const void *p TM_PLACE) {
+#if !TM_GPU
+    emu::shared_access(p, 8, file, line);
+#endif
+    return *(const uint2 *)p;
 }
 TM_DEVICE uint32_t load_shared4(const void *p TM_PLACE) {
 #if !TM_GPU
@@ -157,6 +174,63 @@ TM_DEVICE void cp_async16_cached(void *shared, const void *global, bool valid = 
 #else
     emu::cp_async(shared, global, 16, valid ? 16 : 0);
 #endif
+}
+
+// 4 or 8 bytes of what is small.
+template <int BYTES>
+TM_DEVICE void cp_async_small(void *shared, const void *global) {
+#if TM_GPU
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES) : "memory");
+#else
+    emu::cp_async(shared, global, BYTES, BYTES);
+#endif
+}
+
+// ---- F8E4M3 (OCP; Micikevicius et al. 2022): eight of them as f32, exactly; 0x7f and 0xff are no numbers.
+TM_DEVICE void f8_to_f32(uint2 codes, float (&v)[8]) {
+    const uint32_t words[2] = {codes.x, codes.y};
+#if TM_GPU && __CUDA_ARCH__ >= 890
+    TM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const uint16_t pair = (uint16_t)(words[i / 2] >> (i % 2 * 16));
+        asm("{.reg .b32 h; .reg .b16 a, b; cvt.rn.f16x2.e4m3x2 h, %2; mov.b32 {a, b}, h; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+            : "=f"(v[2 * i]), "=f"(v[2 * i + 1])
+            : "h"(pair));
+    }
+#else
+    TM_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const uint32_t byte = words[i / 4] >> (i % 4 * 8);
+        // Exponent and mantissa in the place of an f32's, whose bias is greater by 120: also right for subnormals.
+        const float magnitude = bits_to_f32((byte & 0x7f) << 20 | (byte & 0x80) << 24) * bits_to_f32((127u + 120u) << 23);
+        v[i] = (byte & 0x7f) == 0x7f ? bits_to_f32(0x7fc00000u) : magnitude;
+    }
+#endif
+}
+
+// Eight f32 rounded to nearest even; what is beyond 448 becomes 448.
+TM_DEVICE uint2 pack_f8(const float (&v)[8]) {
+    uint32_t words[2] = {0, 0};
+#if TM_GPU && __CUDA_ARCH__ >= 890
+    TM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint16_t pair;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+        words[i / 2] |= (uint32_t)pair << (i % 2 * 16);
+    }
+#else
+    TM_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bits = f32_to_bits(v[i]);
+        const float magnitude = fminf(bits_to_f32(bits & 0x7fffffffu), 448.0f);
+        // Below 2^-6 steps are of 2^-9, as those of f32 from 2^14 on. Above, 20 bits of the mantissa are rounded away.
+        const uint32_t small = f32_to_bits(magnitude + 16384.0f) & 0xff, wide = f32_to_bits(magnitude);
+        const uint32_t large = ((wide + 0x7ffffu + (wide >> 20 & 1)) >> 20) - (120u << 3);
+        const uint32_t code = v[i] != v[i] ? 0x7fu : magnitude < 0.015625f ? small : large;
+        words[i / 4] |= (code | (bits >> 31) << 7) << (i % 4 * 8);
+    }
+#endif
+    return make_uint2(words[0], words[1]);
 }
 
 // ---- 2^x and 1/x of the special function unit: about 2 ulp, subnormals flushed; 2^0 is exactly 1, 2^-inf exactly 0.

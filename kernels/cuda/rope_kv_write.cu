@@ -6,8 +6,8 @@
 //
 // qkv [T, (Q + 2K) * D] bf16, 16-byte aligned; q_weight, k_weight [D] f32, both or neither; table [positions, R] f32: R/2 cosines, then
 // R/2 sines; positions, slot_mapping [T] u32; D a multiple of 8 up to 256, R even. Pairs are (i, i + R/2), or (2i, 2i + 1) if
-// `interleaved`. kv: one layer of the cache, bf16 [blocks, 2, K, block_size, D], keys first; block_size = 1 << block_shift.
-// Values are rounded to bf16 once, at the end. A token with slot 0xffffffff is padding: neither it nor the cache is touched.
+// `interleaved`. kv: one layer of the cache, [blocks, 2, K, block_size, D], keys first; block_size = 1 << block_shift.
+// Values are rounded to bf16 once, at the end; and, where the cache is in F8E4M3 (`kv_f8`), from bf16 to that, what is too large to 448. A token with slot 0xffffffff is padding: neither it nor the cache is touched.
 //
 // Grid (T, ceil((Q + 2K) / (128 / LANES))), block 128: each head has a team of LANES lanes, D / 8 rounded up to a power of two, eight
 // elements to a lane. The order of the norm's sum depends on D alone.
@@ -18,7 +18,7 @@ using namespace tidemill;
 // Everything but qkv and kv is read only. The same struct as in ops/rope_kv_write.rs.
 struct RopeKvWriteArgs {
     bf16 *qkv;
-    bf16 *kv;
+    void *kv;
     const float *q_weight;
     const float *k_weight;
     const float *table;
@@ -31,7 +31,7 @@ struct RopeKvWriteArgs {
     int block_shift;
     int interleaved;
     float eps;
-    int reserved;
+    int kv_f8;
 };
 
 namespace {
@@ -103,7 +103,14 @@ TM_DEVICE void rope_kv_write(const RopeKvWriteArgs &a) {
     if (!active || !is_cached) return;
     const int kv_head = head - a.num_heads - (is_value ? a.num_kv_heads : 0);
     const size_t row = ((size_t)(slot >> a.block_shift) * 2 + is_value) * a.num_kv_heads + kv_head;
-    ((bf16x8 *)(a.kv + ((row << a.block_shift) + (slot & ((1u << a.block_shift) - 1))) * a.head_dim))[lane] = raw;
+    const size_t at = ((row << a.block_shift) + (slot & ((1u << a.block_shift) - 1))) * (a.head_dim / 8) + lane;
+    if (!a.kv_f8) {
+        ((bf16x8 *)a.kv)[at] = raw;
+        return;
+    }
+    float v[8];
+    unpack(raw, v);
+    ((uint2 *)a.kv)[at] = pack_f8(v);
 }
 
 }  // namespace

@@ -51,6 +51,9 @@ pub enum Command {
     /// Complete one prompt and stream the answer to stdout.
     #[command(after_help = EXIT_CODES, after_long_help = examples(RUN_EXAMPLES))]
     Run(Box<RunArgs>),
+    /// Say what a model folder holds, what it needs and what would fail; no weight is read.
+    #[command(after_help = EXIT_CODES, after_long_help = examples(INSPECT_EXAMPLES))]
+    Inspect(Box<InspectArgs>),
 }
 
 const MAIN_EXAMPLES: &str = "
@@ -78,6 +81,14 @@ const GATEWAY_EXAMPLES: &str = "
   tidemill gateway --engine 127.0.0.1:50051                   HTTP on 127.0.0.1:8000 in front of a server on this machine
   TIDEMILL_ENGINE_API_KEY=secret TIDEMILL_API_KEY=mine \\
       tidemill gateway --engine https://gpu1:50051 --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem";
+
+const INSPECT_EXAMPLES: &str = "
+  tidemill inspect ./Llama-3.2-1B          what is in the folder, what fits on this machine
+  tidemill inspect ./Llama-3.2-1B --json   the same for programs
+  tidemill inspect model.safetensors       the tensors of one file
+
+The exit code is 0 for a model that can be served, and 3 for one that cannot: the errors are
+those with which `serve` would end.";
 
 const RUN_EXAMPLES: &str = "
   tidemill run \"What is a KV cache?\"
@@ -140,6 +151,10 @@ pub struct ModelArgs {
     /// A Jinja file that replaces the model's own chat template.
     #[arg(long, value_name = "FILE", env = "TIDEMILL_CHAT_TEMPLATE")]
     pub chat_template: Option<PathBuf>,
+    /// For rerankers that answer with yes or no (Qwen3-Reranker): the two tokens whose logits make a score, the negative one first. Default:
+    /// what the model folder says.
+    #[arg(long, value_name = "NO,YES", env = "TIDEMILL_CLASSIFIER_FROM_TOKEN", value_parser = two_tokens)]
+    pub classifier_from_token: Option<[String; 2]>,
     /// Arithmetic of the matrix products.
     #[arg(long, value_enum, default_value = "auto", env = "TIDEMILL_DTYPE")]
     pub dtype: DtypeArg,
@@ -251,6 +266,12 @@ pub struct LimitArgs {
     /// The name clients use for the model. Default: the folder's name.
     #[arg(long, value_name = "NAME", env = "TIDEMILL_SERVED_MODEL_NAME", value_parser = NonEmptyStringValueParser::new())]
     pub served_model_name: Option<String>,
+    /// Load no tokenizer: prompts are token ids, answers are token ids, and whatever needs text (conversations, stop strings, forms of answers) is
+    /// refused.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          hide_default_value = true, hide_possible_values = true, value_name = "BOOL", action = clap::ArgAction::Set,
+          env = "TIDEMILL_SKIP_TOKENIZER_INIT")]
+    pub skip_tokenizer_init: bool,
     /// Sequences in the batch at once. Default: 64, on a GPU 256.
     #[arg(long, value_name = "N", env = "TIDEMILL_MAX_NUM_SEQS")]
     pub max_num_seqs: Option<NonZeroUsize>,
@@ -327,6 +348,29 @@ pub struct RunArgs {
     /// The model and how it is computed.
     #[command(flatten)]
     pub model: ModelArgs,
+}
+
+/// Options of `tidemill inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A model folder, one weight file, or `builtin`.
+    #[arg(value_name = "DIR|FILE|builtin", value_parser = model_source)]
+    pub model: ModelSource,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+    /// As in `serve`: a Jinja file that replaces the model's own chat template.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+    /// As in `serve`: do without a tokenizer.
+    #[arg(long)]
+    pub skip_tokenizer_init: bool,
+    /// As in `serve`: tokens of prompt and completion together.
+    #[arg(long, value_name = "N")]
+    pub max_model_len: Option<NonZeroUsize>,
+    /// As in `serve`: share of a GPU's memory.
+    #[arg(long, value_name = "SHARE", default_value_t = engine_defaults().gpu_memory_utilization, value_parser = share)]
+    pub gpu_memory_utilization: f64,
 }
 
 /// How tokens are chosen. What is absent comes from the model's generation_config.json.
@@ -435,6 +479,13 @@ fn some_seconds(value: &str) -> Result<Duration, String> {
     let accepted = Duration::from_millis(1)..=Duration::from_secs(86_400);
     let seconds = seconds(value)?;
     accepted.contains(&seconds).then_some(seconds).ok_or_else(|| "use 0.001 to 86400".into())
+}
+
+fn two_tokens(text: &str) -> Result<[String; 2], String> {
+    match text.split_once(',') {
+        Some((no, yes)) if !no.is_empty() && !yes.is_empty() => Ok([no.to_owned(), yes.to_owned()]),
+        _ => Err("must be two tokens with a comma between, the negative one first, such as no,yes".into()),
+    }
 }
 
 fn engine_defaults() -> EngineConfig {

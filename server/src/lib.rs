@@ -11,6 +11,7 @@ pub mod exit;
 mod gateway;
 pub mod grpc;
 pub mod http;
+mod inspect;
 pub mod lives;
 mod loading;
 pub mod logging;
@@ -70,6 +71,7 @@ fn execute(invocation: Invocation) -> Result<(), Failure> {
             LogConfig::quiet().install(color);
             runtime.block_on(run::run(*config))
         }
+        Invocation::Inspect(config) => inspect::inspect(&config),
     };
     // Text work that nobody waits for any more does not hold the program up.
     runtime.shutdown_background();

@@ -1,8 +1,8 @@
 //! Loading a model off the network's threads, with a progress bar for people.
 
-use std::thread;
+use std::{fmt, thread};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use tidemill_engine::{Engine, EngineConfig, Progress};
 use tokio::sync::oneshot;
 
@@ -17,7 +17,7 @@ pub async fn load(config: EngineConfig) -> Result<Engine, Failure> {
     let bar = LoadingBar::new();
     let body = move || {
         let progress = bar.clone();
-        let engine = Engine::start(config, move |Progress::Layers { done, total }| progress.at(done, total));
+        let engine = Engine::start(config, move |reached| progress.at(reached));
         bar.clear();
         // Nobody waits for an engine that was given up.
         drop(loaded.send(engine));
@@ -36,15 +36,26 @@ impl LoadingBar {
     fn new() -> Self {
         // Hidden by itself where stderr is no terminal.
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template("loading {bar:32} {pos}/{len} layers {elapsed}") {
-            bar.set_style(style);
+        let template = "loading {bar:32} {decimal_bytes}/{decimal_total_bytes} {rate} {msg} {elapsed}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            // The average: a rate of the moment jumps between what was in the page cache and what was not.
+            let rate = |state: &ProgressState, to: &mut dyn fmt::Write| {
+                let seconds = state.elapsed().as_secs_f64().max(1e-3);
+                let _ = write!(to, "{:.2} GB/s", state.pos() as f64 / 1e9 / seconds);
+            };
+            bar.set_style(style.with_key("rate", rate));
         }
         Self(bar)
     }
 
-    fn at(&self, done: usize, total: usize) {
-        self.0.set_length(total as u64);
-        self.0.set_position(done as u64);
+    fn at(&self, reached: Progress) {
+        match reached {
+            Progress::Layers { done, total } => self.0.set_message(format!("{done}/{total} layers")),
+            Progress::Bytes { done, total } => {
+                self.0.set_length(total);
+                self.0.set_position(done);
+            }
+        }
     }
 
     fn clear(&self) {

@@ -137,7 +137,13 @@ fn a_taken_port_is_4() {
 
 #[test]
 fn help_shows_options_examples_and_exit_codes() {
-    for args in [&["--help"][..], &["serve", "--help"], &["gateway", "--help"], &["run", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["serve", "--help"],
+        &["gateway", "--help"],
+        &["run", "--help"],
+        &["inspect", "--help"],
+    ] {
         let output = output(args);
         let text = stdout(&output);
         assert_eq!(output.status.code(), Some(0), "{args:?}");

@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Harness, narrow};
+use common::{Harness, greedy, narrow};
 use serde_json::{Value, json};
 use tidemill::{
     auth::ApiKeys,
@@ -15,10 +15,16 @@ use tidemill::{
     http::{HttpServer, answer::Parsers},
 };
 use tidemill_engine::EngineConfig;
+use tidemill_proto::{
+    smg::grpc::common::GetTokenizerRequest,
+    v1,
+    vllm::grpc::engine::{self as vllm, vllm_engine_client::VllmEngineClient},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use tonic::Code;
 
 /// The built-in model's question whose answer is a sentence.
 const QUESTION: &str = "What is a KV cache?";
@@ -165,4 +171,125 @@ async fn embeddings_of_many_texts_are_in_order_and_those_of_each() {
         assert_eq!(together["data"][at]["index"], at);
         assert_eq!(together["data"][at]["embedding"], alone["data"][0]["embedding"], "{text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_tokenizer_ids_go_in_and_out_over_http() {
+    let front = Front::start(|config| config.skip_tokenizer_init = true, &[]).await;
+    let ask = async |body: Value| front.raw("POST /v1/completions", "", &body).await;
+    let ids = json!([5, 300, 301]);
+    let (status, body) =
+        ask(json!({"prompt": ids, "max_tokens": 6, "temperature": 0, "ignore_eos": true})).await;
+    let whole: Value = serde_json::from_str(&body).unwrap();
+    let choice = &whole["choices"][0];
+    assert_eq!(
+        (status, &choice["text"], choice["token_ids"].as_array().unwrap().len()),
+        (200, &json!(""), 6),
+        "{body}"
+    );
+    let asked = json!({"prompt": ids, "max_tokens": 6, "temperature": 0, "ignore_eos": true, "stream": true});
+    let (_, stream) = ask(asked).await;
+    let chunks = stream
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: ")?.strip_prefix('{').map(|rest| format!("{{{rest}")));
+    let streamed: Vec<Value> = chunks
+        .map(|chunk| serde_json::from_str::<Value>(&chunk).unwrap())
+        .filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array().cloned())
+        .flatten()
+        .collect();
+    assert_eq!(&Value::Array(streamed), &choice["token_ids"], "{stream}");
+    for (route, body) in [
+        ("POST /v1/completions", json!({"prompt": "Once"})),
+        ("POST /v1/completions", json!({"prompt": ids, "stop": ["."]})),
+        ("POST /v1/completions", json!({"prompt": ids, "response_format": {"type": "json_object"}})),
+        ("POST /v1/completions", json!({"prompt": ids, "echo": true})),
+        ("POST /v1/chat/completions", json!({"messages": [{"role": "user", "content": "Hi"}]})),
+        ("POST /v1/messages", json!({"max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]})),
+        ("POST /v1/embeddings", json!({"input": "Hi"})),
+        ("POST /tokenize", json!({"prompt": "Hi"})),
+        ("POST /detokenize", json!({"tokens": [5]})),
+        ("POST /predict", json!({"prompt": "Hi"})),
+    ] {
+        let (status, reply) = front.raw(route, "", &body).await;
+        assert!(status == 400 && reply.contains("--skip-tokenizer-init"), "{route} {body}: {status} {reply}");
+    }
+    let (status, reply) = front.raw("POST /v1/embeddings", "", &json!({"input": ids})).await;
+    assert!(status == 200 && reply.contains("embedding"), "{reply}");
+    assert_eq!(front.raw("GET /v1/models", "", &Value::Null).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_stand_beside_the_text_where_asked_for() {
+    let front = Front::start(|_| (), &[]).await;
+    let body = json!({"prompt": "Once", "max_tokens": 5, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    let reply: Value = serde_json::from_str(&front.raw("POST /v1/completions", "", &body).await.1).unwrap();
+    let choice = &reply["choices"][0];
+    let tokens = json!({"tokens": choice["token_ids"]});
+    let text: Value = serde_json::from_str(&front.raw("POST /detokenize", "", &tokens).await.1).unwrap();
+    assert_eq!(choice["token_ids"].as_array().unwrap().len(), 5);
+    assert!(
+        !choice["text"].as_str().unwrap().is_empty() && text["prompt"] == choice["text"],
+        "{text} {choice}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_tokenizer_ids_go_in_and_out_over_grpc() {
+    let mut harness = Harness::tuned(|config| config.skip_tokenizer_init = true).await;
+    let model = harness.inference.get_model(v1::GetModelRequest {}).await.unwrap().into_inner();
+    assert!(model.tokenizer.is_empty() && !model.has_chat_template && model.special_tokens.is_empty());
+    let prompt = |prompt| v1::GenerateRequest {
+        prompt: Some(prompt),
+        sampling: Some(greedy(6)),
+        ..Default::default()
+    };
+    let ids = || v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids: vec![5, 300, 301] });
+    let answer = harness.complete(prompt(ids())).await;
+    assert!(answer.text.is_empty() && !answer.ids.is_empty());
+    let mut with_text = Harness::start().await;
+    assert_eq!(
+        with_text.complete(prompt(ids())).await.ids,
+        answer.ids,
+        "the ids do not depend on there being text"
+    );
+    let kind = with_text.inference.get_model(v1::GetModelRequest {}).await.unwrap().into_inner().tokenizer;
+    assert_eq!(kind, "tokenizer.json");
+    let mut refused = Vec::new();
+    refused
+        .push(harness.generate(prompt(v1::generate_request::Prompt::Text("Once".into()))).await.unwrap_err());
+    let mut stops = prompt(ids());
+    stops.sampling.as_mut().unwrap().stop = vec![".".into()];
+    refused.push(harness.generate(stops).await.unwrap_err());
+    let text = Some(v1::tokenize_request::Input::Text("x".into()));
+    let ask = v1::TokenizeRequest { input: text, ..Default::default() };
+    refused.push(harness.inference.tokenize(ask).await.unwrap_err());
+    let ask = v1::DetokenizeRequest { token_ids: vec![5], include_special_tokens: false };
+    refused.push(harness.inference.detokenize(ask).await.unwrap_err());
+    let mut gateway = VllmEngineClient::new(harness.channel.clone());
+    refused.push(gateway.get_tokenizer(GetTokenizerRequest {}).await.unwrap_err());
+    for status in refused {
+        assert!(
+            status.code() == Code::FailedPrecondition && status.message().contains("--skip-tokenizer-init"),
+            "{status}"
+        );
+    }
+    let input = vllm::TokenizedInput { original_text: String::new(), input_ids: vec![5, 300, 301] };
+    let request = vllm::GenerateRequest {
+        request_id: "ids".into(),
+        input: Some(vllm::generate_request::Input::Tokenized(input)),
+        sampling_params: Some(vllm::SamplingParams {
+            temperature: Some(0.0),
+            max_tokens: Some(6),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let mut stream = gateway.generate(request).await.unwrap().into_inner();
+    let mut complete = None;
+    while let Some(message) = stream.message().await.unwrap() {
+        if let Some(vllm::generate_response::Response::Complete(end)) = message.response {
+            complete = Some(end);
+        }
+    }
+    assert_eq!(complete.unwrap().output_ids, answer.ids);
 }

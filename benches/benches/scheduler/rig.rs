@@ -125,6 +125,8 @@ impl Rig {
             priority: (class % 10) as i32,
             tenant: TenantId::new(format!("tenant-{}", class % 100)),
             pooling: None,
+            is_whole: false,
+            segments: None,
             root: self.root,
             constraint: None,
         }

@@ -177,7 +177,6 @@ impl Layer {
             out: &mut self.out,
             rows: &self.rows,
             weights: &self.weights,
-            accumulate: false,
             width: hidden,
             top_k,
             tokens,

@@ -33,8 +33,8 @@ const MIN_CALLS: usize = 32;
 const SMALL_BYTES: f64 = 16e6;
 /// The plain look-up.
 const TOKENS: Lookup = Lookup::Tokens { scale: 1.0 };
-const BF16: f64 = 2.0;
-const F32: f64 = 4.0;
+pub(super) const BF16: f64 = 2.0;
+pub(super) const F32: f64 = 4.0;
 
 /// Measures and prints every case that is wanted.
 ///
@@ -59,6 +59,7 @@ pub fn run<M: Machine>(machine: &M, options: &Options, table: &mut Table) -> Res
     bench.table.fact("own_gemm_flops", product.into());
     bench.table.set_limits(Limits { bandwidth: bandwidth.best(), flops });
     bench.products();
+    bench.quantized_products();
     bench.attention();
     bench.pointwise();
     bench.sampling();
@@ -83,52 +84,21 @@ pub fn best_product<M: Machine>(machine: &M, budget: Duration) -> Result<f64, Er
     Ok(bench.peak_product()?)
 }
 
-struct Bench<'a, M: Machine> {
+pub(super) struct Bench<'a, M: Machine> {
     machine: &'a M,
-    options: &'a Options,
-    ops: M::Ops,
-    random: RandomTensors,
+    pub(super) options: &'a Options,
+    pub(super) ops: M::Ops,
+    pub(super) random: RandomTensors,
     table: &'a mut Table,
 }
 
 type Buffer<M> = <<M as Machine>::Ops as Ops>::Buffer;
-type Weight<M> = <<M as Machine>::Ops as Ops>::Weight;
+pub(super) type Weight<M> = <<M as Machine>::Ops as Ops>::Weight;
 type Batch<M> = <<M as Machine>::Ops as Ops>::Batch;
-
-/// A matrix product.
-#[derive(Clone, Copy)]
-struct Product {
-    rows: usize,
-    n: usize,
-    k: usize,
-    kind: Kind,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Plain,
-    /// With f32 outputs.
-    Logits,
-    /// N outputs from 2 N weight rows.
-    Gated,
-}
-
-impl Product {
-    fn weight_rows(&self) -> usize {
-        if self.kind == Kind::Gated { 2 * self.n } else { self.n }
-    }
-
-    fn cost(&self) -> Cost {
-        let (rows, n, k) = (self.rows as f64, self.n as f64, self.k as f64);
-        let weights = self.weight_rows() as f64 * k;
-        let out = rows * n * if self.kind == Kind::Logits { F32 } else { BF16 };
-        Cost { bytes: BF16 * (rows * k + weights) + out, flops: 2.0 * rows * weights }
-    }
-}
 
 impl<M: Machine> Bench<'_, M> {
     /// Times a case: `build` makes the inputs for a number of sets, and work that goes over them `passes` times.
-    fn case(
+    pub(super) fn case(
         &mut self,
         name: &str,
         cost: Cost,
@@ -146,7 +116,7 @@ impl<M: Machine> Bench<'_, M> {
         }
     }
 
-    fn plan(&self, cost: Cost) -> Plan {
+    pub(super) fn plan(&self, cost: Cost) -> Plan {
         if !self.machine.is_real() {
             return Plan { sets: 2, passes: 1 };
         }
@@ -158,7 +128,7 @@ impl<M: Machine> Bench<'_, M> {
     }
 
     /// Seconds of one call of `work`, which makes `plan.calls()`.
-    fn seconds(&self, plan: Plan, work: &mut dyn Work) -> Result<f64, KernelError> {
+    pub(super) fn seconds(&self, plan: Plan, work: &mut dyn Work) -> Result<f64, KernelError> {
         Ok(self.machine.clock().seconds(work, self.options.budget)? / plan.calls() as f64)
     }
 
@@ -174,12 +144,12 @@ impl<M: Machine> Bench<'_, M> {
     }
 
     /// A random weight.
-    fn weight(&self, rows: usize, columns: usize) -> Result<Weight<M>, KernelError> {
+    pub(super) fn weight(&self, rows: usize, columns: usize) -> Result<Weight<M>, KernelError> {
         self.ops.weight(&[self.random.matrix(rows, columns).into()], &[])
     }
 
     /// Random activations: rows of a random embedding table.
-    fn activations(&self, rows: usize, width: usize) -> Result<Buffer<M>, KernelError> {
+    pub(super) fn activations(&self, rows: usize, width: usize) -> Result<Buffer<M>, KernelError> {
         let meta = Step::of(1, rows, rows).meta(Layout::new(1, rows), TABLE_ROWS);
         let batch = self.ops.upload(meta.into(), tasks(1, &SampleSpec::greedy()))?;
         let mut out = self.ops.buffer(self.ops.extent(&batch).tokens.max(rows) * width)?;
@@ -188,67 +158,6 @@ impl<M: Machine> Bench<'_, M> {
         // The table must live until it has been read.
         self.ops.download(&out, 1)?;
         Ok(out)
-    }
-
-    /// The rate of the largest square product: the bound that all others are compared with.
-    fn peak_product(&self) -> Result<f64, KernelError> {
-        let n = self.options.shapes.square.iter().map(|s| s.1).max().unwrap_or(1);
-        let product = Product { rows: n, n, k: n, kind: Kind::Plain };
-        Ok(product.cost().flops / self.product(product, self.plan(product.cost()))?)
-    }
-
-    fn product(&self, product: Product, plan: Plan) -> Result<f64, KernelError> {
-        let Product { rows, n, k, kind } = product;
-        let x: Vec<_> = (0..plan.sets).map(|_| self.activations(rows, k)).collect::<Result<_, _>>()?;
-        let w: Vec<_> =
-            (0..plan.sets).map(|_| self.weight(product.weight_rows(), k)).collect::<Result<_, _>>()?;
-        let mut out = match kind {
-            Kind::Logits => self.ops.logits_buffer(rows * n)?,
-            _ => self.ops.buffer(rows * n)?,
-        };
-        let mut scratch = self.ops.scratch_buffer(if kind == Kind::Gated { rows * 2 * n } else { 1 })?;
-        let mut work = || -> Result<(), KernelError> {
-            for _ in 0..plan.passes {
-                for (x, w) in x.iter().zip(&w) {
-                    match kind {
-                        Kind::Gated => {
-                            self.ops.linear_gated(&mut out, &mut scratch, x, w, rows, Activation::Silu)?;
-                        }
-                        _ => self.ops.linear(&mut out, x, w, rows, Epilogue::Store)?,
-                    }
-                }
-            }
-            Ok(())
-        };
-        self.seconds(plan, &mut work)
-    }
-
-    fn products(&mut self) {
-        let shapes = self.options.shapes.clone();
-        let (h, q) = (shapes.hidden, shapes.heads.num_heads * shapes.heads.head_dim);
-        for &(name, n) in &shapes.square {
-            let product = Product { rows: n, n, k: n, kind: Kind::Plain };
-            self.case(name, product.cost(), |bench, plan| bench.product(product, plan));
-        }
-        let projections = [
-            ("qkv", shapes.heads.qkv_width(), h, Kind::Plain),
-            ("o", h, q, Kind::Plain),
-            ("gate_up", shapes.inter, h, Kind::Gated),
-            ("down", h, shapes.inter, Kind::Plain),
-            ("lm_head", shapes.vocab, h, Kind::Logits),
-        ];
-        for (projection, n, k, kind) in projections {
-            for &(name, rows) in &shapes.rows {
-                // Nobody wants so many rows of logits at once.
-                if kind == Kind::Logits && rows > 256 {
-                    continue;
-                }
-                let product = Product { rows, n, k, kind };
-                self.case(&format!("{projection} {name}"), product.cost(), |bench, plan| {
-                    bench.product(product, plan)
-                });
-            }
-        }
     }
 
     fn attention(&mut self) {
@@ -439,9 +348,9 @@ fn transform<V>(table: &V, heads: HeadShape) -> QkTransform<'_, V> {
 
 /// How a case goes over its inputs.
 #[derive(Clone, Copy)]
-struct Plan {
-    sets: usize,
-    passes: usize,
+pub(super) struct Plan {
+    pub(super) sets: usize,
+    pub(super) passes: usize,
 }
 
 impl Plan {

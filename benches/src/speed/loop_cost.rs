@@ -73,12 +73,14 @@ pub fn measure<O: Ops + 'static>(setup: Setup<O>) -> Result<Vec<f64>, Error> {
         eos_token_ids: Vec::new(),
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
+        is_bidirectional: false,
         embedding: EmbeddingInfo {
             dimensions: 1,
             pooling: Pooling::Last,
             normalize: false,
             is_only_output: false,
         },
+        scoring: None,
     };
     let options = EngineOptions { look_ahead: true, ..EngineOptions::default() };
     let engine = Engine::with_runner(runner, info, text, options)?;

@@ -15,6 +15,7 @@ pub mod limits;
 pub mod loop_cost;
 pub mod machine;
 pub mod model;
+mod products;
 pub mod random;
 pub mod shapes;
 pub mod steps;

@@ -5,7 +5,10 @@ use std::cell::Cell;
 use bytes::Bytes;
 use half::bf16;
 use tidemill_engine::{LoadError, model::checkpoint::Tensors};
-use tidemill_kernels::{DType, HostTensor};
+use tidemill_kernels::{
+    DType, HostTensor,
+    tensor::{QuantFormat, QuantMatrix},
+};
 
 /// Tensors begin at multiples of this many bytes of the pool.
 const STEP: usize = 4096;
@@ -44,6 +47,29 @@ impl RandomTensors {
         let start = at / STEP % places * STEP;
         let data = self.pool.slice(start..start + len);
         HostTensor { name: "random".into(), dtype: DType::Bf16, shape: vec![rows, columns], data }
+    }
+}
+
+impl RandomTensors {
+    /// The next tensor, its bytes understood as a format of 8 or 4 bits a weight whose scales stand beside it.
+    pub fn quantized(&self, format: QuantFormat, [rows, columns]: [usize; 2]) -> QuantMatrix {
+        let len = |bits: usize| rows * columns * bits / 8;
+        let (bytes, scales) = match format {
+            QuantFormat::Fp8 { rows: r, columns: c } => (len(8), rows.div_ceil(r) * columns.div_ceil(c)),
+            QuantFormat::Int8 { group } => (len(8), rows * columns.div_ceil(group)),
+            QuantFormat::Int4 { group } => (len(4), rows * columns.div_ceil(group)),
+            QuantFormat::Mxfp4 => (len(4) / 16 * 17, 0),
+            QuantFormat::Ggml(ty) => (rows * columns / ty.block() * ty.block_bytes(), 0),
+        };
+        let data = self.matrix(bytes.div_ceil(2), 1).data.slice(..bytes);
+        // No byte of F8E4M3 that is no number.
+        let data = match format {
+            QuantFormat::Fp8 { .. } => data.iter().map(|byte| byte & 0xbf).collect::<Vec<_>>().into(),
+            _ => data,
+        };
+        let scales = vec![0.01_f32.to_le_bytes(); scales].concat().into();
+        let (name, offsets) = ("random".into(), Bytes::new());
+        QuantMatrix { name, shape: [rows, columns], format, data, scales, offsets }
     }
 }
 

@@ -88,7 +88,7 @@ impl Core {
         };
         let prompt = &request.prompt;
         let computed_from = request.pooling.map_or(usize::MAX, |pooling| pooling.wanted(prompt.len()).start);
-        let reusable = computed_from.min(prompt.len() - 1);
+        let reusable = if request.is_whole { 0 } else { computed_from.min(prompt.len() - 1) };
         let cached = self.pool.table(root).probe(prompt, reusable, &[]).cached_tokens;
         let prefill = self.pacer.prefill_time(prompt.len() - cached);
         let step = self.pacer.step_time().unwrap_or(Duration::ZERO);
@@ -119,6 +119,8 @@ fn sequences(
             priority: request.priority,
             tenant: request.tenant.clone(),
             pooling: request.pooling,
+            is_whole: request.is_whole,
+            segments: request.segments.clone(),
             root,
             adapter: request.adapter.clone(),
             constraint: constraints.next(),

@@ -17,9 +17,10 @@ use tidemill_kernels::tensor::{DType, GgmlType, HostMatrix, HostTensor, QuantFor
 
 use crate::{
     error::LoadError,
+    inspect::WeightKind,
     model::{
         decoder::transposed,
-        files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX},
+        files::{ModelFiles, WEIGHTS, WEIGHTS_INDEX, map_file},
         formats::{Raw, Scheme},
         gguf::{Format, Gguf},
         spec::{ModelSpec, TensorKind, TensorSpec},
@@ -144,6 +145,31 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Maps one weight file by itself.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_path(path: &Path) -> Result<Self, LoadError> {
+        let mut checkpoint = Self::empty(path.to_path_buf(), Scheme::Plain);
+        checkpoint.add_bytes(path.to_path_buf(), map_file(path)?)?;
+        Ok(checkpoint)
+    }
+
+    /// Maps one weight file by its name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and where the file is missing.
+    pub fn open_file(files: &ModelFiles, name: &str) -> Result<Self, LoadError> {
+        let path = files.path(name);
+        if !files.contains(name) {
+            let detail = "the file is missing; only safetensors weights are supported".to_owned();
+            return Err(LoadError::Format { path, detail });
+        }
+        let mut checkpoint = Self::empty(path, Scheme::Plain);
+        checkpoint.add_shard(files, name)?;
+        Ok(checkpoint)
+    }
+
     fn empty(path: PathBuf, scheme: Scheme) -> Self {
         Self { path, shards: Vec::new(), tensors: BTreeMap::new(), scheme }
     }
@@ -211,9 +237,11 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, files: &ModelFiles, name: &str) -> Result<(), LoadError> {
-        let path = files.path(name);
+        self.add_bytes(files.path(name), files.map(name)?)
+    }
+
+    fn add_bytes(&mut self, path: PathBuf, bytes: Bytes) -> Result<(), LoadError> {
         let format = |detail: String| LoadError::Format { path: path.clone(), detail };
-        let bytes = files.map(name)?;
         if bytes.starts_with(LFS_POINTER) {
             return Err(format(
                 "this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`".to_owned(),
@@ -310,6 +338,35 @@ impl Checkpoint {
             return Err(LoadError::TensorShape { path, tensor, got, expected: expected.to_vec() });
         }
         Ok(entry)
+    }
+
+    /// The bytes of what the specification asks for, in its order: of each tensor, or of what a quantised one is made of.
+    pub fn needed(&self, spec: &ModelSpec) -> Vec<Bytes> {
+        let mut slices = Vec::new();
+        for TensorSpec { name, .. } in spec.tensors() {
+            let parts = format!("{}.", name.strip_suffix(".weight").unwrap_or(&name));
+            let related =
+                self.tensors.range(parts.clone()..).take_while(|(other, _)| other.starts_with(&parts));
+            let plain = self.tensors.get_key_value(&name).filter(|(name, _)| !name.starts_with(&parts));
+            let entries = related.chain(plain).map(|(_, entry)| entry);
+            slices.extend(entries.map(|entry| self.shards[entry.shard].bytes.slice(entry.range.clone())));
+        }
+        slices
+    }
+
+    /// All tensors by the type of their elements.
+    pub fn kinds(&self) -> Vec<WeightKind> {
+        let mut kinds: BTreeMap<String, WeightKind> = BTreeMap::new();
+        for entry in self.tensors.values() {
+            let plain = || format!("{:?}", entry.dtype);
+            let dtype = entry.blocks.map_or_else(plain, |blocks| format!("{blocks:?}"));
+            let empty = WeightKind { dtype: dtype.clone(), tensors: 0, parameters: 0, bytes: 0 };
+            let kind = kinds.entry(dtype).or_insert(empty);
+            kind.tensors += 1;
+            kind.parameters += entry.shape.iter().product::<usize>() as u64;
+            kind.bytes += entry.range.len() as u64;
+        }
+        kinds.into_values().collect()
     }
 
     /// Whether there is such a tensor.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::{error::LoadError, ids::TokenId};
 
 /// A JSON object, the file it came from and the path that leads to it (`rope_scaling.`, say).
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     file: &'a Path,
     prefix: String,
     map: &'a Map<String, Value>,
@@ -16,7 +16,7 @@ pub(super) struct Fields<'a> {
 }
 
 /// Parses a file whose top level must be an object.
-pub(super) fn parse_object(file: &Path, bytes: &[u8]) -> Result<Map<String, Value>, LoadError> {
+pub(crate) fn parse_object(file: &Path, bytes: &[u8]) -> Result<Map<String, Value>, LoadError> {
     let fail = |detail: String| LoadError::Format { path: file.to_path_buf(), detail };
     match serde_json::from_slice::<Value>(bytes) {
         Ok(Value::Object(map)) => Ok(map),
@@ -35,12 +35,12 @@ pub(super) fn parse_array(file: &Path, bytes: &[u8]) -> Result<Vec<Map<String, V
 
 impl<'a> Fields<'a> {
     /// The top level of a file.
-    pub(super) fn new(file: &'a Path, map: &'a Map<String, Value>) -> Self {
+    pub(crate) fn new(file: &'a Path, map: &'a Map<String, Value>) -> Self {
         Self { file, prefix: String::new(), map, asked: RefCell::default() }
     }
 
     /// The error for one field.
-    pub(super) fn bad(&self, field: &str, detail: impl std::fmt::Display) -> LoadError {
+    pub(crate) fn bad(&self, field: &str, detail: impl std::fmt::Display) -> LoadError {
         LoadError::Format {
             path: self.file.to_path_buf(),
             detail: format!("field `{}{field}` {detail}", self.prefix),
@@ -56,7 +56,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The value, or `None` where the field is absent or null.
-    pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, field: &str) -> Option<&'a Value> {
         self.asked.borrow_mut().insert(field.to_owned());
         self.map.get(field).filter(|value| !value.is_null())
     }
@@ -67,7 +67,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Names of all fields.
-    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
         self.map.keys().map(String::as_str)
     }
 
@@ -113,7 +113,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A non-negative integer that fits `u32`.
-    pub(super) fn u32(&self, field: &str) -> Result<Option<u32>, LoadError> {
+    pub(crate) fn u32(&self, field: &str) -> Result<Option<u32>, LoadError> {
         self.typed(field, "a non-negative integer", |value| {
             value.as_u64().and_then(|n| u32::try_from(n).ok())
         })
@@ -136,12 +136,12 @@ impl<'a> Fields<'a> {
     }
 
     /// True or false.
-    pub(super) fn boolean(&self, field: &str) -> Result<Option<bool>, LoadError> {
+    pub(crate) fn boolean(&self, field: &str) -> Result<Option<bool>, LoadError> {
         self.typed(field, "true or false", Value::as_bool)
     }
 
     /// A string.
-    pub(super) fn string(&self, field: &str) -> Result<Option<&'a str>, LoadError> {
+    pub(crate) fn string(&self, field: &str) -> Result<Option<&'a str>, LoadError> {
         self.typed(field, "a string", Value::as_str)
     }
 
@@ -165,7 +165,7 @@ impl<'a> Fields<'a> {
     }
 
     /// An object, for reading its own fields.
-    pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, LoadError> {
+    pub(crate) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, LoadError> {
         let map = self.typed(field, "an object", Value::as_object)?;
         Ok(map.map(|map| Fields {
             file: self.file,

@@ -71,9 +71,7 @@ impl ModelFiles {
         if let ModelSource::Dir(dir) = source {
             match gguf_file(dir)? {
                 Some(path) => {
-                    let bytes =
-                        map_file(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
-                    gguf = Some(Gguf::open(&path, bytes)?);
+                    gguf = Some(Gguf::open(&path, map_file(&path)?)?);
                 }
                 None => check_folder(dir)?,
             }
@@ -131,6 +129,29 @@ impl ModelFiles {
         }
     }
 
+    /// The first file, in the order of names, with this extension. The built-in model has none that is asked for so.
+    ///
+    /// # Errors
+    /// [`LoadError::Io`] where the folder cannot be listed.
+    pub fn find(&self, extension: &str) -> Result<Option<String>, LoadError> {
+        let ModelSource::Dir(dir) = &self.source else { return Ok(None) };
+        if self.gguf.is_some() {
+            return Ok(None);
+        }
+        let io = |source| LoadError::Io { path: dir.clone(), source };
+        let mut first: Option<String> = None;
+        for entry in std::fs::read_dir(dir).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let fits = path.extension().is_some_and(|found| found == extension) && path.is_file();
+            if let Some(name) = name.filter(|name| fits && first.as_deref().is_none_or(|first| *name < first))
+            {
+                first = Some(name.to_owned());
+            }
+        }
+        Ok(first)
+    }
+
     /// Reads a file that may be absent.
     ///
     /// # Errors
@@ -165,8 +186,7 @@ impl ModelFiles {
         if self.source == ModelSource::Builtin {
             return self.require(name);
         }
-        let path = self.path(name);
-        map_file(&path).map_err(|source| LoadError::Io { path, source })
+        map_file(&self.path(name))
     }
 }
 
@@ -185,6 +205,8 @@ pub(crate) const MAX_TEMPLATE_BYTES: u64 = 128 << 10;
 fn size_limit(name: &str) -> u64 {
     match name {
         TOKENIZER => 256 << 20,
+        // The largest SentencePiece models and lists of ranks in use have 5 MB.
+        _ if name.ends_with(".model") || name.ends_with(".tiktoken") => 16 << 20,
         WEIGHTS_INDEX => 64 << 20,
         CHAT_TEMPLATE => MAX_TEMPLATE_BYTES,
         _ => 8 << 20,
@@ -215,7 +237,12 @@ fn read_capped(path: &Path, limit: u64) -> Result<Bytes, LoadError> {
     if bytes.len() as u64 > limit { Err(too_large()) } else { Ok(bytes.into()) }
 }
 
-fn map_file(path: &Path) -> std::io::Result<Bytes> {
+/// Maps a file into memory without reading it.
+pub(crate) fn map_file(path: &Path) -> Result<Bytes, LoadError> {
+    map_regular(path).map_err(|source| LoadError::Io { path: path.to_path_buf(), source })
+}
+
+fn map_regular(path: &Path) -> std::io::Result<Bytes> {
     // Opening a pipe would block, so the kind is asked for first.
     if !std::fs::metadata(path)?.is_file() {
         return Err(std::io::Error::other("not a regular file"));
@@ -232,13 +259,11 @@ fn map_file(path: &Path) -> std::io::Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
-/// Hints only: the kernel may start reading ahead and use large pages; a refusal changes nothing but speed.
+/// A hint only: large pages, where the file system has them. What is needed is read by [`Prefetch`](super::prefetch::Prefetch), and nothing else.
 fn advise(map: &Mmap) {
-    #[cfg(unix)]
-    let _ = map.advise(memmap2::Advice::WillNeed);
     #[cfg(target_os = "linux")]
     let _ = map.advise(memmap2::Advice::HugePage);
-    #[cfg(not(unix))]
+    #[cfg(not(target_os = "linux"))]
     let _ = map;
 }
 

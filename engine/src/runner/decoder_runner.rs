@@ -117,6 +117,11 @@ fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
             meta.logits_indices.push((first + position - row.start) as u32);
             tasks.push(RowTask::Score(target.0, row.score_top));
         }
+        if let Some(segments) = &row.segments {
+            // Rows before without any are of segment 0.
+            meta.segments.resize(first, 0);
+            meta.segments.extend_from_slice(&segments[row.start..row.end()]);
+        }
         meta.state_indices.extend(row.pool_at.clone().map(|position| (first + position - row.start) as u32));
         if let Some(sample) = &row.sample {
             meta.logits_indices.push((meta.token_ids.len() - 1) as u32);
@@ -125,6 +130,9 @@ fn flatten(plan: &StepPlan, block_size: usize) -> (BatchMeta, Vec<RowTask>) {
     }
     if meta.adapters.iter().all(|&adapter| adapter == 0) {
         meta.adapters.clear();
+    }
+    if !meta.segments.is_empty() {
+        meta.segments.resize(meta.token_ids.len(), 0);
     }
     (meta, tasks)
 }

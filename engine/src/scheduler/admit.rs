@@ -7,8 +7,9 @@ use crate::{
 };
 
 impl Scheduler {
-    /// Gives free rows to waiting sequences in the order of the policy, while their whole prompts find blocks. Nobody overtakes: where the head
-    /// of the queue finds none, the others wait too. Where it finds no slot for its adapter, those without one may overtake.
+    /// Gives free rows to waiting sequences in the order of the policy, while their whole prompts find blocks, and tokens where they need them all at
+    /// once. Nobody overtakes: where the head of the queue finds none, the others wait too. Where it finds no slot for its adapter, those without one may
+    /// overtake.
     pub(super) fn admit(&mut self, prompts: &mut Prompts) {
         let mut wants_slot = false;
         while prompts.budget > 0 && self.running.len() < self.limits.max_num_seqs {
@@ -19,12 +20,12 @@ impl Scheduler {
                 continue;
             }
             let fit = self.fit(id);
-            if !self.has_room(fit) {
+            let seq = &self.seqs[&id];
+            if !self.has_room(fit) || !prompts.takes(seq.is_whole, seq.num_tokens()) {
                 return;
             }
             self.take_in(id);
-            let missing = self.seqs[&id].num_missing();
-            prompts.give(id, missing, self.limits.long_prefill_token_threshold);
+            prompts.give(&self.seqs[&id], self.limits.long_prefill_token_threshold);
         }
     }
 
@@ -62,7 +63,7 @@ impl Scheduler {
         seq.place = Place::Batch;
         let resumed = seq.turn.resumed;
         // Where every hidden state is still to come, nothing is looked for.
-        let looks = seq.pooler.as_ref().is_none_or(|pooler| pooler.reusable() > 0);
+        let looks = !seq.is_whole && seq.pooler.as_ref().is_none_or(|pooler| pooler.reusable() > 0);
         let looked_up = if looks { seq.tokens.len() } else { 0 };
         self.notes.push(Note::Admitted { seq: id, cached_tokens, looked_up, resumed });
         if !resumed {

@@ -88,7 +88,12 @@ impl Scheduler {
             return Some(WaitReason::Adapter { max_loras: self.slots.count() });
         }
         let fit = self.fit(id);
+        let (seq, step) = (&self.seqs[&id], self.limits.max_num_batched_tokens);
         match self.has_room(fit) {
+            // The others of the batch have at least a token each.
+            true if seq.is_whole && seq.num_tokens() + self.running.len() > step => {
+                Some(WaitReason::Budget { max_num_batched_tokens: step })
+            }
             true => None,
             false => Some(WaitReason::Blocks { needed: fit.needed, available: fit.available }),
         }

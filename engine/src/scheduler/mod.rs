@@ -14,6 +14,9 @@
 //! in which they were planned, and that order is the fence for the blocks: a block that is freed while a step in flight
 //! still writes to it is given to a later step only, which writes after it.
 //!
+//! Some sequences are whole ([`NewSequence::is_whole`]): they are admitted when a step has room for all of their tokens, and are over when it is resolved. So
+//! they are never read in parts, and nobody takes their blocks halfway.
+//!
 //! The tokens of a sequence may be constrained ([`Constraint`](crate::constraint::Constraint)). What its newest token allows is found out when that token is
 //! known, in [`Scheduler::resolve`]; so such a sequence sits the step out that is planned meanwhile, unless its next token is free
 //! whatever comes. Tokens that are forced are appended at once, handed out like any others, and computed by the next step in one row.

@@ -1,6 +1,6 @@
 //! Planning a step.
 
-use super::{MAX_IN_FLIGHT, Note, Scheduler, StepPlan, sequence::Place};
+use super::{MAX_IN_FLIGHT, Note, Scheduler, Sequence, StepPlan, sequence::Place};
 use crate::{
     ids::SeqId,
     planted::{Bug, planted},
@@ -11,8 +11,10 @@ use crate::{
 pub(super) struct Prompts {
     /// Who, and how many tokens of it: 0 for those that wait for what is left over.
     pub chunks: Vec<(SeqId, usize)>,
-    /// Tokens that the step has left for prompts.
+    /// Tokens that prompts are to have of what the step has left.
     pub budget: usize,
+    /// Tokens that the step has left.
+    pub room: usize,
     /// A long prompt has its part of the step.
     has_long: bool,
 }
@@ -56,7 +58,7 @@ impl Scheduler {
         let budget = share.max(asked.min(1)).min(left);
         let mut chunks = std::mem::take(&mut self.spare.chunks);
         chunks.clear();
-        let mut prompts = Prompts { chunks, budget, has_long: false };
+        let mut prompts = Prompts { chunks, budget, room: left, has_long: false };
         self.plan_prompts(&mut prompts);
         if !self.must_settle && self.preemptions == preemptions {
             self.admit(&mut prompts);
@@ -139,8 +141,7 @@ impl Scheduler {
             let id = self.running[at];
             let seq = &self.seqs[&id];
             if seq.is_plannable() && !seq.generates() {
-                let missing = seq.num_missing();
-                prompts.give(id, missing, self.limits.long_prefill_token_threshold);
+                prompts.give(seq, self.limits.long_prefill_token_threshold);
             }
         }
     }
@@ -169,17 +170,27 @@ impl Scheduler {
 
 impl Prompts {
     /// Gives a prompt its part of the step.
-    pub fn give(&mut self, id: SeqId, missing: usize, threshold: usize) {
-        let part = match missing > threshold {
+    pub fn give(&mut self, seq: &Sequence, threshold: usize) {
+        let missing = seq.num_missing();
+        let chunk = match missing > threshold {
+            _ if seq.is_whole && !planted(Bug::WholeCut) => missing,
             true if self.has_long => 0,
             true => {
                 self.has_long = true;
-                threshold
+                threshold.min(self.budget)
             }
-            false => missing,
+            false => missing.min(self.budget),
         };
-        let chunk = part.min(self.budget);
-        self.chunks.push((id, chunk));
-        self.budget -= chunk;
+        self.chunks.push((seq.turn.id, chunk));
+        self.budget = self.budget.saturating_sub(chunk);
+        self.room = self.room.saturating_sub(chunk);
+    }
+
+    /// Whether the step takes a prompt in: one that is read in parts always, one that is not only if there is room for all of it. The budget
+    /// is a wish, so the first of a step may exceed it: else one longer than any budget would wait for ever.
+    pub fn takes(&self, is_whole: bool, missing: usize) -> bool {
+        let is_first = self.chunks.iter().all(|&(_, chunk)| chunk == 0);
+        let fits = missing <= self.budget || (is_first && missing <= self.room);
+        !is_whole || fits || planted(Bug::WholeCut)
     }
 }

@@ -65,7 +65,7 @@ pub enum Effect {
     Embedding {
         /// Whose.
         seq: SeqId,
-        /// `[H]` the mean of the hidden states that count.
+        /// `[H]` what the hidden states that count come to.
         values: Vec<f32>,
         /// Times the sequence had been preempted.
         num_preemptions: usize,
@@ -162,7 +162,7 @@ impl Scheduler {
         if !is_over {
             return None;
         }
-        let (values, num_preemptions) = (pooler.mean(), seq.num_preemptions);
+        let (values, num_preemptions) = (pooler.pooled(), seq.num_preemptions);
         self.remove(row.seq);
         Some(Effect::Embedding { seq: row.seq, values, num_preemptions })
     }

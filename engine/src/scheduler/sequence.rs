@@ -33,6 +33,11 @@ pub struct NewSequence {
     pub tenant: TenantId,
     /// What it is to give instead of tokens; then `sampling` is [`Sampling::of_embedding`].
     pub pooling: Option<Pooling>,
+    /// Its tokens see each other in both directions, as in encoders: all of them are computed in one step, and nobody else can use what
+    /// that gives. No more of them than a step has.
+    pub is_whole: bool,
+    /// Segment of each token of the prompt; none: all are 0.
+    pub segments: Option<Arc<[u32]>>,
     /// The beginning of its chain of blocks: only sequences of the same beginning share
     /// ([`BlockPool::prefix_root`](crate::kv::BlockPool::prefix_root)).
     pub root: BlockHash,
@@ -82,6 +87,10 @@ pub struct Sequence {
     pub(super) num_scored: usize,
     /// The hidden states so far of a sequence that gives an embedding.
     pub(super) pooler: Option<Pooler>,
+    /// See [`NewSequence::is_whole`].
+    pub(super) is_whole: bool,
+    /// See [`NewSequence::segments`].
+    pub(super) segments: Option<Arc<[u32]>>,
     pub(super) num_preemptions: usize,
     pub(super) adapter: Option<Adapter>,
     /// Where its adapter is while it is in the batch.
@@ -116,6 +125,8 @@ impl Sequence {
             token_counts,
             num_scored: 0,
             pooler: new.pooling.map(|pooling| Pooler::new(pooling, new.prompt.len())),
+            is_whole: new.is_whole,
+            segments: new.segments,
             num_preemptions: 0,
             adapter: new.adapter,
             slot: None,
@@ -184,6 +195,9 @@ impl Sequence {
     /// Tokens of its beginning that may be taken from the prefix cache: the last one is computed, because its logits choose the next, and so
     /// is every position whose logits or hidden state are still to be reported.
     pub(super) fn reusable(&self) -> usize {
+        if self.is_whole {
+            return 0;
+        }
         let unscored = self.sampling.prompt_logprobs.is_some() && self.num_scored + 1 < self.prompt_len;
         let scored = match unscored && !planted(Bug::ScoresSkipped) {
             true => self.num_scored,
@@ -204,9 +218,13 @@ impl Sequence {
         }
     }
 
-    /// Notes that so many of its tokens are in the KV cache; full blocks can be found by others from now on.
+    /// Notes that so many of its tokens are in the KV cache; full blocks can be found by others from now on, unless what is in them owes to
+    /// tokens behind them.
     pub(super) fn computed(&mut self, tokens: usize) {
         self.num_computed = tokens;
+        if self.is_whole && !planted(Bug::WholeShared) {
+            return;
+        }
         let full = if planted(Bug::PartialBlock) { self.tokens.len() } else { tokens };
         self.table.register(&self.tokens[..full]);
     }

@@ -76,6 +76,8 @@ pub struct PlanRow {
     pub adapter: Option<AdapterSlot>,
     /// Positions of this row whose hidden states are wanted.
     pub pool_at: Range<usize>,
+    /// Segment of each position of the sequence; none: all are 0.
+    pub segments: Option<Arc<[u32]>>,
 }
 
 impl PlanRow {
@@ -153,6 +155,7 @@ impl Spare {
             score_top: 0,
             adapter: None,
             pool_at: 0..0,
+            segments: None,
         });
         if let TokenInput::Known(mut tokens) =
             std::mem::replace(&mut row.input, TokenInput::Sampled(seq.sampled_at))
@@ -186,6 +189,7 @@ impl Spare {
         row.targets.extend(row.score_at.clone().map(|at| seq.tokens[at + 1]));
         row.score_top = seq.sampling.prompt_logprobs.unwrap_or(0);
         row.adapter = seq.slot;
+        row.segments.clone_from(&seq.segments);
         row.pool_at = seq.pooler.as_ref().map_or(0..0, |pooler| pooler.needed(start..end));
         row
     }

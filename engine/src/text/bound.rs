@@ -32,7 +32,8 @@ fn knows_every_byte(file: &TokenizerFile, tokenizer: &Tokenizer) -> bool {
         return false;
     }
     if file.pre_tokenizer.as_ref().is_some_and(has_byte_level) {
-        return byte_level_alphabet().all(|c| tokenizer.token_to_id(c.encode_utf8(&mut [0; 4])).is_some());
+        return byte_level_alphabet()
+            .all(|(_, c)| tokenizer.token_to_id(c.encode_utf8(&mut [0; 4])).is_some());
     }
     let is_byte_token = |byte: u8| {
         let name = format!("<0x{byte:02X}>");

@@ -4,7 +4,9 @@
 
 mod bound;
 mod guard;
+mod pairs;
 mod pyjson;
+mod sources;
 mod vocab;
 
 pub mod chat;
@@ -15,5 +17,7 @@ pub mod tokenizer;
 
 pub use chat::{ChatMessage, ChatPrompt};
 pub use detokenize::Detokenizer;
+pub use pairs::{Encoded, MAX_CUT_BYTES};
+pub use sources::TokenizerKind;
 pub use stop::{StopMatcher, StopStep};
 pub use tokenizer::TextModel;

@@ -1,6 +1,6 @@
 //! A model's text side: tokenizer, decoder and chat template, loaded once and shared.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -9,15 +9,13 @@ use tokenizers::Tokenizer;
 use crate::{
     error::{LoadError, RequestError},
     ids::TokenId,
-    model::{
-        files::{ModelFiles, TOKENIZER},
-        spec::ModelSpec,
-    },
+    model::{files::ModelFiles, spec::ModelSpec},
     text::{
         bound::max_bytes_per_token,
         chat::{ChatPrompt, ChatTemplates},
         detokenize::Detokenizer,
         guard::caught,
+        sources::{Normalizer, Source, TokenizerKind},
         vocab::{Pipeline, TokenTable},
     },
 };
@@ -31,10 +29,27 @@ pub struct TextModel {
 #[derive(Debug)]
 struct Inner {
     files: ModelFiles,
-    tokenizer: Tokenizer,
+    /// None where the server was told to do without.
+    words: Option<Words>,
     table: Arc<TokenTable>,
     chat: Option<ChatTemplates>,
+}
+
+/// The way from text to ids.
+#[derive(Debug)]
+pub(super) struct Words {
+    kind: TokenizerKind,
+    /// Done to texts before the tokenizer sees them.
+    normalizer: Option<Normalizer>,
+    pub(super) tokenizer: Tokenizer,
     max_bytes_per_token: Option<usize>,
+}
+
+impl Words {
+    /// A text as the tokenizer wants it.
+    pub(super) fn normalized<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        self.normalizer.as_ref().map_or(text.into(), |rules| Cow::Owned(rules.normalize(text)))
+    }
 }
 
 /// The parts of a `tokenizer.json` that we read ourselves; the rest is the tokenizers crate's.
@@ -69,29 +84,61 @@ pub(super) struct ModelHead {
 }
 
 impl TextModel {
-    /// Loads `tokenizer.json` and the chat template.
+    /// Loads the tokenizer and the chat template.
     ///
     /// # Errors
     /// [`LoadError`] for a file that is missing or broken, a tokenizer with ids that the model does not have, a decoder
     /// that cannot be streamed exactly, a template that does not compile.
     pub fn load(files: &ModelFiles, spec: &ModelSpec) -> Result<Self, LoadError> {
-        let path = files.path(TOKENIZER);
-        let bytes = files.require(TOKENIZER)?;
+        let source = Source::find(files)?;
+        let path = &source.path;
         let format = |detail: String| LoadError::Format { path: path.clone(), detail };
-        let file: TokenizerFile =
-            serde_json::from_slice(&bytes).map_err(|error| format(format!("not a tokenizer: {error}")))?;
-        let tokenizer = build_tokenizer(&bytes).map_err(&format)?;
+        let file: TokenizerFile = serde_json::from_slice(&source.json)
+            .map_err(|error| format(format!("not a tokenizer: {error}")))?;
+        let tokenizer = build_tokenizer(&source).map_err(&format)?;
         check_ids(&file, &tokenizer, spec.vocab_size).map_err(&format)?;
         let pipeline = Pipeline::new(file.decoder.as_ref())
             .map_err(|detail| LoadError::Unsupported { path: path.clone(), detail })?;
         let table = TokenTable::new(&tokenizer, &pipeline, spec.vocab_size).map_err(&format)?;
-        let max_bytes_per_token = max_bytes_per_token(&file, &tokenizer);
+        let keeps_text = source.normalizer.as_ref().is_none_or(Normalizer::keeps_text);
+        let max_bytes_per_token = max_bytes_per_token(&file, &tokenizer).filter(|_| keeps_text);
         let chat = ChatTemplates::load(files)?;
-        let (files, table) = (files.clone(), Arc::new(table));
-        let model = Self { inner: Arc::new(Inner { files, tokenizer, table, chat, max_bytes_per_token }) };
+        let Source { kind, normalizer, .. } = source;
+        let words = Some(Words { kind, normalizer, tokenizer, max_bytes_per_token });
+        let model =
+            Self { inner: Arc::new(Inner { files: files.clone(), words, table: Arc::new(table), chat }) };
         // The post-processor has ids of its own; nothing else shows whether they are the model's.
         model.encode("", true).map_err(|error| format(error.to_string()))?;
         Ok(model)
+    }
+
+    /// A model without a tokenizer, whose prompts and answers are token ids: no file is read, and what is about text is refused.
+    pub fn without_tokenizer(files: &ModelFiles, spec: &ModelSpec) -> Self {
+        let table = TokenTable::without_text(spec.vocab_size);
+        let inner = Inner { files: files.clone(), words: None, table: Arc::new(table), chat: None };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The kind of tokenizer; none where the server was told to do without.
+    pub fn tokenizer_kind(&self) -> Option<TokenizerKind> {
+        self.inner.words.as_ref().map(|words| words.kind)
+    }
+
+    /// Checks that there is a tokenizer; `what` needs one.
+    ///
+    /// # Errors
+    /// [`RequestError::Unsupported`] where there is none.
+    pub fn require(&self, what: &str) -> Result<(), RequestError> {
+        self.words(what).map(drop)
+    }
+
+    pub(super) fn words(&self, what: &str) -> Result<&Words, RequestError> {
+        self.inner.words.as_ref().ok_or_else(|| {
+            RequestError::Unsupported(format!(
+                "{what} needs a tokenizer, and this server was started with --skip-tokenizer-init: send the prompt as token_ids and \
+                 read token_ids, or start it without that option"
+            ))
+        })
     }
 
     /// The files that it was loaded from.
@@ -104,9 +151,11 @@ impl TextModel {
     ///
     /// # Errors
     /// [`RequestError::Invalid`] on `prompt.text` where the tokenizer has no tokens for the text;
-    /// [`RequestError::Internal`] where the tokenizer panics, which ends this request alone.
+    /// [`RequestError::Internal`] where the tokenizer panics, which ends this request alone;
+    /// [`RequestError::Unsupported`] where there is no tokenizer.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, RequestError> {
-        let encoding = caught(|| self.inner.tokenizer.encode_fast(text, add_special))
+        let words = self.words("text")?;
+        let encoding = caught(|| words.tokenizer.encode_fast(words.normalized(text), add_special))
             .map_err(|panic| RequestError::Internal(format!("the tokenizer failed: {panic}")))?
             .map_err(|error| RequestError::invalid("prompt.text", format!("cannot be encoded: {error}")))?;
         let ids = encoding.get_ids();
@@ -121,8 +170,10 @@ impl TextModel {
     /// The `clean_up_tokenization_spaces` of some older tokenizers is not applied: no stream could undo a space.
     ///
     /// # Errors
-    /// [`RequestError::Invalid`] on `token_ids` for an id outside of the vocabulary.
+    /// [`RequestError::Invalid`] on `token_ids` for an id outside of the vocabulary; [`RequestError::Unsupported`] where there is no
+    /// tokenizer.
     pub fn decode(&self, ids: &[TokenId], include_special: bool) -> Result<String, RequestError> {
+        self.require("to make text of ids")?;
         let vocab_size = self.vocab_size();
         if let Some(id) = ids.iter().find(|id| id.0 as usize >= vocab_size) {
             let message = format!("{id} is not a token of this model; ids are below {vocab_size}");
@@ -159,7 +210,7 @@ impl TextModel {
 
     /// The most bytes of text that one token can stand for; `None` where this tokenizer has no such limit.
     pub fn max_token_bytes(&self) -> Option<usize> {
-        self.inner.max_bytes_per_token
+        self.inner.words.as_ref()?.max_bytes_per_token
     }
 
     /// A number of tokens that no text of so many bytes is below. For refusing a gigantic prompt without encoding it. 0
@@ -180,7 +231,8 @@ impl TextModel {
 
     /// The tokens that stand for no text of their own, such as `<|im_end|>`, by id.
     pub fn special_tokens(&self) -> Vec<(TokenId, String)> {
-        let added = self.inner.tokenizer.get_added_tokens_decoder().into_iter();
+        let words = self.inner.words.iter();
+        let added = words.flat_map(|words| words.tokenizer.get_added_tokens_decoder());
         let special = added.filter(|(_, token)| token.special);
         let mut special: Vec<_> = special.map(|(id, token)| (TokenId(id), token.content)).collect();
         special.sort_unstable_by_key(|&(id, _)| id);
@@ -194,6 +246,7 @@ impl TextModel {
     /// [`RequestError::Unsupported`] where the model has no chat template; [`RequestError::Invalid`] on `prompt.chat` where
     /// the template refuses the conversation or exceeds its limits.
     pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        self.require("a conversation")?;
         match &self.inner.chat {
             Some(chat) => chat.render(prompt),
             None => Err(RequestError::Unsupported(
@@ -204,13 +257,14 @@ impl TextModel {
     }
 }
 
-fn build_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
-    let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes))
+fn build_tokenizer(source: &Source) -> Result<Tokenizer, String> {
+    let mut tokenizer = caught(|| Tokenizer::from_bytes(&source.json))
         .map_err(|panic| format!("not a tokenizer: {panic}"))?
         .map_err(|error| format!("not a tokenizer: {error}"))?;
     // Left over from training; a prompt is neither cut nor padded.
     tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
     tokenizer.with_padding(None);
+    caught(|| source.complete(&mut tokenizer)).flatten()?;
     Ok(tokenizer)
 }
 

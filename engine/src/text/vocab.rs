@@ -1,13 +1,13 @@
 //! What each token contributes to the text: a table made once from the tokenizer's decoder.
 //!
-//! Every decoder of the Llama family maps a token to bytes without looking at its neighbours; only the start of the text is
+//! Every decoder that is supported maps a token to bytes without looking at its neighbours; only the start of the text is
 //! special. So decoding is a table look-up, and streaming it is exact by construction. A decoder for which this does not
 //! hold is refused when the model is loaded.
 
 use std::collections::HashMap;
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{Tokenizer, decoders::wordpiece};
 
 /// How bytes that are not UTF-8 are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +39,8 @@ enum Kind {
     Metaspace { marker: char, strip_first: bool },
     /// No decoder: tokens are words with a space between.
     Words,
+    /// Words with a space between, but for tokens that continue one; with `cleanup`, spaces that English does not write are removed.
+    WordPiece { prefix: String, cleanup: bool },
 }
 
 impl Pipeline {
@@ -58,7 +60,7 @@ impl Pipeline {
         for step in &steps {
             let kind = type_of(step);
             let supported = match kind {
-                "ByteLevel" | "Metaspace" if steps.len() == 1 => pipeline.set_kind(kind, step),
+                "ByteLevel" | "Metaspace" | "WordPiece" if steps.len() == 1 => pipeline.set_kind(kind, step),
                 "Replace" if !fused && !pipeline.byte_fallback => pipeline.add_replacement(step),
                 "ByteFallback" if !fused && !pipeline.byte_fallback => {
                     pipeline.byte_fallback = true;
@@ -73,7 +75,7 @@ impl Pipeline {
             };
             if !supported {
                 return Err(format!(
-                    "decoder step {kind:?} is not supported here; supported: ByteLevel, Metaspace, or a sequence of \
+                    "decoder step {kind:?} is not supported here; supported: ByteLevel, Metaspace, WordPiece, or a sequence of \
                      Replace (of a plain string), ByteFallback, Fuse and Strip (at the start)"
                 ));
             }
@@ -84,6 +86,13 @@ impl Pipeline {
     fn set_kind(&mut self, kind: &str, step: &Value) -> bool {
         if kind == "ByteLevel" {
             self.kind = Kind::ByteLevel;
+            return true;
+        }
+        if kind == "WordPiece" {
+            let prefix = step.get("prefix").and_then(Value::as_str);
+            let cleanup = step.get("cleanup").and_then(Value::as_bool);
+            let (Some(prefix), Some(cleanup)) = (prefix, cleanup) else { return false };
+            self.kind = Kind::WordPiece { prefix: prefix.to_owned(), cleanup };
             return true;
         }
         let Some(marker) = one_char(step.get("replacement")) else { return false };
@@ -122,6 +131,13 @@ impl Pipeline {
             Kind::ByteLevel => byte_level(token),
             Kind::Metaspace { marker, .. } => token.replace(*marker, " ").into_bytes(),
             Kind::Words => format!(" {token}").into_bytes(),
+            Kind::WordPiece { prefix, cleanup } => {
+                let text = match token.strip_prefix(prefix.as_str()) {
+                    Some(rest) => rest.to_owned(),
+                    None => format!(" {token}"),
+                };
+                cleaned(text, *cleanup)
+            }
             Kind::Plain => {
                 let replace = |text: String, (from, to): &(String, String)| text.replace(from.as_str(), to);
                 let text = self.replace.iter().fold(token.to_owned(), replace);
@@ -140,9 +156,15 @@ impl Pipeline {
                 Some(token.replace(*marker, "").into_bytes())
             }
             Kind::Words => Some(token.as_bytes().to_vec()),
+            Kind::WordPiece { cleanup, .. } => Some(cleaned(token.to_owned(), *cleanup)),
             _ => None,
         }
     }
+}
+
+/// A token without the spaces that English does not write, as the `tokenizers` crate takes them out of each token by itself.
+fn cleaned(token: String, cleanup: bool) -> Vec<u8> {
+    if cleanup { wordpiece::cleanup(&token).into_bytes() } else { token.into_bytes() }
 }
 
 fn type_of(decoder: &Value) -> &str {
@@ -177,9 +199,9 @@ fn char_byte(c: char) -> Option<u8> {
     }
 }
 
-/// The alphabet the other way, in byte order.
-pub(super) fn byte_level_alphabet() -> impl Iterator<Item = char> {
-    (0..=0x143).filter_map(char::from_u32).filter(|c| char_byte(*c).is_some())
+/// The alphabet: each byte and its character.
+pub(super) fn byte_level_alphabet() -> impl Iterator<Item = (u8, char)> {
+    (0..=0x143).filter_map(char::from_u32).filter_map(|c| Some((char_byte(c)?, c)))
 }
 
 /// What an id of the model's vocabulary is to the tokenizer.
@@ -229,6 +251,18 @@ impl TokenTable {
             table.ends.push(u32::try_from(table.bytes.len()).map_err(|_| "the vocabulary has over 4 GiB")?);
         }
         Ok(table)
+    }
+
+    /// A table of ids that stand for no text.
+    pub(super) fn without_text(vocab_size: usize) -> Self {
+        Self {
+            ends: vec![0; vocab_size],
+            bytes: Vec::new(),
+            first: HashMap::new(),
+            kinds: vec![TokenKind::Absent; vocab_size],
+            invalid: Invalid::PerSequence,
+            strip_start: None,
+        }
     }
 
     /// Number of ids.

@@ -122,6 +122,7 @@ impl Sequence {
             targets: Vec::new(),
             score_top: 0,
             pool_at: 0..0,
+            segments: None,
         }
     }
 

@@ -62,7 +62,9 @@ fn engine(dir: &Path, max_num_batched_tokens: usize) -> Engine {
         eos_token_ids: Vec::new(),
         has_chat_template: false,
         defaults: GenerationDefaults::default(),
+        is_bidirectional: false,
         embedding,
+        scoring: None,
     };
     let (runner, ()) = RunnerThread::start(move || {
         let ops = CpuOps::new(CpuConfig { compute: Compute::F32, isa: None, threads: Some(2) })?;

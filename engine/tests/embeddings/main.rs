@@ -33,6 +33,7 @@ fn folder(model: &Path, pooling: Pooling, normalize: bool) -> TempDir {
         Pooling::Last => "pooling_mode_lasttoken",
         Pooling::Mean => "pooling_mode_mean_tokens",
         Pooling::Cls => "pooling_mode_cls_token",
+        other => unreachable!("no test asks for {other:?}"),
     };
     let mut config = serde_json::json!({
         "pooling_mode_cls_token": false,

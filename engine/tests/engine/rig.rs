@@ -156,12 +156,14 @@ impl Bench {
             eos_token_ids: Vec::new(),
             has_chat_template: true,
             defaults: GenerationDefaults::default(),
+            is_bidirectional: false,
             embedding: EmbeddingInfo {
                 dimensions: WIDTH,
                 pooling: options.pooling,
                 normalize: false,
                 is_only_output: false,
             },
+            scoring: None,
         };
         Ok(Self { gate, started, engine: Some(Engine::with_runner(runner, info, text, options.engine)?) })
     }

@@ -63,11 +63,14 @@ fn a_plain_decoder_gives_the_last_state_at_length_one() {
 }
 
 #[test]
-fn the_three_poolings_are_read_in_both_dialects() {
+fn all_poolings_are_read_in_both_dialects() {
     for (old, new, pooling) in [
         ("pooling_mode_lasttoken", "lasttoken", Pooling::Last),
         ("pooling_mode_mean_tokens", "mean", Pooling::Mean),
         ("pooling_mode_cls_token", "cls", Pooling::Cls),
+        ("pooling_mode_max_tokens", "max", Pooling::Max),
+        ("pooling_mode_weightedmean_tokens", "weightedmean", Pooling::WeightedMean),
+        ("pooling_mode_mean_sqrt_len_tokens", "mean_sqrt_len_tokens", Pooling::MeanSqrtLen),
     ] {
         let mut config = json!({
             "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": false, "pooling_mode_max_tokens": false,
@@ -97,18 +100,25 @@ fn whether_to_normalise_is_a_module() {
 
 #[test]
 fn what_is_not_supported_is_named_with_what_is() {
-    let supported = "supported are Transformer, then Pooling (cls, mean or lasttoken)";
-    for mode in ["max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens"] {
-        let field = format!("pooling_mode_{mode}");
-        is_unsupported(with_pooling(json!({ field.as_str(): true })), &[&field, supported]);
-    }
-    is_unsupported(with_pooling(json!({"pooling_mode": "max"})), &["pooling_mode", "\"max\"", supported]);
+    let supported = "supported are Transformer, then Pooling (cls, mean, lasttoken, max, weightedmean or mean_sqrt_len_tokens)";
+    is_unsupported(
+        with_pooling(json!({"pooling_mode": "last_two"})),
+        &["pooling_mode", "\"last_two\"", supported],
+    );
     let two = json!({"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true});
     is_unsupported(with_pooling(two), &["second pooling", supported]);
     let leaves_out = json!({"pooling_mode": "mean", "include_prompt": false});
     is_unsupported(with_pooling(leaves_out), &["include_prompt"]);
+    let pooling = ("1_Pooling/config.json", json!({"pooling_mode": "mean"}));
+    let lstm = modules(&[("Transformer", ""), ("Pooling", "1_Pooling"), ("LSTM", "2_LSTM")]);
+    is_unsupported(
+        read(&[("modules.json", lstm), pooling.clone()]),
+        &["Transformer, Pooling, LSTM", supported],
+    );
     let dense = modules(&[("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]);
-    is_unsupported(read(&[("modules.json", dense)]), &["Transformer, Pooling, Dense", supported]);
+    let config = json!({"in_features": 128, "out_features": 7, "activation_function": "torch.nn.modules.activation.PReLU"});
+    let files = [("modules.json", dense), pooling, ("2_Dense/config.json", config)];
+    is_unsupported(read(&files), &["activation_function", "PReLU", "Tanh"]);
     let nested = modules(&[("Transformer", "0_Transformer"), ("Pooling", "1_Pooling")]);
     is_unsupported(read(&[("modules.json", nested)]), &["folder of its own"]);
     is_unsupported(read(&[("modules.json", json!([]))]), &["modules.json", supported]);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tidemill_engine::{
+    adapter::{Adapter, AdapterId},
     constraint::Constraint,
     ids::{SeqId, TenantId, TokenId},
     kv::BlockHash,
@@ -82,7 +83,10 @@ impl Sim {
                 priority: live.priority,
                 tenant: tenant_id(live.tenant),
                 pooling: live.pooling,
+                is_whole: live.whole,
+                segments: None,
                 root,
+                adapter: adapter(live.adapter),
                 constraint: arrival.form.then(|| Fake::new(seed_of(arrival, id, first)).fork()),
             });
             if live.prompt_of.is_none() {
@@ -97,9 +101,10 @@ impl Sim {
     /// The beginning of a request's chain of blocks, and what stands for it here.
     fn root(&self, arrival: &Arrival) -> (BlockHash, u64) {
         let salt = ["", "salt"][usize::from(arrival.salt > 0)];
-        let root = self.pool.prefix_root(&["model", salt], u64::from(arrival.id));
+        let adapter = arrival.adapter.to_string();
+        let root = self.pool.prefix_root(&["model", &adapter, salt], u64::from(arrival.id));
         let domain = match self.config.caching {
-            true => u64::from(arrival.salt),
+            true => u64::from(arrival.adapter) << 8 | u64::from(arrival.salt),
             false => 1 << 32 | u64::from(arrival.id),
         };
         (root, domain)
@@ -116,6 +121,7 @@ impl Sim {
             penalties: arrival.penalties,
             pooling: arrival.pooling,
             form: arrival.form,
+            adapter: u64::from(arrival.adapter),
         };
         let mut sampling = sampling(part.max_tokens, part.min_tokens);
         sampling.presence_penalty = if part.penalties { 0.5 } else { 0.0 };
@@ -136,10 +142,14 @@ impl Sim {
             formed: arrival.form,
             scored: 0,
             pooling: part.pooling,
+            whole: part.pooling.is_some()
+                && arrival.whole
+                && prompt.len() <= self.config.max_num_batched_tokens,
             pooled: 0,
             priority: i32::from(arrival.priority),
             tenant: usize::from(arrival.tenant),
             domain: origin.domain,
+            adapter: part.adapter,
             prompt_of,
             place: Where::Waiting,
             admitted: false,
@@ -147,6 +157,11 @@ impl Sim {
             unread: false,
         }
     }
+}
+
+fn adapter(number: u64) -> Option<Adapter> {
+    let name = number.to_string();
+    (number > 0).then(|| Adapter { id: AdapterId(number), name: name.into(), weights: Arc::new(()) })
 }
 
 /// What a sequence has from its request.

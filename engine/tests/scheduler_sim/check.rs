@@ -1,10 +1,11 @@
 //! What must hold after every step: I1 to I7 of the project's reliability rules. I8 (streams) and I4, I9 (ends) are checked where
-//! results arrive (`sim.rs`), I10 in `fairness.rs`.
+//! results arrive (`sim.rs`), I10 in `fairness.rs`. I11: a prompt that is computed whole is in one step alone, and nobody shares what that gives.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tidemill_engine::{
     Pooling,
+    adapter::AdapterSlot,
     ids::{BlockId, SeqId},
     kv::{BlockHash, KvEvent},
     scheduler::{PlanRow, Policy, StepPlan, WaitReason},
@@ -30,6 +31,8 @@ pub struct Contents {
     block_size: usize,
     blocks: Vec<Content>,
     host: Vec<Content>,
+    /// What slots will hold.
+    adapters: BTreeMap<AdapterSlot, u64>,
 }
 
 impl Contents {
@@ -39,10 +42,12 @@ impl Contents {
             block_size: config.block_size,
             blocks: vec![empty.clone(); config.blocks],
             host: vec![empty; config.host_blocks],
+            adapters: BTreeMap::new(),
         }
     }
 
     fn copy(&mut self, plan: &StepPlan) {
+        self.adapters.extend(plan.adapters.iter().map(|(slot, adapter)| (*slot, adapter.id.0)));
         for &(block, host) in &plan.saves {
             self.host[host.0 as usize] = self.blocks[block.0 as usize].clone();
         }
@@ -69,7 +74,8 @@ impl Contents {
     fn write(&mut self, row: &PlanRow, live: &Live) {
         for position in row.start..row.end() {
             let block = &mut self.blocks[row.blocks[position / self.block_size].0 as usize];
-            block.domain = live.domain;
+            // Nobody shares what owes to tokens behind it.
+            block.domain = if live.whole { u64::MAX } else { live.domain };
             // Behind the end of a script stands a token that ends its sequence, or one of a row that fails.
             block.slots[position % self.block_size] =
                 live.script.kv.get(position).copied().unwrap_or(Kv::RUBBISH);
@@ -105,7 +111,15 @@ impl Sim {
         let read: usize = prompts.iter().map(|row| row.input.num_tokens()).sum();
         let share = prefill.saturating_sub(decoded - decode_rows).max(prefill.min(1));
         let budget = share.max(usize::from(decode_rows == 0));
-        assert!(read <= budget, "I7: {read} tokens for prompts, of {budget}");
+        let is_whole = |row: &PlanRow| self.live.get(&row.seq).is_some_and(|live| live.whole);
+        // What must be read at once may exceed the wish, not the step: were it not for that it would never be read.
+        let exceeds = prompts.len() == 1 && is_whole(&prompts[0]) && budget > 0;
+        assert!(read <= budget || exceeds, "I7: {read} tokens for prompts, of {budget}");
+        assert!(
+            self.num_adapters(None) <= self.config.max_loras,
+            "I12: more adapters than slots in the batch"
+        );
+        self.seen.adapters += plan.adapters.len() as u64;
         self.contents.copy(plan);
         for (at, row) in plan.rows.iter().enumerate() {
             let live = self.live.get(&row.seq).expect("I3: a plan for a sequence that is gone");
@@ -117,6 +131,14 @@ impl Sim {
             );
             let slots = row.blocks.len() * self.config.block_size;
             assert!(slots >= row.end(), "I7: a token without a slot");
+            let all = (0, live.script.prompt_len);
+            assert!(
+                !live.whole || (row.start, row.end()) == all,
+                "I11: the whole prompt of {:?} is split",
+                row.seq
+            );
+            let adapter = row.adapter.map_or(Some(&0), |slot| self.contents.adapters.get(&slot));
+            assert_eq!(adapter, Some(&live.adapter), "I12: {:?} is computed with another adapter", row.seq);
             self.contents.read(row, live);
             for &block in &row.blocks[row.start / self.config.block_size..] {
                 assert_eq!(
@@ -135,6 +157,14 @@ impl Sim {
         for row in &plan.rows {
             self.contents.write(row, &self.live[&row.seq]);
         }
+    }
+
+    /// Different adapters in the batch, with that of a sequence which is to come into it.
+    fn num_adapters(&self, with: Option<&Live>) -> usize {
+        let running = self.live.values().filter(|live| live.place == Where::Running);
+        let adapters: BTreeSet<u64> =
+            running.chain(with).map(|live| live.adapter).filter(|id| *id > 0).collect();
+        adapters.len()
     }
 
     /// I6 within the batch: the first of it gets its row, and so advances.
@@ -177,10 +207,22 @@ impl Sim {
         let own = class(self, admitted);
         let ready = self.live.iter().filter(|(_, live)| live.place == Where::Waiting && !live.unread);
         let others: Vec<SeqId> = ready.map(|(&id, _)| id).filter(|&id| id != admitted).collect();
+        let finds_none = |id: &SeqId| self.num_adapters(Some(&self.live[id])) > self.config.max_loras;
+        let place = |id: &SeqId| {
+            let (before, _, age) = class(self, *id);
+            (before, age)
+        };
+        let without_slot: Vec<_> = others.iter().filter(|id| finds_none(id)).map(place).collect();
         for id in others {
             let (before, tenant, age) = class(self, id);
             let comes_first = before < own.0 || (before == own.0 && tenant == own.1 && age < own.2);
             // The other completions of a request wait for its prompt.
+            // Those that need no slot overtake whoever finds none, and those with adapters behind it.
+            let adapted = self.live[&id].adapter > 0 && self.live[&admitted].adapter == 0;
+            if comes_first && adapted && without_slot.iter().any(|other| *other <= (before, age)) {
+                self.seen.overtaken += 1;
+                continue;
+            }
             let waits = |sim: &mut Self| sim.scheduler.explain(id).and_then(|standing| standing.waits_for);
             assert!(
                 !comes_first || waits(self) == Some(WaitReason::Prompt),
@@ -196,10 +238,11 @@ impl Sim {
         assert_eq!(cached_tokens % size, 0, "I2: only full blocks are shared");
         let scores = live.sampling.prompt_logprobs.is_some() && live.scored + 1 < live.script.prompt_len;
         let reusable = match live.pooling {
-            Some(Pooling::Mean) => live.pooled.min(live.known - 1),
+            _ if live.whole => 0,
             Some(Pooling::Cls) if live.pooled == 0 => 0,
             None if scores => live.scored,
             Some(Pooling::Last | Pooling::Cls) | None => live.known - 1,
+            Some(_) => live.pooled.min(live.known - 1),
         };
         assert!(
             cached_tokens <= reusable,
@@ -247,6 +290,8 @@ impl Sim {
         let told = (self.scheduler.num_running(), self.scheduler.num_waiting(), self.scheduler.num_parked());
         assert_eq!(told, (running, waiting, parked), "I3: running, waiting and parked");
         assert!(running <= self.config.max_num_seqs, "I7: rows of the batch");
+        let halfway = |live: &Live| live.whole && live.place == Where::Running && live.in_flight == 0;
+        assert!(!self.live.values().any(halfway), "I11: a whole prompt is in the batch and in no step");
         self.check_events();
         if turn.is_multiple_of(16) {
             self.check_index();

@@ -3,6 +3,7 @@
 use std::{cell::RefCell, collections::BTreeMap, collections::VecDeque, rc::Rc};
 
 use tidemill_engine::{
+    adapter::{Adapter, AdapterId, AdapterSlot},
     ids::{BlockId, SeqId, TokenId},
     output::TokenLogprobs,
     runner::{BlockCopy, Runner, RunnerError},
@@ -34,6 +35,7 @@ pub struct Wires {
 enum Work {
     Step { plan: StepPlan, fails: bool },
     Copies(Vec<BlockCopy>),
+    Adapter(AdapterSlot, AdapterId),
 }
 
 /// Simulated keys and values, and a queue of steps.
@@ -41,6 +43,8 @@ pub struct Device {
     wires: Rc<RefCell<Wires>>,
     block_size: usize,
     host: Vec<Kv>,
+    /// What slots hold.
+    adapters: BTreeMap<AdapterSlot, u64>,
     /// What the last step sampled, per row of its logits.
     sampled: Vec<TokenId>,
     queue: VecDeque<Work>,
@@ -54,6 +58,7 @@ impl Device {
             wires,
             block_size,
             host: vec![Kv::RUBBISH; host_blocks * block_size],
+            adapters: BTreeMap::new(),
             sampled: Vec::new(),
             queue: VecDeque::new(),
             done: VecDeque::new(),
@@ -72,6 +77,7 @@ impl Device {
         match self.queue.pop_front() {
             Some(Work::Step { plan, fails }) => self.execute(&plan, fails),
             Some(Work::Copies(copies)) => copies.into_iter().for_each(|copy| self.copy_block(copy)),
+            Some(Work::Adapter(slot, adapter)) => drop(self.adapters.insert(slot, adapter.0)),
             None => {}
         }
     }
@@ -117,9 +123,10 @@ impl Device {
     /// Writes keys and values, which owe to those before them: these are read through the block table.
     fn write(&self, row: &PlanRow, tokens: &[TokenId], fails: bool) {
         let slots = &mut self.wires.borrow_mut().slots;
+        let adapter = row.adapter.map_or(0, |slot| self.adapters[&slot]);
         let mut previous = row.start.checked_sub(1).map(|before| slots[self.slot(&row.blocks, before)]);
         for (position, &token) in (row.start..).zip(tokens) {
-            let kv = if fails { Kv::RUBBISH } else { Kv::after(previous, token) };
+            let kv = if fails { Kv::RUBBISH } else { Kv::after(previous, token, adapter) };
             slots[self.slot(&row.blocks, position)] = kv;
             previous = Some(kv);
         }
@@ -202,6 +209,11 @@ impl Runner for Device {
 
     fn is_done(&mut self) -> bool {
         !self.done.is_empty()
+    }
+
+    fn set_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), RunnerError> {
+        self.queue.push_back(Work::Adapter(slot, adapter.id));
+        Ok(())
     }
 
     fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), RunnerError> {

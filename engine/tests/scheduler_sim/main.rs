@@ -4,7 +4,7 @@
 //! simulated model (`model.rs`) chooses its next token by all keys and values before it, which the simulated device (`device.rs`) reads back
 //! through the block table from simulated blocks, so those that are lost, stale, duplicated or shared by mistake change the output. The device
 //! runs up to two steps behind the host, copies blocks to and from host memory, and puts in the tokens that the host did not know. Steps fail,
-//! alone and in company, and leave rubbish behind. After every event everything that must hold is checked: the invariants I1 to I10, which are
+//! alone and in company, and leave rubbish behind. After every event everything that must hold is checked: the invariants I1 to I12, which are
 //! named where they are checked (`check.rs`, `sim.rs`, `results.rs`, `fairness.rs`).
 //!
 //! Some sequences are constrained by chance (`forms.rs`): tokens are masked, forced, promised to be free; sequences are complete, or cannot go on.
@@ -75,15 +75,35 @@ fn invariants_hold_over_ten_million_events() {
     // The simulation is worth nothing when it does not reach the interesting states.
     let Seen { finished, embedded, broken, refused, expired, preemptions, resumed, parked, .. } = seen;
     let Seen { fed_back, aborts_over_two_steps, failed_steps, shortages, late_rows, .. } = seen;
-    let Seen { cached_tokens, saves, loads, compared, forced, complete, unformed, .. } = seen;
-    let ends =
-        finished > 500_000 && embedded > 50_000 && broken > 20_000 && refused > 20_000 && expired > 10_000;
+    let Seen {
+        cached_tokens,
+        saves,
+        loads,
+        compared,
+        forced,
+        complete,
+        unformed,
+        whole,
+        adapters,
+        overtaken,
+        ..
+    } = seen;
+    let ends = finished > 500_000
+        && embedded > 50_000
+        && whole > 10_000
+        && broken > 20_000
+        && refused > 20_000
+        && expired > 10_000;
     let moves = preemptions > 50_000 && resumed > 50_000 && parked > 50_000 && shortages > 100_000;
     let overlap = fed_back > 1_000_000 && aborts_over_two_steps > 10_000 && late_rows > 50_000;
     let faults = failed_steps > 50_000;
     let cache = cached_tokens > 2_000_000 && saves > 500_000 && loads > 20_000;
     let formed = forced > 200_000 && complete > 20_000 && unformed > 2_000;
-    assert!(ends && moves && overlap && faults && cache && formed && compared > 1_000_000, "{seen:?}");
+    let adapted = adapters > 100_000 && overtaken > 10_000;
+    assert!(
+        ends && moves && overlap && faults && cache && formed && adapted && compared > 1_000_000,
+        "{seen:?}"
+    );
 }
 
 /// A number from the environment, for longer runs.

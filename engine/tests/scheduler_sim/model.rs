@@ -34,10 +34,10 @@ impl Kv {
     /// What no healthy step writes.
     pub const RUBBISH: Self = Self { token: TokenId(9999), chain: 0xBAD };
 
-    /// Keys and values of a sequence's first token, or of the one behind `self`.
-    pub fn after(previous: Option<Self>, token: TokenId) -> Self {
+    /// Keys and values of a sequence's first token, or of the one behind `self`, as an adapter makes them; 0 is none.
+    pub fn after(previous: Option<Self>, token: TokenId, adapter: u64) -> Self {
         let chain = previous.map_or(1, |kv| kv.chain);
-        Self { token, chain: mix(chain ^ u64::from(token.0) << 32) }
+        Self { token, chain: mix(chain ^ u64::from(token.0) << 32 ^ adapter << 12) }
     }
 }
 
@@ -133,6 +133,8 @@ pub struct Part {
     pub penalties: bool,
     pub pooling: Option<Pooling>,
     pub form: bool,
+    /// 0: none.
+    pub adapter: u64,
 }
 
 /// A sequence in the making.
@@ -142,12 +144,13 @@ struct Alone {
     kv: Vec<Kv>,
     attention: Attention,
     counts: BTreeMap<TokenId, u32>,
+    adapter: u64,
 }
 
 impl Script {
     pub fn alone(prompt: &[TokenId], part: &Part) -> Self {
         let (mut scores, mut states) = (Vec::new(), Vec::new());
-        let mut alone = Alone::new();
+        let mut alone = Alone::new(part.adapter);
         for &token in prompt {
             if !alone.kv.is_empty() {
                 scores.push(alone.attention.score(token));
@@ -187,8 +190,8 @@ impl Script {
     fn counts(pooling: Pooling, prompt_len: usize) -> Range<usize> {
         match pooling {
             Pooling::Last => prompt_len - 1..prompt_len,
-            Pooling::Mean => 0..prompt_len,
             Pooling::Cls => 0..1,
+            _ => 0..prompt_len,
         }
     }
 
@@ -210,8 +213,9 @@ impl Script {
 }
 
 impl Alone {
-    fn new() -> Self {
+    fn new(adapter: u64) -> Self {
         Self {
+            adapter,
             prompt_len: 0,
             tokens: Vec::new(),
             kv: Vec::new(),
@@ -222,7 +226,7 @@ impl Alone {
 
     fn push(&mut self, token: TokenId) {
         self.tokens.push(token);
-        let kv = Kv::after(self.kv.last().copied(), token);
+        let kv = Kv::after(self.kv.last().copied(), token, self.adapter);
         self.kv.push(kv);
         self.attention.read(kv);
     }

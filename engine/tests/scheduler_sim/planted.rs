@@ -179,3 +179,23 @@ fn states_skipped() {
 fn states_twice() {
     is_found(Bug::StatesTwice, &["I8"]);
 }
+
+#[test]
+fn whole_cut() {
+    is_found(Bug::WholeCut, &["I11", "I2"]);
+}
+
+#[test]
+fn whole_shared() {
+    is_found(Bug::WholeShared, &["I2", "I11"]);
+}
+
+#[test]
+fn slot_taken_in_use() {
+    is_found(Bug::SlotTakenInUse, &["I12"]);
+}
+
+#[test]
+fn adapter_not_loaded() {
+    is_found(Bug::AdapterNotLoaded, &["I12"]);
+}

@@ -68,6 +68,7 @@ fn blocks_of_a_chain_on_the_host_are_not_given_up_for_one_another() {
         caching: true,
         depth: 2,
         max_live: 13,
+        max_loras: 0,
     };
     let plan = || Event::Plan { prefill: 40, eager: false };
     replay(

@@ -66,8 +66,10 @@ impl Sim {
                 let live = self.live(seq);
                 let expected = live.pooling.map(|pooling| live.script.embedding(pooling));
                 assert_eq!(Some(values), expected, "I8: {seq:?} has another embedding than alone");
+                let whole = live.whole;
                 self.end(seq, End::Embedded);
                 self.seen.embedded += 1;
+                self.seen.whole += u64::from(whole);
             }
             Effect::Complete { seq } => {
                 self.end(seq, End::Complete);

@@ -88,7 +88,10 @@ impl Rig {
             priority: 0,
             tenant: TenantId::default(),
             pooling: None,
+            is_whole: false,
+            segments: None,
             root: self.pool.prefix_root(&["model"], id),
+            adapter: None,
             constraint: None,
         }
     }

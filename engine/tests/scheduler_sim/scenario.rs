@@ -14,6 +14,8 @@ const POOLINGS: [Pooling; 3] = [Pooling::Last, Pooling::Mean, Pooling::Cls];
 
 /// Tenants of a simulation.
 pub const TENANTS: usize = 4;
+/// Adapters of a simulation.
+pub const ADAPTERS: u8 = 4;
 
 /// The machine and its scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +36,8 @@ pub struct Config {
     pub depth: usize,
     /// Sequences that are live at the same time, at most: beyond that, arrivals are refused.
     pub max_live: usize,
+    /// Different adapters in the batch, at most; 0: requests have none.
+    pub max_loras: usize,
 }
 
 /// What a request is.
@@ -58,12 +62,16 @@ pub struct Arrival {
     pub prompt_logprobs: bool,
     /// It gives an embedding: `max_tokens` and what else is said of tokens mean nothing.
     pub pooling: Option<Pooling>,
+    /// Its prompt is computed in one step, where it gives an embedding and no step is too small.
+    pub whole: bool,
     /// Its tokens are constrained.
     pub form: bool,
     pub priority: i8,
     pub tenant: u8,
     /// Requests of different salts share nothing.
     pub salt: u8,
+    /// 0: none.
+    pub adapter: u8,
     /// What it may take, in simulated milliseconds.
     pub patience: Option<u16>,
     pub fate: Fate,
@@ -84,10 +92,12 @@ impl Default for Arrival {
             penalties: false,
             prompt_logprobs: false,
             pooling: None,
+            whole: false,
             form: false,
             priority: 0,
             tenant: 0,
             salt: 0,
+            adapter: 0,
             patience: None,
             fate: Fate::Healthy,
         }
@@ -201,7 +211,17 @@ impl Config {
             caching: rng.random_bool(0.8),
             depth: if rng.random_bool(0.15) { 1 } else { MAX_IN_FLIGHT },
             max_live: rng.random_range(4..=24),
+            max_loras: rng.random_range(0..=3),
         }
+        .with_fair_adapters()
+    }
+
+    /// Whoever waits for a slot is overtaken, also by tenants that were given more. The bound of the fair queue holds where nobody does.
+    fn with_fair_adapters(mut self) -> Self {
+        if self.policy == Policy::Fair && self.max_loras > 0 {
+            self.max_loras = usize::from(ADAPTERS);
+        }
+        self
     }
 }
 
@@ -314,11 +334,17 @@ impl Mood {
             penalties: rng.random_bool(0.15),
             prompt_logprobs: rng.random_bool(0.15),
             pooling: rng.random_bool(0.15).then(|| POOLINGS[rng.random_range(0..3)]),
+            whole: rng.random_bool(0.5),
             form: rng.random_bool(0.25),
             priority: if config.policy == Policy::Priority { rng.random_range(-1..=2) } else { 0 },
             // The first tenant floods.
             tenant: if rng.random_bool(0.4) { 0 } else { rng.random_range(0..TENANTS as u8) },
             salt: u8::from(rng.random_bool(0.2)),
+            adapter: if config.max_loras > 0 && rng.random_bool(0.5) {
+                rng.random_range(1..=ADAPTERS)
+            } else {
+                0
+            },
             patience: rng.random_bool(0.1).then(|| rng.random_range(1..=200)),
             fate: match rng.random_range(0..40) {
                 0 => Fate::Poison(limit),
@@ -367,7 +393,7 @@ impl Arrival {
             ($($name:ident)*) => { $(field(stringify!($name), &self.$name, &plain.$name);)* };
         }
         fields!(id family shared tail follows n max_tokens min_tokens ignore_eos penalties prompt_logprobs form);
-        fields!(priority tenant salt patience);
+        fields!(whole priority tenant salt adapter patience);
         if let Some(pooling) = self.pooling {
             fields.push(format!("pooling: Some(Pooling::{pooling:?})"));
         }

@@ -5,6 +5,8 @@
 pub struct Seen {
     pub finished: u64,
     pub embedded: u64,
+    /// Of these, prompts that were read in one step.
+    pub whole: u64,
     pub broken: u64,
     pub refused: u64,
     pub expired: u64,
@@ -28,6 +30,10 @@ pub struct Seen {
     pub complete: u64,
     /// Sequences that could not keep their form.
     pub unformed: u64,
+    /// Adapters that came into a slot.
+    pub adapters: u64,
+    /// Sequences without an adapter that overtook one which found no slot.
+    pub overtaken: u64,
     /// Comparisons of two tenants' service while both waited.
     pub compared: u64,
 }
@@ -38,9 +44,11 @@ impl Seen {
             finished, embedded, broken, refused, expired, preemptions, resumed, parked, fed_back, ..
         } = other;
         let Self { aborts_over_two_steps, failed_steps, shortages, late_rows, cached_tokens, .. } = other;
-        let Self { saves, loads, compared, forced, complete, unformed, .. } = other;
+        let Self { saves, loads, compared, forced, complete, unformed, whole, adapters, overtaken, .. } =
+            other;
         self.finished += finished;
         self.embedded += embedded;
+        self.whole += whole;
         self.broken += broken;
         self.refused += refused;
         self.expired += expired;
@@ -59,5 +67,7 @@ impl Seen {
         self.forced += forced;
         self.complete += complete;
         self.unformed += unformed;
+        self.adapters += adapters;
+        self.overtaken += overtaken;
     }
 }

@@ -124,7 +124,7 @@ fn simpler_events(event: &Event) -> Vec<Event> {
 }
 
 fn simpler_arrivals(arrival: &Arrival) -> Vec<Arrival> {
-    let changes: [fn(&mut Arrival); 18] = [
+    let changes: [fn(&mut Arrival); 19] = [
         |a| a.pooling = None,
         |a| a.fate = Fate::Healthy,
         |a| a.n = 1,
@@ -138,6 +138,7 @@ fn simpler_arrivals(arrival: &Arrival) -> Vec<Arrival> {
         |a| a.priority = 0,
         |a| a.tenant = 0,
         |a| a.salt = 0,
+        |a| a.adapter = 0,
         |a| a.family = 0,
         |a| a.max_tokens = (a.max_tokens / 2).max(1),
         |a| a.max_tokens = (a.max_tokens - 1).max(1),

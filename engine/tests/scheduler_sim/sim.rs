@@ -48,12 +48,16 @@ pub struct Live {
     pub scored: usize,
     /// It gives an embedding.
     pub pooling: Option<Pooling>,
+    /// Its prompt is computed in one step, and is nobody else's.
+    pub whole: bool,
     /// Positions before which every hidden state that counts was given.
     pub pooled: usize,
     pub priority: i32,
     pub tenant: usize,
     /// Sequences of different domains share no block.
     pub domain: u64,
+    /// 0: none.
+    pub adapter: u64,
     /// The sequence that reads the prompt for this one too.
     pub prompt_of: Option<SeqId>,
     pub place: Where,
@@ -123,7 +127,7 @@ impl Sim {
         let device = Device::new(wires.clone(), block_size, blocks, host_blocks);
         Self {
             scheduler: Scheduler::new(
-                SchedulerConfig { limits, policy: config.policy, weights },
+                SchedulerConfig { limits, policy: config.policy, weights, max_loras: config.max_loras },
                 pool.clone(),
             ),
             steps: StepQueue::new(device),
@@ -366,6 +370,7 @@ impl Sim {
                 }
                 Note::Preempted { seq } => {
                     self.check_victim(seq);
+                    assert!(!self.live(seq).whole, "I11: {seq:?} is whole and was preempted");
                     self.live(seq).place = Where::Waiting;
                 }
                 Note::Parked { seq } => {

@@ -7,5 +7,6 @@ mod detokenize;
 mod folder;
 mod forms;
 mod hostile;
+mod sources;
 mod stop;
 mod tokenizer;

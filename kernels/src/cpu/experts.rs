@@ -98,6 +98,7 @@ impl Experts<'_> {
         row: impl Fn(usize) -> usize + Sync,
     ) -> Result<()> {
         assert!(experts.len() == routes.experts(), "routes to other experts");
+        assert!(pairs == routes.pairs(), "routes of {} pairs for {pairs}", routes.pairs());
         let (n, k) = (experts[0].n, experts[0].k);
         let mut gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
         if gathered.len() < pairs * k {

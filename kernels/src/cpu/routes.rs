@@ -108,6 +108,11 @@ impl CpuRoutes {
         self.routing.experts
     }
 
+    /// Pairs in all.
+    pub(super) fn pairs(&self) -> usize {
+        self.first[self.routing.experts] as usize
+    }
+
     /// The pair at a place in the order of experts.
     pub(super) fn pair(&self, place: usize) -> usize {
         self.order[place] as usize

@@ -3,7 +3,7 @@
 //! - [`driver`]: what a device must do; implemented over cudarc and by the emulator of the tests.
 //! - [`gpu`]: a real GPU, over the CUDA driver API.
 //! - [`table`]: the kernels and their signatures.
-//! - [`memory`]: owned device memory; [`words`]: index tensors in it.
+//! - [`memory`]: owned device memory; [`words`]: index tensors in it; [`matrix`]: matrices, quantised or not.
 //! - [`ops`]: one file per op: checks its contract and launches.
 //! - [`CudaOps`]: the decoder's ops over them; `decoder`: their bodies. `weights`: how weights get there; `steps`, `batch`, `layout`: how a step's metadata does, and
 //!   how its results come back; `graphs`: which steps run from CUDA graphs.
@@ -15,6 +15,7 @@ pub mod driver;
 pub mod gpu;
 mod graphs;
 mod layout;
+pub mod matrix;
 pub mod memory;
 pub mod ops;
 mod steps;
@@ -36,7 +37,7 @@ pub use self::{
         lora::CudaLora,
         step::CudaPending,
     },
-    weights::{CudaExperts, CudaWeight},
+    weights::{CudaExperts, CudaWeight, Uploader},
 };
 use self::{
     driver::{Driver, Pinned, Result},

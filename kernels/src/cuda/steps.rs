@@ -252,7 +252,7 @@ fn usual_words(config: &CudaConfig) -> usize {
     let tables = config.max_rows * config.max_model_len.div_ceil(config.block_size);
     let heads = config.attention.heads();
     let items =
-        heads.num_kv_heads * config.max_rows + 2 * SPLIT_TILES + config.max_tokens * heads.num_heads / 32;
+        heads.num_kv_heads * config.max_rows + 2 * SPLIT_TILES + config.max_tokens * heads.num_heads / 16;
     5 * config.max_tokens + 64 * config.max_rows + 8 * items + tables
 }
 

@@ -71,7 +71,7 @@ pub trait Ops: Send + Sync {
     /// Allocates an f32 buffer for logits of `elems` elements, contents unspecified.
     fn logits_buffer(&self, elems: usize) -> Result<Self::Buffer>;
 
-    /// Allocates the `scratch` of [`Ops::linear_silu_mul`]; a device that fuses the two needs none.
+    /// Allocates the `scratch` of [`Ops::linear_gated`] and [`Ops::moe_gated`]; a device that fuses product and gate needs none.
     fn scratch_buffer(&self, elems: usize) -> Result<Self::Buffer>;
 
     /// Rows of logits that a step may ask for in one group: bounds the memory of prompt log-probabilities, where every position of

@@ -1,4 +1,5 @@
 //! Sequences in a paged cache: what attention is to give for them, by its definition in f64, and what a device gives.
+#![allow(dead_code)]
 
 use std::sync::Arc;
 

@@ -24,23 +24,23 @@ use crate::{
 
 /// What a test varies beside the rows.
 #[derive(Clone, Copy)]
-struct Options {
-    heads: HeadShape,
-    window: Option<usize>,
-    soft_cap: Option<f32>,
-    slopes: bool,
-    sinks: bool,
-    causal: bool,
+pub struct Options {
+    pub heads: HeadShape,
+    pub window: Option<usize>,
+    pub soft_cap: Option<f32>,
+    pub slopes: bool,
+    pub sinks: bool,
+    pub causal: bool,
     /// Room for split tiles, and the multiprocessors that rows are split for.
-    split: (usize, usize),
-    block_size: usize,
+    pub split: (usize, usize),
+    pub block_size: usize,
 }
 
-fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
+pub fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
     HeadShape { num_heads, num_kv_heads, head_dim }
 }
 
-fn plain(heads: HeadShape) -> Options {
+pub fn plain(heads: HeadShape) -> Options {
     Options {
         heads,
         window: None,
@@ -66,12 +66,12 @@ impl Options {
         head as f32 - 1.0
     }
 
-    fn limits(&self, step: &Step) -> PlanLimits {
+    pub fn limits(&self, step: &Step) -> PlanLimits {
         let (split_tiles, num_sms) = self.split;
         PlanLimits { max_tokens: step.tokens(), max_rows: step.rows.len(), split_tiles, num_sms }
     }
 
-    fn plan(&self) -> PlanShape {
+    pub fn plan(&self) -> PlanShape {
         let kind = if self.causal { PlanKind::Causal } else { PlanKind::BothWays };
         PlanShape { heads: self.heads, block_size: self.block_size, window: self.window, kind }
     }
@@ -86,7 +86,13 @@ fn run(bed: &Bed, options: &Options, rows: &[Row]) -> Vec<f32> {
     launch(bed, options, &step, &plan, kernels)
 }
 
-fn launch(bed: &Bed, options: &Options, step: &Step, plan: &[u32], kernels: AttentionKernels) -> Vec<f32> {
+pub fn launch(
+    bed: &Bed,
+    options: &Options,
+    step: &Step,
+    plan: &[u32],
+    kernels: AttentionKernels,
+) -> Vec<f32> {
     let heads = options.heads;
     let (cache, qkv) = step.upload(bed);
     let mut out = poisoned(&bed.device, step.tokens() * heads.num_heads * heads.head_dim);

@@ -12,6 +12,7 @@ use tidemill_kernels::{
         gpu::{self, GpuOptions},
         memory::DeviceBuffer,
     },
+    tensor::f8_to_f32,
 };
 use tidemill_kernels_emu::{EmuDriver, Schedule};
 
@@ -95,6 +96,21 @@ pub fn f32s(device: &Device, values: &[f32]) -> DeviceBuffer {
     upload(device, DType::F32, values)
 }
 
+/// The F8E4M3 nearest to a value, the even one of two; 448 for what is beyond, 0x7f for no number.
+pub fn nearest_f8(x: f32) -> u8 {
+    if x.is_nan() {
+        return 0x7f;
+    }
+    let off = |code: u8| (f64::from(f8_to_f32(code)) - f64::from(x.abs().min(448.0))).abs();
+    let nearest = (0..0x7f).min_by(|&a, &b| off(a).total_cmp(&off(b)).then((a % 2).cmp(&(b % 2)))).unwrap();
+    nearest | u8::from(x.is_sign_negative()) << 7
+}
+
+/// An F8E4M3 array of `values`, rounded.
+pub fn f8s(device: &Device, values: &[f32]) -> DeviceBuffer {
+    upload(device, DType::F8E4M3, &values.iter().map(|&v| nearest_f8(v)).collect::<Vec<_>>())
+}
+
 /// A bf16 array of NaN: what a kernel leaves unwritten shows.
 pub fn poisoned(device: &Device, elems: usize) -> DeviceBuffer {
     bf16s(device, &vec![f32::NAN; elems])
@@ -104,6 +120,7 @@ pub fn poisoned(device: &Device, elems: usize) -> DeviceBuffer {
 pub fn values(device: &Device, buffer: &DeviceBuffer) -> Vec<f32> {
     match buffer.dtype() {
         DType::Bf16 => download::<bf16>(device, buffer).into_iter().map(bf16::to_f32).collect(),
+        DType::F8E4M3 => download::<u8>(device, buffer).into_iter().map(f8_to_f32).collect(),
         _ => download(device, buffer),
     }
 }

@@ -180,7 +180,7 @@ impl Layer {
     ) -> (Vec<f32>, Vec<f32>) {
         let (shape, tokens, pairs) = (self.shape, x.len() / H, ids.len());
         let order = Order::new(device, driver, ids, shape, kernel);
-        let (mut inner, mut rows) = (poisoned(device, pairs * I), nan_f32s(device, pairs * H));
+        let (mut inner, mut rows) = (poisoned(device, pairs * I), poisoned(device, pairs * H));
         let call = MoeLinear {
             order: order.view(),
             rows: MoeRows::Tokens,
@@ -210,7 +210,6 @@ impl Layer {
             out: &mut out,
             rows: &rows,
             weights: &weights,
-            accumulate: true,
             width: H,
             top_k: shape.top_k,
             tokens,
@@ -222,7 +221,7 @@ impl Layer {
     /// What expert `expert` makes of one token, with the dense product.
     fn dense(&self, device: &Device, x: &[f32], expert: usize) -> Vec<f32> {
         let part = |values: &[f32], elems| bf16s(device, &values[expert * elems..][..elems]);
-        let (mut inner, mut out) = (poisoned(device, I), nan_f32s(device, H));
+        let (mut inner, mut out) = (poisoned(device, I), poisoned(device, H));
         let call = Linear {
             out: &mut inner,
             x: &bf16s(device, x),
@@ -380,29 +379,23 @@ fn each_head_gets_its_dense_product_to_the_bit_however_many_rows_there_are() {
 }
 
 #[test]
-fn rows_of_bf16_are_added_up_or_replace_what_was_there() {
+fn what_the_experts_made_is_added_to_the_stream() {
     let (device, _) = words::device();
     let (tokens, top_k, width) = (3, 2, 2056);
     let rows = rounded(&Rng::new(1).units(tokens * top_k * width));
     let weights = Rng::new(2).units(tokens * top_k);
-    let mut out = poisoned(&device, tokens * width);
+    let stream = rounded(&Rng::new(3).units(tokens * width));
+    let mut out = bf16s(&device, &stream);
     let (rows_there, weights_there) = (bf16s(&device, &rows), f32s(&device, &weights));
-    let call = MoeCombine {
-        out: &mut out,
-        rows: &rows_there,
-        weights: &weights_there,
-        accumulate: false,
-        width,
-        top_k,
-        tokens,
-    };
+    let call = MoeCombine { out: &mut out, rows: &rows_there, weights: &weights_there, width, top_k, tokens };
     moe_combine(&device, call).unwrap();
     let want: Vec<f64> = (0..tokens * width)
         .map(|i| {
             let pair = |j| i / width * top_k + j;
-            (0..top_k)
+            let sum: f64 = (0..top_k)
                 .map(|j| f64::from(weights[pair(j)]) * f64::from(rows[pair(j) * width + i % width]))
-                .sum()
+                .sum();
+            f64::from(stream[i]) + sum
         })
         .collect();
     assert_near(&values(&device, &out), &want, 2_f64.powi(-8), 1e-6, "combined");
@@ -426,14 +419,6 @@ fn shapes_that_the_kernels_cannot_take_are_refused() {
     assert!(matches!(refused, Err(KernelError::Shape { op: "moe_permute", .. })));
     let mut out = device.buffer(DType::Bf16, 8, "out").unwrap();
     let (rows, logits) = (bf16s(&device, &[0.0; 16]), f32s(&device, &[0.0; 8]));
-    let call = MoeCombine {
-        out: &mut out,
-        rows: &rows,
-        weights: &logits,
-        accumulate: false,
-        width: 12,
-        top_k: 1,
-        tokens: 1,
-    };
+    let call = MoeCombine { out: &mut out, rows: &rows, weights: &logits, width: 12, top_k: 1, tokens: 1 };
     assert!(matches!(moe_combine(&device, call), Err(KernelError::Unsupported { op: "moe_combine", .. })));
 }

@@ -17,7 +17,7 @@ use tidemill_kernels_emu::Schedule;
 
 use crate::{
     common::Rng,
-    harness::{self, bf16s, rounded},
+    harness::{self, bf16s, f8s, rounded},
 };
 
 /// A device, and its driver for what the device does not show.
@@ -169,7 +169,15 @@ impl Step {
     }
 
     pub fn upload(&self, bed: &Bed) -> (DeviceBuffer, DeviceBuffer) {
-        (bf16s(&bed.device, &self.cache), bf16s(&bed.device, &self.qkv))
+        (self.upload_cache(bed), bf16s(&bed.device, &self.qkv))
+    }
+
+    /// The cache in its type.
+    pub fn upload_cache(&self, bed: &Bed) -> DeviceBuffer {
+        match self.shape.dtype {
+            DType::F8E4M3 => f8s(&bed.device, &self.cache),
+            _ => bf16s(&bed.device, &self.cache),
+        }
     }
 }
 

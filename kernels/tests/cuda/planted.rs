@@ -12,7 +12,7 @@ use std::{
 
 use tidemill_kernels_emu::{EmuDriver, Schedule, Site};
 
-use crate::{attention, latent, linear, moe, norm, paged::Bed, rope_kv_write, sampling};
+use crate::{attention, latent, linear, moe, norm, paged::Bed, quantized, rope_kv_write, sampling};
 
 /// Random schedules that are tried after the four of every test.
 const MORE_SCHEDULES: u64 = 8;
@@ -27,6 +27,7 @@ const SAMPLES: &[(&str, Sample)] = &[
     ("layernorm", |bed| norm::sample(&bed.device, true)),
     ("latent", latent::sample),
     ("linear", |bed| linear::sample(&bed.device)),
+    ("linear, quantised", |bed| quantized::sample(&bed.device)),
     ("moe", moe::sample),
     ("rmsnorm", |bed| norm::sample(&bed.device, false)),
     ("rope_kv_write", rope_kv_write::sample),
@@ -48,22 +49,27 @@ struct Undetected {
 const NOTHING_IN_FLIGHT: &str = "the groups still in flight are empty: nothing is fetched beyond the end";
 
 const UNDETECTED: &[Undetected] = &[
-    Undetected { sample: None, file: "attention.cu", text: "cp_async_wait<0>();", reason: NOTHING_IN_FLIGHT },
+    Undetected {
+        sample: None,
+        file: "attention_items.cuh",
+        text: "cp_async_wait<0>();",
+        reason: NOTHING_IN_FLIGHT,
+    },
     Undetected {
         sample: Some("attention, 64"),
-        file: "attention.cu",
+        file: "attention_items.cuh",
         text: "__syncwarp();  // every lane is done with the item before",
         reason: "up to D = 128 an item's last piece is not where the next one's first go, but beyond it may be",
     },
     Undetected {
         sample: None,
-        file: "linear_skinny.cu",
+        file: "linear_skinny.cuh",
         text: "cp_async_wait<0>();",
         reason: NOTHING_IN_FLIGHT,
     },
     Undetected {
         sample: None,
-        file: "linear_tiled.cu",
+        file: "linear_tiled.cuh",
         text: "cp_async_wait<0>();",
         reason: NOTHING_IN_FLIGHT,
     },
@@ -132,7 +138,7 @@ fn undetected(sample: &str, site: &Site) -> Option<usize> {
     let line = source.lines().nth(site.line as usize - 1).unwrap();
     UNDETECTED.iter().position(|known| {
         known.sample.is_none_or(|only| only == sample)
-            && site.file.ends_with(known.file)
+            && Path::new(&site.file).file_name().is_some_and(|name| name == known.file)
             && line.contains(known.text)
     })
 }

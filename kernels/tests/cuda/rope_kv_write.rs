@@ -20,13 +20,13 @@ const EPS: f32 = 1e-6;
 
 /// What a test varies.
 #[derive(Clone, Copy)]
-struct Options {
-    heads: HeadShape,
+pub struct Options {
+    pub heads: HeadShape,
     /// R; 0: no rotation.
-    rotary: usize,
-    interleaved: bool,
-    norm: bool,
-    block_size: usize,
+    pub rotary: usize,
+    pub interleaved: bool,
+    pub norm: bool,
+    pub block_size: usize,
 }
 
 /// `[512, R]`: cosines and sines of made-up angles.
@@ -48,9 +48,9 @@ fn weights(head_dim: usize) -> [Vec<f32>; 2] {
 }
 
 /// Runs a step whose tokens' slots in the cache are NaN before. Returns `qkv` and the cache.
-fn run(bed: &Bed, options: &Options, step: &Step) -> (Vec<f32>, Vec<f32>) {
+pub fn run(bed: &Bed, options: &Options, step: &Step) -> (Vec<f32>, Vec<f32>) {
     let mut qkv = bf16s(&bed.device, &step.qkv);
-    let cache = bf16s(&bed.device, &step.cache);
+    let cache = step.upload_cache(bed);
     let (positions, slots) = (bed.words(&step.meta.positions), bed.words(&step.meta.slot_mapping));
     let [q_weight, k_weight] = weights(options.heads.head_dim).map(|w| f32s(&bed.device, &w));
     let table = f32s(&bed.device, &table(options.rotary));
@@ -88,7 +88,7 @@ fn expected(options: &Options, x: &[f32], position: usize, weight: &[f32]) -> Ve
 }
 
 /// The step with NaN at the slots that are to be written.
-fn unwritten(options: &Options, rows: &[Row]) -> Step {
+pub fn unwritten(options: &Options, rows: &[Row]) -> Step {
     let mut step = Step::new(options.heads, rows, None, options.block_size);
     let HeadShape { num_kv_heads, head_dim, .. } = options.heads;
     for slot in step.meta.slot_mapping.clone().into_iter().filter(|&slot| slot != PADDING_SLOT) {
@@ -132,7 +132,7 @@ fn check(bed: &Bed, options: &Options, rows: &[Row]) {
     assert!(cache.iter().zip(&want_cache).all(same), "cache");
 }
 
-fn options(num_heads: usize, num_kv_heads: usize, head_dim: usize, rotary: usize) -> Options {
+pub fn options(num_heads: usize, num_kv_heads: usize, head_dim: usize, rotary: usize) -> Options {
     Options {
         heads: HeadShape { num_heads, num_kv_heads, head_dim },
         rotary,

@@ -10,8 +10,8 @@ use tidemill_engine::{
     AdapterInfo, EngineHandle, EngineStats, Generation, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, Embedding},
-    request::{EmbedRequest, GenerateRequest},
+    output::{AbortReceipt, Embedding, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
 };
 
 use super::{
@@ -85,6 +85,16 @@ impl EngineClient for LocalEngine {
         let (engine, validated) =
             self.texts.run(move || engine.validate_embed(request).map(|valid| (engine, valid))).await?;
         Ok(engine.submit_embed(validated)?.wait().await?)
+    }
+
+    async fn score(&self, request: ScoreRequest) -> Result<Score, CallError> {
+        let engine = self.engine()?.clone();
+        if self.phase() > Phase::Ready {
+            return Err(RequestError::Draining.into());
+        }
+        let (engine, validated) =
+            self.texts.run(move || engine.validate_score(request).map(|valid| (engine, valid))).await?;
+        Ok(engine.submit_score(validated)?.wait().await?)
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {
@@ -163,6 +173,7 @@ fn card(engine: &EngineHandle, parsers: &Parsers) -> ModelCard {
         max_model_len: info.max_model_len,
         vocab_size: info.vocab_size,
         has_chat_template: info.has_chat_template,
+        has_tokenizer: text.tokenizer_kind().is_some(),
         block_size: info.block_size,
         num_kv_blocks: info.num_kv_blocks,
         tokens: TokenBytes::Model(text.clone()),

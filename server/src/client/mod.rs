@@ -12,8 +12,8 @@ use tidemill_engine::{
     AdapterInfo, EngineStats,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, Embedding, Output},
-    request::{EmbedRequest, GenerateRequest},
+    output::{AbortReceipt, Embedding, Output, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
     text::{TextModel, chat::ChatPrompt},
 };
 
@@ -40,6 +40,8 @@ pub struct ModelCard {
     pub vocab_size: usize,
     /// Whether chat prompts can be rendered.
     pub has_chat_template: bool,
+    /// Whether there is text at all; without it prompts and answers are token ids.
+    pub has_tokenizer: bool,
     /// Tokens per KV block.
     pub block_size: usize,
     /// KV blocks in all.
@@ -143,6 +145,12 @@ pub trait EngineClient: Send + Sync + fmt::Debug {
     /// # Errors
     /// Why there is none; CANCELLED when it was aborted by its id.
     async fn embed(&self, request: EmbedRequest) -> Result<Embedding, CallError>;
+
+    /// How well a document answers a query. Dropping the future aborts the request.
+    ///
+    /// # Errors
+    /// Why there is no score; CANCELLED when it was aborted by its id.
+    async fn score(&self, request: ScoreRequest) -> Result<Score, CallError>;
 
     /// Text or a conversation as token ids.
     ///

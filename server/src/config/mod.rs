@@ -2,12 +2,14 @@
 
 pub mod file;
 mod http;
+mod inspect;
 mod lora;
 mod run;
 mod serve;
 pub mod size;
 
 pub use http::{EngineAddress, GatewayConfig, HttpConfig};
+pub use inspect::InspectConfig;
 pub use run::{PromptSource, RunConfig};
 pub use serve::{GrpcConfig, ServeConfig, TlsConfig};
 
@@ -29,6 +31,8 @@ pub enum Invocation {
     Gateway(Box<GatewayConfig>),
     /// One prompt.
     Run(Box<RunConfig>),
+    /// What a model folder holds.
+    Inspect(Box<InspectConfig>),
 }
 
 impl Invocation {
@@ -42,6 +46,7 @@ impl Invocation {
             Some(Command::Serve(args)) => Self::Serve(Box::new(ServeConfig::from_args(*args)?)),
             Some(Command::Gateway(args)) => Self::Gateway(Box::new(GatewayConfig::from_args(*args)?)),
             Some(Command::Run(args)) => Self::Run(Box::new(RunConfig::from_args(*args)?)),
+            Some(Command::Inspect(args)) => Self::Inspect(Box::new(InspectConfig::from_args(*args))),
         })
     }
 }
@@ -50,6 +55,7 @@ impl Invocation {
 fn engine_config(args: ModelArgs) -> Result<EngineConfig, Failure> {
     let mut config = EngineConfig::new(args.model);
     config.chat_template = args.chat_template;
+    config.classifier_from_token = args.classifier_from_token;
     config.dtype = match args.dtype {
         DtypeArg::Auto => ComputeDtype::Auto,
         DtypeArg::Bfloat16 => ComputeDtype::Bf16,

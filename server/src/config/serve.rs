@@ -106,6 +106,7 @@ impl ServeConfig {
     pub fn from_args(args: ServeArgs) -> Result<Self, Failure> {
         let mut engine = engine_config(args.model)?;
         engine.served_model_name = args.limits.served_model_name;
+        engine.skip_tokenizer_init = args.limits.skip_tokenizer_init;
         engine.max_num_seqs = args.limits.max_num_seqs.map(Into::into);
         engine.swap_space = args.scheduling.swap_space.0;
         engine.scheduling = scheduling_config(args.scheduling)?;

@@ -30,6 +30,8 @@ pub fn embed_request(id: RequestId, request: v1::EmbedRequest) -> Result<EmbedRe
         cache_salt: request.cache_salt,
         dimensions: request.dimensions,
         normalize: request.normalize,
+        prompt_name: request.prompt_name,
+        truncate_prompt_tokens: request.truncate_prompt_tokens,
         ..EmbedRequest::new(prompt)
     })
 }

@@ -10,6 +10,7 @@ mod model;
 pub mod remote;
 mod request;
 mod response;
+mod score;
 pub mod vllm;
 
 pub use activity::activity;
@@ -21,3 +22,4 @@ pub use kv_events::kv_event_messages;
 pub use model::{adapter_messages, model_response};
 pub use request::{chat_prompt, generate_request, token_ids};
 pub use response::{ResponseWriter, WriteOutput};
+pub use score::{score_request, score_response};

@@ -1,6 +1,6 @@
 //! What is loaded, for the wire.
 
-use tidemill_engine::{AdapterInfo, ModelInfo, ids::TokenId};
+use tidemill_engine::{AdapterInfo, ModelInfo, text::TextModel};
 use tidemill_proto::v1;
 
 use crate::http::answer::parsers::{ReasoningFormat, ToolFormat};
@@ -8,10 +8,11 @@ use crate::http::answer::parsers::{ReasoningFormat, ToolFormat};
 /// A loaded model, its limits, its special tokens, and how it writes tool calls and thoughts.
 pub fn model_response(
     info: &ModelInfo,
-    special_tokens: Vec<(TokenId, String)>,
+    text: &TextModel,
     (tools, reasoning): (Option<ToolFormat>, Option<ReasoningFormat>),
 ) -> v1::GetModelResponse {
     let defaults = &info.defaults;
+    let embeds = info.scoring.is_none_or(|scoring| !scoring.is_only_output);
     v1::GetModelResponse {
         served_model_name: info.served_model_name.clone(),
         architecture: info.architecture.clone(),
@@ -38,18 +39,24 @@ pub fn model_response(
         }),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         weight_bytes_per_step: info.weight_bytes_per_step,
-        embedding: Some(v1::EmbeddingInfo {
+        embedding: embeds.then(|| v1::EmbeddingInfo {
             dimensions: info.embedding.dimensions as u32,
             pooling: info.embedding.pooling.name().to_owned(),
             normalize: info.embedding.normalize,
             is_only_output: info.embedding.is_only_output,
         }),
-        special_tokens: special_tokens
+        scoring: info.scoring.map(|scoring| v1::ScoringInfo {
+            format: scoring.format.name().to_owned(),
+            is_only_output: scoring.is_only_output,
+        }),
+        special_tokens: text
+            .special_tokens()
             .into_iter()
             .map(|(id, text)| v1::SpecialToken { id: id.0, text })
             .collect(),
         tool_call_parser: tools.map(|format| format.to_string()).unwrap_or_default(),
         reasoning_parser: reasoning.map(|format| format.to_string()).unwrap_or_default(),
+        tokenizer: text.tokenizer_kind().map(|kind| kind.to_string()).unwrap_or_default(),
         adapters: Vec::new(),
     }
 }

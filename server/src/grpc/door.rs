@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use tidemill_engine::{
     EngineHandle, Generation, RequestError,
     ids::{RequestId, TenantId, TokenId},
-    output::Embedding,
-    request::{EmbedRequest, GenerateRequest},
+    output::{Embedding, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
     text::TextModel,
 };
 use tonic::{Request, Status};
@@ -112,6 +112,31 @@ impl Door {
         let (engine, validated) = self.check(&id, check).await?;
         call.prompt_tokens(validated.prompt().len());
         engine.submit_embed(validated).map_err(refused)?.wait().await.map_err(refused)
+    }
+
+    /// As [`Self::embed`], for a score.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn score(
+        &self,
+        call: &mut Call,
+        origin: Origin,
+        read: impl FnOnce() -> Result<ScoreRequest, RequestError> + Send + 'static,
+    ) -> Result<Score, Status> {
+        let id = call.id().clone();
+        let refused = |error: RequestError| convert::status(&error, &id);
+        let check = move |engine: &EngineHandle| {
+            let mut request = read()?;
+            request.deadline = origin.deadline;
+            request.tenant = origin.tenant(request.tenant);
+            request.trace_parent = origin.trace_parent;
+            request.credential = origin.credential.speaking_for(&request.credential);
+            engine.validate_score(request)
+        };
+        let (engine, validated) = self.check(&id, check).await?;
+        call.prompt_tokens(validated.prompt().len());
+        engine.submit_score(validated).map_err(refused)?.wait().await.map_err(refused)
     }
 
     /// Runs the check of a request where encoding its prompt holds nobody up.

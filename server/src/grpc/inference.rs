@@ -20,7 +20,7 @@ pub const PROMPT_TOKENS: &str = "x-prompt-tokens";
 /// Whether it ends within the model's thoughts: 1 or 0.
 pub const OPENS_THINKING: &str = "x-opens-thinking";
 
-/// Turns prompts into tokens, or into embeddings.
+/// Turns prompts into tokens, embeddings or scores.
 #[derive(Debug)]
 pub struct InferenceService {
     door: Door,
@@ -76,6 +76,18 @@ impl Inference for InferenceService {
         call.end(response)
     }
 
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let origin = Origin::of(&request);
+        let request = request.into_inner();
+        let id = request_id(&request.request_id);
+        let mut call = Call::start("Score", id.clone());
+        let named = id.clone();
+        let read = move || convert::score_request(named, request);
+        let score = self.door.score(&mut call, origin, read).await;
+        let response = score.map(|score| convert::score_response(&id, score));
+        call.end(response)
+    }
+
     async fn tokenize(
         &self,
         request: Request<v1::TokenizeRequest>,
@@ -103,7 +115,7 @@ impl Inference for InferenceService {
         let call = Call::start("GetModel", RequestId::random());
         let model = self.door.engine().map(|engine| {
             let formats = self.parsers.resolve(engine.text().chat_template_source());
-            let model = convert::model_response(engine.info(), engine.text().special_tokens(), formats);
+            let model = convert::model_response(engine.info(), engine.text(), formats);
             v1::GetModelResponse { adapters: convert::adapter_messages(engine.adapters().list()), ..model }
         });
         call.end(model)

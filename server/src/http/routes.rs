@@ -47,6 +47,8 @@ pub struct Route {
     handler: Handler,
 }
 
+const RERANKS: &str = "Documents by how well they answer a query.";
+const SCORES: &str = "How well texts answer queries.";
 const JSON: &[&str] = &["application/json"];
 const JSON_OR_EVENTS: &[&str] = &["application/json", "text/event-stream"];
 
@@ -101,6 +103,12 @@ pub fn table() -> Vec<Route> {
             .answers(JSON_OR_EVENTS),
         post("/v1/embeddings", OpenAi, "Embeddings of texts.", handler!(openai::embeddings::create))
             .takes::<openai::embeddings::EmbeddingFields>(),
+        post("/v1/rerank", OpenAi, RERANKS, handler!(openai::rerank::create))
+            .takes::<openai::rerank::RerankFields>()
+            .takes::<openai::score::ScoreOptions>(),
+        post("/v1/score", OpenAi, SCORES, handler!(openai::score::create))
+            .takes::<openai::score::ScoreFields>()
+            .takes::<openai::score::ScoreOptions>(),
         post("/v1/messages", Anthropic, "An answer to a conversation.", handler!(anthropic::create))
             .takes::<SamplingFields>()
             .takes::<anthropic::PromptFields>()
@@ -130,6 +138,19 @@ pub fn table() -> Vec<Route> {
     routes.extend(responses());
     let aliases: Vec<Route> = routes.iter().map(environment_alias).collect();
     routes.extend(aliases);
+    // As vLLM has them; the second is Cohere's.
+    for path in ["/rerank", "/v2/rerank"] {
+        routes.push(
+            post(path, OpenAi, RERANKS, handler!(openai::rerank::create))
+                .takes::<openai::rerank::RerankFields>()
+                .takes::<openai::score::ScoreOptions>(),
+        );
+    }
+    routes.push(
+        post("/score", OpenAi, SCORES, handler!(openai::score::create))
+            .takes::<openai::score::ScoreFields>()
+            .takes::<openai::score::ScoreOptions>(),
+    );
     for path in ["/predict", "/production/predict"] {
         routes.push(
             post(path, Plain, "Text for a prompt or a conversation.", handler!(predict::predict))

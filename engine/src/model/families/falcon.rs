@@ -50,6 +50,10 @@ pub(super) fn falcon(config: &Config<'_>) -> Result<ModelSpec, LoadError> {
         layer.is_parallel = is_parallel;
     }
     if config.flag("alibi", false)? {
+        // Saved configurations have rotary positions even so.
+        for field in ["rope_parameters", "rope_scaling"] {
+            config.fields.get(field);
+        }
         // They are added before the scores are scaled.
         let scale = (heads.head_dim as f32).powf(-0.5);
         spec.alibi = Some(alibi_slopes(heads.num_heads).iter().map(|slope| slope * scale).collect());

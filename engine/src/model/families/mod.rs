@@ -6,6 +6,7 @@
 mod cohere;
 mod config;
 mod deepseek;
+mod encoders;
 mod experts;
 mod falcon;
 mod gemma;
@@ -73,9 +74,39 @@ const FAMILIES: &[Family] = &[
         read: qwen::qwen2_moe,
     },
     Family {
-        classes: &[("Qwen3ForCausalLM", Output::Logits), ("Qwen3Model", Output::Hidden)],
+        classes: &[
+            ("Qwen3ForCausalLM", Output::Logits),
+            ("Qwen3Model", Output::Hidden),
+            ("Qwen3ForSequenceClassification", Output::Hidden),
+        ],
         model_type: "qwen3",
         read: qwen::qwen3,
+    },
+    Family {
+        classes: &[("BertModel", Output::Hidden), ("BertForSequenceClassification", Output::Hidden)],
+        model_type: "bert",
+        read: encoders::bert,
+    },
+    Family {
+        classes: &[("RobertaModel", Output::Hidden), ("RobertaForSequenceClassification", Output::Hidden)],
+        model_type: "roberta",
+        read: encoders::roberta,
+    },
+    Family {
+        classes: &[
+            ("XLMRobertaModel", Output::Hidden),
+            ("XLMRobertaForSequenceClassification", Output::Hidden),
+        ],
+        model_type: "xlm-roberta",
+        read: encoders::roberta,
+    },
+    Family {
+        classes: &[
+            ("ModernBertModel", Output::Hidden),
+            ("ModernBertForSequenceClassification", Output::Hidden),
+        ],
+        model_type: "modernbert",
+        read: encoders::modern_bert,
     },
     Family {
         classes: &[("Qwen3MoeForCausalLM", Output::Logits), ("Qwen3MoeModel", Output::Hidden)],

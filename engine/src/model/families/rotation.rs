@@ -30,13 +30,18 @@ impl Config<'_> {
                 Err(fields.bad("rope_scaling", "contradicts rope_parameters; keep one of them"))
             }
             (Some(rope), _) | (None, Some(rope)) => Ok(rope),
-            (None, None) => Ok(RopeSpec {
-                dim: self.rotary_dim(None, rotation)?,
-                is_interleaved: rotation.is_interleaved,
-                theta: theta.unwrap_or(rotation.theta),
-                scaling: RopeScaling::Default,
-            }),
+            (None, None) => self.rope_of_base(theta, rotation),
         }
+    }
+
+    /// Rotary positions of which nothing is said but their base, if that.
+    pub fn rope_of_base(&self, theta: Option<f64>, rotation: &Rotation) -> Result<RopeSpec, LoadError> {
+        Ok(RopeSpec {
+            dim: self.rotary_dim(None, rotation)?,
+            is_interleaved: rotation.is_interleaved,
+            theta: theta.unwrap_or(rotation.theta),
+            scaling: RopeScaling::Default,
+        })
     }
 
     /// Reads an object of rotary positions; `top_theta` is the base that stands beside it.

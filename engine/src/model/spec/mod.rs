@@ -237,6 +237,16 @@ impl ModelSpec {
         self.output == Output::Hidden
     }
 
+    /// Segments that the model tells apart; 0 where it knows none.
+    pub fn num_segments(&self) -> usize {
+        self.embedding.segments.unwrap_or(0)
+    }
+
+    /// Whether tokens see those behind them too: then a prompt is computed in one step.
+    pub fn is_bidirectional(&self) -> bool {
+        self.layers.iter().any(|layer| !layer.attention.is_causal)
+    }
+
     /// Whether the output layer is a matrix of its own.
     pub fn has_lm_head(&self) -> bool {
         !self.is_headless() && !self.tie_word_embeddings

@@ -51,6 +51,7 @@ pub(in crate::cpu) fn run(host: Host, pool: &Pool, call: Latent) {
         scoring: Scoring { scale, window: None, soft_cap: None, slopes: None, sinks: None, causal: true },
         block_size: kv.shape.block_size,
         blocks: kv.shape.num_blocks,
+        dtype: kv.shape.dtype,
     };
-    view.attend(host, pool, Mode::OfKeys, kv.shape.dtype);
+    view.attend(host, pool, Mode::OfKeys);
 }

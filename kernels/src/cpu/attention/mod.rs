@@ -5,17 +5,19 @@
 //! keys that a query must not see only ever add a zero, so a query's bits depend on nothing but its own sequence.
 //! Queries that share keys (a head's group, neighbouring tokens) go through the tiles side by side.
 //!
-//! The plain causal form, the one with windows, caps and biases, and the latent one are three [`Mode`]s of the same loop.
+//! The plain causal form, the one with windows, caps and biases, and the latent one are three [`Mode`]s of the same loop. The plain one reads its
+//! keys and values where they lie; the others, and all over F8E4M3, widen a tile of them first, so that they need no loop for each storage.
 
 mod latent;
 mod products;
+mod stage;
 mod tile;
 
 use std::ops::Range;
 
 pub(in crate::cpu) use self::latent::{Latent, run as run_latent};
 use self::{
-    products::{Bf16Kv, F8Kv, F32Kv, KvElement},
+    products::{Bf16Kv, F32Kv},
     tile::{OfKeys, Plain, Scored, attend_task},
 };
 use super::{
@@ -92,13 +94,14 @@ pub(in crate::cpu) fn run(host: Host, pool: &Pool, call: Call) {
         scoring,
         block_size: shape.block_size,
         blocks: shape.num_blocks,
+        dtype: shape.dtype,
     };
     let plain = matches!(
         scoring,
         Scoring { window: None, soft_cap: None, slopes: None, sinks: None, causal: true, .. }
     );
-    let mode = if plain { Mode::Plain } else { Mode::Scored };
-    view.attend(host, pool, mode, shape.dtype);
+    let mode = if plain && shape.dtype != DType::F8E4M3 { Mode::Plain } else { Mode::Scored };
+    view.attend(host, pool, mode);
 }
 
 /// Cuts the tokens of every row into spans of about [`TASK_QUERIES`] queries.
@@ -142,6 +145,7 @@ struct View<'a> {
     scoring: Scoring<'a, Vec<f32>>,
     block_size: usize,
     blocks: usize,
+    dtype: DType,
 }
 
 // SAFETY: the two pointers are to a cache that is borrowed, and only read, during the call.
@@ -149,7 +153,7 @@ unsafe impl Sync for View<'_> {}
 
 impl View<'_> {
     /// Does all tasks.
-    fn attend(&self, host: Host, pool: &Pool, mode: Mode, dtype: DType) {
+    fn attend(&self, host: Host, pool: &Pool, mode: Mode) {
         let (meta, heads) = (self.meta, self.num_kv_heads);
         let group = self.num_heads / heads;
         let spans = spans(meta, group);
@@ -168,7 +172,7 @@ impl View<'_> {
             let all = (span.last - span.first + 1) * group;
             let queries = all * share / shares..all * (share + 1) / shares;
             let task = Task { span, head: i % heads, queries };
-            host.run(TaskJob { view: self, task, mode, dtype });
+            host.run(TaskJob { view: self, task, mode });
         });
     }
 
@@ -198,28 +202,18 @@ struct TaskJob<'a> {
     view: &'a View<'a>,
     task: Task,
     mode: Mode,
-    dtype: DType,
 }
 
 impl Job for TaskJob<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.dtype {
-            DType::Bf16 => self.attend::<S, Bf16Kv>(s),
-            DType::F8E4M3 => self.attend::<S, F8Kv>(s),
-            _ => self.attend::<S, F32Kv>(s),
-        }
-    }
-}
-
-impl TaskJob<'_> {
-    #[inline(always)]
-    fn attend<S: Simd, E: KvElement>(self, s: S) {
-        match self.mode {
-            Mode::Plain => attend_task::<S, E, Plain>(s, self.view, &self.task),
-            Mode::Scored => attend_task::<S, E, Scored>(s, self.view, &self.task),
-            Mode::OfKeys => attend_task::<S, E, OfKeys>(s, self.view, &self.task),
+        let TaskJob { view, task, mode } = self;
+        match (mode, view.dtype) {
+            (Mode::Plain, DType::Bf16) => attend_task::<S, Bf16Kv, Plain>(s, view, &task),
+            (Mode::Plain, _) => attend_task::<S, F32Kv, Plain>(s, view, &task),
+            (Mode::Scored, _) => attend_task::<S, F32Kv, Scored>(s, view, &task),
+            (Mode::OfKeys, _) => attend_task::<S, F32Kv, OfKeys>(s, view, &task),
         }
     }
 }

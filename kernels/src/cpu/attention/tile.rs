@@ -7,6 +7,7 @@ use super::{
     },
     Task, View,
     products::{Keys, KvElement, Seen, scores, values, values_between, values_of_keys},
+    stage,
 };
 
 /// Which of the loops is compiled.
@@ -15,6 +16,8 @@ pub(super) trait Form {
     const SCORED: bool;
     /// Whether values are the first elements of keys.
     const OF_KEYS: bool;
+    /// Whether tiles are widened to f32 first.
+    const STAGED: bool = true;
 }
 
 pub(super) struct Plain;
@@ -24,6 +27,7 @@ pub(super) struct OfKeys;
 impl Form for Plain {
     const SCORED: bool = false;
     const OF_KEYS: bool = false;
+    const STAGED: bool = false;
 }
 
 impl Form for Scored {
@@ -40,7 +44,8 @@ impl Form for OfKeys {
 #[inline(always)]
 pub(super) fn attend_task<S: Simd, E: KvElement, M: Form>(s: S, view: &View, task: &Task) {
     let group = view.num_heads / view.num_kv_heads;
-    let mut scratch = vec![0.0; S::QUERIES * (view.key_dim + view.value_dim + 2 * S::LANES)];
+    let staged = if M::STAGED { 2 * S::LANES * view.key_dim } else { 0 };
+    let mut scratch = vec![0.0; S::QUERIES * (view.key_dim + view.value_dim + 2 * S::LANES) + staged];
     let mut at = task.queries.start;
     while at < task.queries.end {
         let n = (task.queries.end - at).min(S::QUERIES);
@@ -52,15 +57,17 @@ pub(super) fn attend_task<S: Simd, E: KvElement, M: Form>(s: S, view: &View, tas
             group,
             first_token: task.span.first,
             at,
+            count: n,
             first,
         };
         match n {
             1 => attend::<S, E, M, 1>(s, &tile, &mut scratch),
             2 => attend::<S, E, M, 2>(s, &tile, &mut scratch),
-            3 if const { S::QUERIES >= 3 } => attend::<S, E, M, 3>(s, &tile, &mut scratch),
-            4 if const { S::QUERIES >= 4 } => attend::<S, E, M, 4>(s, &tile, &mut scratch),
-            5 if const { S::QUERIES >= 5 } => attend::<S, E, M, 5>(s, &tile, &mut scratch),
-            6 if const { S::QUERIES >= 6 } => attend::<S, E, M, 6>(s, &tile, &mut scratch),
+            // Where a loop for each number is not worth its code, the last query fills up the largest.
+            3 if const { !M::STAGED && S::QUERIES >= 3 } => attend::<S, E, M, 3>(s, &tile, &mut scratch),
+            4 if const { !M::STAGED && S::QUERIES >= 4 } => attend::<S, E, M, 4>(s, &tile, &mut scratch),
+            5 if const { !M::STAGED && S::QUERIES >= 5 } => attend::<S, E, M, 5>(s, &tile, &mut scratch),
+            3..=6 if const { S::QUERIES >= 6 } => attend::<S, E, M, 6>(s, &tile, &mut scratch),
             _ => unreachable!("a tile of {n} queries"),
         }
         at += n;
@@ -75,6 +82,8 @@ struct Tile<'a> {
     group: usize,
     first_token: usize,
     at: usize,
+    /// How many they are.
+    count: usize,
     /// Whether it is the first of its task, whose keys may still be in memory.
     first: bool,
 }
@@ -83,7 +92,7 @@ impl Tile<'_> {
     /// Token and query head of query `i`.
     #[inline(always)]
     fn query(&self, i: usize) -> (usize, usize) {
-        let i = self.at + i;
+        let i = self.at + i.min(self.count - 1);
         (self.first_token + i / self.group, self.head * self.group + i % self.group)
     }
 }
@@ -103,11 +112,12 @@ fn keys_at<S: Simd, E: KvElement, M: Form>(tile: &Tile, i: usize, last: usize) -
     assert!(id < view.blocks, "block {id} of {}", view.blocks);
     let head = (id * view.num_kv_heads + tile.head) * bs;
     // Values that are read from keys lie nowhere else.
-    let values = if M::OF_KEYS { 0 } else { (head + offset) * d * E::SIZE };
+    let size = if M::STAGED { view.dtype.size() } else { E::SIZE };
+    let values = if M::OF_KEYS { 0 } else { (head + offset) * d * size };
     // SAFETY: block `id` exists, and `offset` is a slot of it.
     unsafe {
         Keys {
-            keys: view.keys.add((head * d + offset) * E::SIZE),
+            keys: view.keys.add((head * d + offset) * size),
             values: view.values.add(values),
             start,
             len: (bs - offset).min(S::LANES).min(last + 1 - start),
@@ -117,16 +127,16 @@ fn keys_at<S: Simd, E: KvElement, M: Form>(tile: &Tile, i: usize, last: usize) -
 
 /// Asks for keys and values to come into the second-level cache: blocks lie anywhere, so no hardware foresees the next one.
 #[inline(always)]
-fn ask_for<E: KvElement, M: Form>(keys: Keys, d: usize, block_size: usize) {
+fn ask_for<M: Form>(keys: Keys, [d, block_size, size]: [usize; 3]) {
     if keys.len == 0 {
         return;
     }
-    let stride = block_size * E::SIZE;
+    let stride = block_size * size;
     for i in (0..d).step_by((64 / stride).max(1)) {
         prefetch(keys.keys.wrapping_add(i * stride));
     }
     if !M::OF_KEYS {
-        for at in (0..keys.len * d * E::SIZE).step_by(64) {
+        for at in (0..keys.len * d * size).step_by(64) {
             prefetch(keys.values.wrapping_add(at));
         }
     }
@@ -184,7 +194,8 @@ fn attend<S: Simd, E: KvElement, M: Form, const QT: usize>(s: S, tile: &Tile, sc
     let (d, dv) = (view.key_dim, view.value_dim);
     let (q, rest) = scratch.split_at_mut(QT * d);
     let (acc, rest) = rest.split_at_mut(QT * dv);
-    let weights = &mut rest[..QT * 2 * S::LANES];
+    let (weights, staged) = rest.split_at_mut(QT * 2 * S::LANES);
+    let staged = staged.as_mut_ptr();
     gather::<M, QT>(tile, q);
     acc.fill(0.0);
     let mut position = [0; QT];
@@ -217,11 +228,17 @@ fn attend<S: Simd, E: KvElement, M: Form, const QT: usize>(s: S, tile: &Tile, sc
         }
         next += 2;
         if tile.first {
-            ask_for::<E, M>(keys(next), d, block_size);
-            ask_for::<E, M>(keys(next + 1), d, block_size);
+            let extents = [d, block_size, if M::STAGED { view.dtype.size() } else { E::SIZE }];
+            ask_for::<M>(keys(next), extents);
+            ask_for::<M>(keys(next + 1), extents);
         }
-        // SAFETY: the keys of both vectors are in the cache, `q` holds QT * D elements.
-        let scores = unsafe { scores::<S, E, QT>(s, q, pair, d, block_size) };
+        let (mut pair, mut stride) = (pair, block_size);
+        if M::STAGED {
+            // SAFETY: the keys of both vectors are in the cache; what is staged has room for a tile, and is used until the next one.
+            (pair, stride) = unsafe { stage::keys(s, view.dtype, pair, [d, block_size], staged) };
+        }
+        // SAFETY: the keys of both vectors are there, `q` holds QT * D elements.
+        let scores = unsafe { scores::<S, E, QT>(s, q, pair, d, stride) };
         let mut decay = [1.0; QT];
         let mut ranges: [Seen; QT] = [[[0; 2]; 2]; QT];
         for i in 0..QT {
@@ -254,8 +271,9 @@ fn attend<S: Simd, E: KvElement, M: Form, const QT: usize>(s: S, tile: &Tile, sc
         // SAFETY: the values of both vectors are in the cache; `acc` holds QT values, `weights` QT * 2 * LANES.
         unsafe {
             if M::OF_KEYS {
-                values_of_keys::<S, E, QT>(s, acc, weights, pair, &ranges, &decay, [dv, block_size]);
+                values_of_keys::<S, E, QT>(s, acc, weights, pair, &ranges, &decay, [dv, stride]);
             } else if M::SCORED {
+                let pair = stage::values(s, view.dtype, pair, d, staged);
                 values_between::<S, E, QT>(s, acc, weights, pair, &ranges, &decay, d);
             } else {
                 values::<S, E, QT>(s, acc, weights, pair, &ranges, &decay, d);
@@ -263,7 +281,7 @@ fn attend<S: Simd, E: KvElement, M: Form, const QT: usize>(s: S, tile: &Tile, sc
         }
     }
 
-    for i in 0..QT {
+    for i in 0..tile.count.min(QT) {
         let (token, head) = tile.query(i);
         // SAFETY: these outputs belong to this token and head, hence to this task alone.
         let out = unsafe { view.out.slice((token * view.num_heads + head) * dv, dv) };

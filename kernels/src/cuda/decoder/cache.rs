@@ -8,7 +8,6 @@ use crate::{
         ops::{CopyBlocks, check_cache, copy_blocks as queue_copies, kv_cache_elems},
     },
     ops::{BlockCopy, KvShape},
-    tensor::DType,
 };
 
 /// Keys and values of all layers.
@@ -44,7 +43,7 @@ pub(in crate::cuda) fn kv_cache(ops: &CudaOps, shape: KvShape) -> Result<CudaKvC
     ops.device.driver().synchronize()?;
     steps.graphs.clear();
     check_cache("kv_cache", &shape)?;
-    let cache = ops.device.buffer(DType::Bf16, kv_cache_elems(&shape), "the KV cache")?;
+    let cache = ops.device.buffer(shape.dtype, kv_cache_elems(&shape), "the KV cache")?;
     Ok(CudaKvCache { cache, shape })
 }
 

@@ -124,6 +124,6 @@ pub(in crate::cuda) fn moe_combine(
     moe_linear(&ops.device, call)?;
     let (width, top_k) = (*n, routes.shape.top_k);
     let (rows, weights) = (&*scratch, &routes.weights);
-    let call = MoeCombine { out, rows, weights, accumulate: true, width, top_k, tokens };
+    let call = MoeCombine { out, rows, weights, width, top_k, tokens };
     queue_sums(&ops.device, call)
 }

@@ -24,7 +24,7 @@ pub(in crate::cuda) fn embedding(
 ) -> Result<()> {
     let steps = ops.steps.lock();
     let CudaBatch { extent, layout, .. } = batch;
-    let (tokens, width, table) = (extent.tokens, table.k, &table.matrix);
+    let (tokens, width, table) = (extent.tokens, table.k, table.matrix.bf16("embedding")?);
     let (section, first) = match lookup {
         Lookup::Tokens { scale } => {
             let token_ids = steps.words(layout.token_ids, tokens)?;

@@ -5,7 +5,7 @@
 
 use super::paged_kv::{kv_cache_elems, layer_elems};
 use crate::{
-    DType, KernelError,
+    KernelError,
     cuda::{
         Device,
         driver::Result,
@@ -18,7 +18,7 @@ const OP: &str = "copy_blocks";
 
 /// One call.
 pub struct CopyBlocks<'a> {
-    /// The whole cache: [`kv_cache_elems`] of bf16.
+    /// The whole cache: [`kv_cache_elems`] of its type.
     pub cache: &'a DeviceBuffer,
     /// Its extents.
     pub shape: KvShape,
@@ -46,13 +46,13 @@ struct Run {
 pub fn copy_blocks(device: &Device, call: CopyBlocks<'_>) -> Result<()> {
     let CopyBlocks { cache, shape, host, host_shape, copies } = call;
     BlockCopy::check(copies, shape, host_shape);
-    let base = cache.at_least(OP, "kv", DType::Bf16, kv_cache_elems(&shape))?;
-    let host_bytes = kv_cache_elems(&host_shape) * DType::Bf16.size();
+    let base = cache.at_least(OP, "kv", shape.dtype, kv_cache_elems(&shape))?;
+    let host_bytes = kv_cache_elems(&host_shape) * shape.dtype.size();
     if host.bytes() < host_bytes {
         let (got, expected) = (vec![host.bytes()], vec![host_bytes]);
         return Err(KernelError::Shape { op: OP, what: "host".into(), got, expected });
     }
-    let layer_bytes = |shape: &KvShape| layer_elems(shape) * DType::Bf16.size();
+    let layer_bytes = |shape: &KvShape| layer_elems(shape) * shape.dtype.size();
     let block_bytes = layer_bytes(&KvShape { num_blocks: 1, ..shape });
     for run in runs(copies) {
         for layer in 0..shape.num_layers {

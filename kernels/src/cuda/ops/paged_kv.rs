@@ -1,7 +1,7 @@
 //! The KV cache as the kernels see it.
 //!
-//! One allocation per model, bf16 `[num_layers, num_blocks, 2, K, block_size, D]`: keys, then values. The tokens of a block
-//! lie together for each head, so that attention reads 16 of them as one run of `32 * D` bytes. Latent attention has keys alone:
+//! One allocation per model, bf16 or F8E4M3 `[num_layers, num_blocks, 2, K, block_size, D]`: keys, then values. The tokens of a block
+//! lie together for each head, so that attention reads 16 of them as one run of `32 * D` bytes, or `16 * D`. Latent attention has keys alone:
 //! `[num_layers, num_blocks, block_size, L + R]`.
 
 use crate::{
@@ -26,7 +26,7 @@ pub fn kv_cache_elems(shape: &KvShape) -> usize {
 /// One layer of a paged KV cache in device memory.
 #[derive(Clone, Copy)]
 pub struct KvLayer<'a> {
-    /// The whole cache: [`kv_cache_elems`] of bf16.
+    /// The whole cache: [`kv_cache_elems`] of its type.
     pub cache: &'a DeviceBuffer,
     /// Its extents.
     pub shape: KvShape,
@@ -41,8 +41,15 @@ pub struct KvLayer<'a> {
 pub fn check_cache(op: &'static str, shape: &KvShape) -> Result<()> {
     let KvShape { num_kv_heads, head_dim, value_dim, block_size, dtype, .. } = *shape;
     let refused = |detail| Err(KernelError::Unsupported { op, detail });
-    if dtype != DType::Bf16 {
-        return refused(format!("the KV cache is kept in bf16, not {dtype:?} (use --device cpu)"));
+    if !matches!(dtype, DType::Bf16 | DType::F8E4M3) {
+        return refused(format!(
+            "the KV cache is kept in bf16 or F8E4M3, not in {dtype:?} (use --device cpu)"
+        ));
+    }
+    if dtype != DType::Bf16 && value_dim == 0 {
+        return refused(format!(
+            "the cache of latent attention is kept in bf16, not in {dtype:?} (use --kv-cache-dtype auto, or --device cpu)"
+        ));
     }
     if !block_size.is_power_of_two() || !(16..=256).contains(&block_size) {
         return refused(format!(
@@ -81,8 +88,13 @@ impl KvLayer<'_> {
                 expected: [&expected[..], &[shape.num_layers.saturating_sub(1)]].concat(),
             });
         }
-        let base = cache.at_least(op, "kv", DType::Bf16, kv_cache_elems(shape))?;
-        Ok(base.offset(layer * layer_elems(shape) * DType::Bf16.size()))
+        let base = cache.at_least(op, "kv", shape.dtype, kv_cache_elems(shape))?;
+        Ok(base.offset(layer * layer_elems(shape) * shape.dtype.size()))
+    }
+
+    /// Whether it is in F8E4M3, and not in bf16.
+    pub(super) fn is_f8(&self) -> bool {
+        self.shape.dtype == DType::F8E4M3
     }
 
     /// log2 of the block size.

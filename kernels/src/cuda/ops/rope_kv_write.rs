@@ -43,7 +43,7 @@ struct Args {
     block_shift: i32,
     interleaved: i32,
     eps: f32,
-    reserved: i32,
+    kv_f8: i32,
 }
 
 /// Slot of a padding token: it is left as it is, and nothing is written to the cache for it.
@@ -134,7 +134,7 @@ pub fn rope_kv_write(device: &Device, call: RopeKvWrite<'_>) -> Result<()> {
         block_shift: kv.block_shift(),
         interleaved: i32::from(interleaved),
         eps,
-        reserved: 0,
+        kv_f8: i32::from(kv.is_f8()),
     };
     let lanes = (head_dim / 8).next_power_of_two().max(8);
     let teams = (num_heads + 2 * num_kv_heads).div_ceil(THREADS / lanes);

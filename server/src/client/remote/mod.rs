@@ -19,8 +19,8 @@ use tidemill_engine::{
     AdapterInfo, EngineStats, ErrorCode, RequestError,
     activity::Activity,
     ids::{RequestId, TokenId},
-    output::{AbortReceipt, AbortStage, Embedding},
-    request::{EmbedRequest, GenerateRequest},
+    output::{AbortReceipt, AbortStage, Embedding, Score},
+    request::{EmbedRequest, GenerateRequest, ScoreRequest},
 };
 use tidemill_proto::v1::{
     self, control_client::ControlClient, inference_client::InferenceClient, tokenize_request::Input,
@@ -136,6 +136,16 @@ impl EngineClient for RemoteEngine {
         let response = self.inference.clone().embed(call).await;
         let response = response.map_err(|status| failure(&status, deadline))?;
         Ok(convert::embedding(response.into_inner()))
+    }
+
+    async fn score(&self, request: ScoreRequest) -> Result<Score, CallError> {
+        let _place = self.drain.enter().ok_or(RequestError::Draining)?;
+        self.link.card()?;
+        let (deadline, trace_parent) = (request.deadline, request.trace_parent.clone());
+        let call = call(convert::score_message(request), deadline, trace_parent)?;
+        let response = self.inference.clone().score(call).await;
+        let response = response.map_err(|status| failure(&status, deadline))?;
+        Ok(convert::score(response.into_inner()))
     }
 
     async fn tokenize(&self, input: TokenizeInput) -> Result<Tokenized, CallError> {

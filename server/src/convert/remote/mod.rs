@@ -17,8 +17,8 @@ pub use activity::activity;
 pub use control::{abort_receipt, engine_stats};
 pub use error::{call_error, call_error_of};
 pub use model::{adapters, model_card};
-pub use request::{chat_message, embed_message, generate_message};
-pub use response::{embedding, output};
+pub use request::{chat_message, embed_message, generate_message, score_message};
+pub use response::{embedding, output, score};
 
 use std::time::Duration;
 

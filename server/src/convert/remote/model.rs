@@ -37,12 +37,15 @@ pub fn model_card(model: v1::GetModelResponse, vocabulary: Vec<Vec<u8>>) -> Resu
         tool_call_parser,
         reasoning_parser,
         adapters: _,
+        scoring: _,
+        tokenizer,
     } = model;
     Ok(ModelCard {
         served_model_name,
         max_model_len: max_model_len as usize,
         vocab_size: vocab_size as usize,
         has_chat_template,
+        has_tokenizer: !tokenizer.is_empty(),
         block_size: block_size as usize,
         num_kv_blocks: num_kv_blocks as usize,
         tokens: TokenBytes::Table(vocabulary.into()),

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use tidemill_engine::{
     RequestError,
-    request::{EmbedRequest, GenerateRequest, Prompt},
+    request::{EmbedRequest, GenerateRequest, Prompt, ScoreInput, ScoreRequest},
     sampling::SamplingParams,
     structured::{Structured, Thinking},
     text::chat::{ChatMessage, ChatPrompt},
@@ -69,6 +69,8 @@ pub fn embed_message(request: EmbedRequest) -> Result<v1::EmbedRequest, RequestE
         trace_parent: _,
         dimensions,
         normalize,
+        prompt_name,
+        truncate_prompt_tokens,
     } = request;
     Ok(v1::EmbedRequest {
         request_id: id.map(|id| id.as_str().to_owned()).unwrap_or_default(),
@@ -87,8 +89,46 @@ pub fn embed_message(request: EmbedRequest) -> Result<v1::EmbedRequest, RequestE
         cache_salt,
         dimensions,
         normalize,
+        prompt_name,
+        truncate_prompt_tokens,
         end_client: (*credential).to_owned(),
     })
+}
+
+/// A request for a score as a message. Its deadline and its trace parent travel in headers.
+pub fn score_message(request: ScoreRequest) -> v1::ScoreRequest {
+    use v1::score_request::{Input, Pair, Tokens};
+    let ScoreRequest {
+        id,
+        input,
+        instruction,
+        model,
+        deadline: _,
+        priority,
+        tenant,
+        credential,
+        cache_salt,
+        trace_parent: _,
+        truncate_prompt_tokens,
+        use_activation,
+    } = request;
+    v1::ScoreRequest {
+        request_id: id.map(|id| id.as_str().to_owned()).unwrap_or_default(),
+        input: Some(match input {
+            ScoreInput::Pair { query, document } => Input::Pair(Pair { query, document }),
+            ScoreInput::TokenIds { ids, segments } => {
+                Input::Tokens(Tokens { ids: ids.into_iter().map(|id| id.0).collect(), segments })
+            }
+        }),
+        instruction,
+        model: model.unwrap_or_default(),
+        priority,
+        tenant: tenant.as_str().to_owned(),
+        cache_salt,
+        truncate_prompt_tokens,
+        use_activation,
+        end_client: (*credential).to_owned(),
+    }
 }
 
 fn sampling_params(sampling: SamplingParams) -> v1::SamplingParams {

@@ -2,7 +2,7 @@
 
 use tidemill_engine::{
     ids::TokenId,
-    output::{Embedding, Finish, FinishReason, MatchedStop, Output, TokenLogprobs, Usage},
+    output::{Embedding, Finish, FinishReason, MatchedStop, Output, Score, TokenLogprobs, Usage},
 };
 use tidemill_proto::v1;
 
@@ -56,6 +56,12 @@ pub fn output(message: v1::GenerateResponse, n: u32) -> Result<Output, CallError
 pub fn embedding(response: v1::EmbedResponse) -> Embedding {
     let v1::EmbedResponse { request_id: _, values, prompt_tokens, cached_tokens } = response;
     Embedding { values, prompt_tokens: prompt_tokens as usize, cached_tokens: cached_tokens as usize }
+}
+
+/// A score from its message.
+pub fn score(response: v1::ScoreResponse) -> Score {
+    let v1::ScoreResponse { request_id: _, score, prompt_tokens, cached_tokens } = response;
+    Score { value: score, prompt_tokens: prompt_tokens as usize, cached_tokens: cached_tokens as usize }
 }
 
 fn finish_reason(reason: v1::FinishReason) -> Option<FinishReason> {

@@ -11,14 +11,16 @@ use tidemill_engine::{
     ids::{RequestId, TenantId, TokenId},
     kv::BlockCounts,
     output::{AbortReceipt, AbortStage, Finish, FinishReason, MatchedStop, Output, TokenLogprobs, Usage},
-    request::{GenerateRequest, Prompt},
+    request::{EmbedRequest, GenerateRequest, Prompt, ScoreInput, ScoreRequest},
     sampling::SamplingParams,
     scheduler::Stage,
     structured::{Structured, Thinking},
     text::chat::{ChatMessage, ChatPrompt},
 };
 
-use super::{abort_receipt, activity, call_error, engine_stats, generate_message, output};
+use super::{
+    abort_receipt, activity, call_error, embed_message, engine_stats, generate_message, output, score_message,
+};
 use crate::{
     client::CallError,
     convert::{self, ResponseWriter, WriteOutput},
@@ -146,6 +148,45 @@ impl Maker {
             tenant: TenantId::new(self.text()),
             credential: self.text().into(),
             cache_salt: self.text(),
+        }
+    }
+
+    fn embedding(&mut self) -> EmbedRequest {
+        let ids = self.some(Self::id);
+        EmbedRequest {
+            id: Some(RequestId::new(self.text())),
+            prompt: if self.0.random() { Prompt::Text(self.text()) } else { Prompt::TokenIds(ids) },
+            model: self.maybe(Self::text),
+            deadline: None,
+            priority: self.0.random(),
+            tenant: TenantId::new(self.text()),
+            credential: self.text().into(),
+            cache_salt: self.text(),
+            trace_parent: None,
+            dimensions: self.maybe(|make| make.0.random()),
+            normalize: self.maybe(|make| make.0.random()),
+            prompt_name: self.maybe(Self::text),
+            truncate_prompt_tokens: self.maybe(|make| make.0.random()),
+        }
+    }
+
+    fn score(&mut self) -> ScoreRequest {
+        let pair = ScoreInput::Pair { query: self.text(), document: self.text() };
+        let ids =
+            ScoreInput::TokenIds { ids: self.some(Self::id), segments: self.some(|make| make.0.random()) };
+        ScoreRequest {
+            id: Some(RequestId::new(self.text())),
+            input: if self.0.random() { pair } else { ids },
+            instruction: self.maybe(Self::text),
+            model: self.maybe(Self::text),
+            deadline: None,
+            priority: self.0.random(),
+            tenant: TenantId::new(self.text()),
+            credential: self.text().into(),
+            cache_salt: self.text(),
+            trace_parent: None,
+            truncate_prompt_tokens: self.maybe(|make| make.0.random()),
+            use_activation: self.maybe(|make| make.0.random()),
         }
     }
 
@@ -324,6 +365,19 @@ fn a_request_arrives_whole() {
         let mut message = generate_message(request.clone());
         let id = RequestId::new(std::mem::take(&mut message.request_id));
         assert_eq!(convert::generate_request(id, message).unwrap(), request);
+    });
+}
+
+#[test]
+fn requests_for_embeddings_and_scores_arrive_whole() {
+    each(|make| {
+        let (embedding, score) = (make.embedding(), make.score());
+        let mut message = embed_message(embedding.clone()).unwrap();
+        let id = RequestId::new(std::mem::take(&mut message.request_id));
+        assert_eq!(convert::embed_request(id, message).unwrap(), embedding);
+        let mut message = score_message(score.clone());
+        let id = RequestId::new(std::mem::take(&mut message.request_id));
+        assert_eq!(convert::score_request(id, message).unwrap(), score);
     });
 }
 

@@ -129,7 +129,12 @@ impl VllmService {
 
     /// The tokenizer's files, packed once.
     async fn archive(&self, call: &Call) -> Result<Arc<Archive>, Status> {
-        let pack = || self.door.with_text(call, |text, _| Archive::of(text.files()).map(Arc::new));
+        let pack = || {
+            self.door.with_text(call, |text, _| {
+                text.require("the tokenizer's archive")?;
+                Archive::of(text.files()).map(Arc::new)
+            })
+        };
         self.tokenizer.get_or_try_init(pack).await.cloned()
     }
 

@@ -18,7 +18,7 @@ use super::unreadable;
 use crate::grpc::{call::Call, stream::ResponseStream};
 
 /// What a tokenizer may need beside its chat template. Of these, the folder's own are taken.
-const FILES: [&str; 9] = [
+const FILES: [&str; 11] = [
     CONFIG,
     GENERATION_CONFIG,
     TOKENIZER,
@@ -28,6 +28,8 @@ const FILES: [&str; 9] = [
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
 ];
 
 /// Bytes of a chunk.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use tidemill_engine::{
-    ids::RequestId,
+    ids::{RequestId, TokenId},
     output::{FinishReason, MatchedStop, TokenLogprobs, Usage},
     request::GenerateRequest,
 };
@@ -83,6 +83,8 @@ pub struct Step {
     pub logprobs: Vec<TokenLogprobs>,
     /// Of the prompt, where asked for; on the first step of choice 0.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Ids of these tokens.
+    pub token_ids: Vec<TokenId>,
     /// Tokens that came with it, also those whose text is still held back.
     pub new_tokens: usize,
     /// Present on the choice's last step.
@@ -159,6 +161,7 @@ impl Answer {
                 index: output.index,
                 logprobs: output.logprobs,
                 prompt_logprobs: output.prompt_logprobs,
+                token_ids: output.token_ids,
                 new_tokens,
                 ..Step::default()
             };

@@ -53,6 +53,9 @@ pub struct CompletionFields {
     /// As `n`; other values are not supported.
     #[serde(default)]
     pub best_of: Option<u32>,
+    /// The ids of the answer's tokens stand beside its text, as `token_ids`. True by itself where the server runs with --skip-tokenizer-init.
+    #[serde(default)]
+    pub return_token_ids: Option<bool>,
     /// False leaves the tokenizer's own special tokens out.
     #[serde(default)]
     pub add_special_tokens: Option<bool>,
@@ -142,7 +145,9 @@ pub async fn create(app: App, call: &mut Call) -> Result<Response, ApiError> {
         // Those that were started before one is refused end with it: they are dropped.
         writers.push((Answer::start(&app.engine, ask).await?, echo));
     }
-    let writer = CompletionWriter::new(&call.id, card, fields.logprobs, writers, group);
+    let with_ids = fields.return_token_ids.unwrap_or(!card.has_tokenizer);
+    let writer =
+        CompletionWriter::new(&call.id, card, fields.logprobs, writers, group).with_token_ids(with_ids);
     if stream { Ok(writer.stream(options)) } else { writer.whole().await }
 }
 

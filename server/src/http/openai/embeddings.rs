@@ -15,9 +15,9 @@ use tidemill_engine::{
 use crate::http::{ApiError, App, Call, fields::part, json_response};
 
 /// Most inputs of a request, as OpenAI has it.
-const MAX_INPUTS: usize = 2048;
+pub(super) const MAX_INPUTS: usize = 2048;
 /// Inputs of one request that are under way at once. The engine puts them into common batches.
-const AT_ONCE: usize = 32;
+pub(super) const AT_ONCE: usize = 32;
 /// What the engine's errors call otherwise.
 const NAMES: [(&str, &str); 4] =
     [("prompt.text", "input"), ("prompt.token_ids", "input"), ("prompt", "input"), ("tenant", "user")];
@@ -35,6 +35,10 @@ pub struct EmbeddingFields {
     pub dimensions: Option<u32>,
     /// False leaves the length as it is, true makes it 1; absent: as the model folder says.
     pub normalize: Option<bool>,
+    /// Which of the model's prompts is put before each text, such as `query`; absent: the model's default; empty: none.
+    pub prompt_name: Option<String>,
+    /// Leaves the ends of inputs out that have more tokens; -1: than the model takes. Absent: what is too long is refused.
+    pub truncate_prompt_tokens: Option<i32>,
     /// Who is served: the tenant of fair scheduling.
     pub user: Option<String>,
     /// With --scheduling-policy priority: lower is served first.
@@ -116,6 +120,8 @@ async fn embed(app: App, call: &mut Call) -> Result<Response, ApiError> {
             trace_parent: like.trace_parent.clone(),
             dimensions: fields.dimensions,
             normalize: fields.normalize,
+            prompt_name: fields.prompt_name.clone(),
+            truncate_prompt_tokens: fields.truncate_prompt_tokens,
             ..EmbedRequest::new(prompt)
         })
     });
@@ -131,7 +137,7 @@ async fn embed(app: App, call: &mut Call) -> Result<Response, ApiError> {
 }
 
 /// What the headers say, by way of a request that knows how to take it.
-fn stamped(
+pub(super) fn stamped(
     call: &mut Call,
     user: Option<String>,
     request_id: Option<String>,

@@ -7,7 +7,9 @@ pub mod embeddings;
 mod logprobs;
 pub mod lora;
 pub mod models;
+pub mod rerank;
 pub mod responses;
+pub mod score;
 pub mod tools;
 
 use serde::Serialize;

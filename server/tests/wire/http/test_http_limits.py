@@ -56,7 +56,7 @@ def raw_post(front, path, body, **headers):
 
 @pytest.mark.parametrize("kind", NO_JSON)
 def test_bodies_that_are_no_request(front, kind):
-    for path in (CHAT, "/v1/messages", "/v1/responses", "/v1/embeddings", "/predict", "/tokenize", "/abort"):
+    for path in (CHAT, "/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/rerank", "/v1/score", "/predict", "/tokenize", "/abort"):
         answer = raw_post(front, path, NO_JSON[kind])
         if path == "/tokenize" and kind in OTHERS_FIELDS:
             assert answer.status_code in (200, 400)

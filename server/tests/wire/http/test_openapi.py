@@ -103,6 +103,7 @@ GOOD = {
     "/v1/responses": {"input": "a", "max_output_tokens": 16, "store": False},
     "/v1/messages": {"messages": user(), "max_tokens": 1},
     "/v1/messages/count_tokens": {"messages": user()},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
     "/predict": {"prompt": "a", "max_new_tokens": 1},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},

@@ -1,6 +1,9 @@
-//! `attention.cu`.
+//! `attention.cu` and `attention_f8.cu`.
 
+mod f8;
 mod plan;
+
+pub(super) use f8::KERNELS as F8_KERNELS;
 
 pub use plan::{AttentionKernels, PlanKind, PlanLimits, PlanShape, attention_plan};
 
@@ -179,6 +182,7 @@ pub fn attention(device: &Device, call: Attention<'_>) -> Result<()> {
         return Ok(());
     }
     let [split, block, combine] = launchers(head_dim);
+    let [split, block] = if call.kv.is_f8() { f8::launchers(head_dim) } else { [split, block] };
     let (driver, sms) = (device.driver(), device.driver().info().num_sms);
     let config = |blocks: u32, threads, shared_bytes| LaunchConfig {
         grid: [blocks, 1, 1],

@@ -4,6 +4,7 @@ use crate::{
     DType, KernelError,
     cuda::{
         driver::{DevPtr, Result},
+        matrix::ProductWeight,
         memory::{DeviceBuffer, require_multiple},
     },
     ops::Activation as ActivationKind,
@@ -48,6 +49,11 @@ const GATED: u32 = 1;
 const RESIDUAL: u32 = 2;
 const OUT_F32: u32 = 4;
 const BIAS_BF16: u32 = 8;
+const OFFSETS: u32 = 16;
+const FLOAT_CODES: u32 = 32;
+// Beyond those: which kernels a weight takes.
+const BITS_8: u32 = 64;
+const BITS_4: u32 = 128;
 const IDENTITY: u32 = 0;
 const SOFT_CAP: u32 = 4;
 
@@ -59,6 +65,7 @@ pub(in crate::cuda::ops) struct LinearArgs {
     pub x: DevPtr,
     pub weight: DevPtr,
     pub bias: DevPtr,
+    pub scales: DevPtr,
     pub tiles: DevPtr,
     pub offsets: DevPtr,
     pub pairs: DevPtr,
@@ -69,10 +76,21 @@ pub(in crate::cuda::ops) struct LinearArgs {
     pub flags: u32,
     pub divisor: u32,
     pub cap: f32,
+    pub scale_stride: u32,
+    pub scale_shift: u32,
     pub alpha: f32,
 }
 
 impl LinearArgs {
+    /// Bits of a weight: 16, 8 or 4.
+    pub fn bits(&self) -> u32 {
+        match self.flags & (BITS_8 | BITS_4) {
+            BITS_8 => 8,
+            BITS_4 => 4,
+            _ => 16,
+        }
+    }
+
     /// Rows of the weight, up to whole mma tiles.
     pub fn tile_rows(&self) -> usize {
         let rows = if self.flags & GATED != 0 { 2 * self.width } else { self.width };
@@ -87,7 +105,7 @@ pub(in crate::cuda::ops) struct Operands<'a> {
     pub out_rows: usize,
     pub x: &'a DeviceBuffer,
     pub x_rows: usize,
-    pub weight: &'a DeviceBuffer,
+    pub weight: &'a dyn ProductWeight,
     pub bias: Option<&'a DeviceBuffer>,
     pub experts: usize,
     pub n: usize,
@@ -128,11 +146,20 @@ impl Operands<'_> {
                 bias.at_least(op, "bias", dtype, self.experts * weight_rows)?
             }
         };
+        let weight = self.weight.place(op, self.experts * weight_rows, k)?;
+        flags |= if weight.offsets { OFFSETS } else { 0 };
+        flags |= if weight.float_codes { FLOAT_CODES } else { 0 };
+        flags |= match weight.bits {
+            8 => BITS_8,
+            4 => BITS_4,
+            _ => 0,
+        };
         Ok(LinearArgs {
             out: self.out.at_least(op, "out", out_dtype, self.out_rows * n)?,
             x: self.x.at_least(op, "x", DType::Bf16, self.x_rows * k)?,
-            weight: self.weight.at_least(op, "weight", DType::Bf16, self.experts * weight_rows * k)?,
+            weight: weight.data,
             bias,
+            scales: weight.scales,
             tiles: DevPtr::NULL,
             offsets: DevPtr::NULL,
             pairs: DevPtr::NULL,
@@ -143,6 +170,8 @@ impl Operands<'_> {
             flags,
             divisor: 1,
             cap,
+            scale_stride: weight.scale_stride,
+            scale_shift: weight.scale_shift,
             alpha,
         })
     }

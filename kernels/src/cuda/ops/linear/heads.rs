@@ -1,7 +1,7 @@
 //! A product per head: the grouped kernels, with as many rows for each.
 
 use super::{Grouping, LinearArgs, LinearEpilogue, LinearKernel, Operands, launch};
-use crate::cuda::{Device, driver::Result, memory::DeviceBuffer};
+use crate::cuda::{Device, driver::Result, matrix::ProductWeight, memory::DeviceBuffer};
 
 const OP: &str = "linear_heads";
 
@@ -11,8 +11,8 @@ pub struct LinearHeads<'a> {
     pub out: &'a mut DeviceBuffer,
     /// `[rows, X, K]` bf16.
     pub x: &'a DeviceBuffer,
-    /// `[X, N, K]` bf16.
-    pub weight: &'a DeviceBuffer,
+    /// `[X, N, K]`.
+    pub weight: &'a dyn ProductWeight,
     /// `[X, N]` f32 or bf16.
     pub bias: Option<&'a DeviceBuffer>,
     /// Rows; 0 does nothing.
@@ -21,7 +21,7 @@ pub struct LinearHeads<'a> {
     pub heads: usize,
     /// N.
     pub n: usize,
-    /// K, a multiple of 8.
+    /// K, a multiple of 8; of 32 for a quantised weight.
     pub k: usize,
 }
 

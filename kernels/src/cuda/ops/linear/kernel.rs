@@ -62,7 +62,16 @@ impl LinearKernel {
         }
     }
 
-    /// Whether it is one of `linear_tiled.cu`.
+    /// The kernel with as many tokens that there is for quantised weights.
+    pub fn quantized(self) -> Self {
+        match self {
+            Skinny32x16 => Skinny16x16,
+            Skinny64x64 => Skinny32x64,
+            other => other,
+        }
+    }
+
+    /// Whether it is one of `linear_tiled.cuh`.
     pub fn is_tiled(self) -> bool {
         matches!(self, Tiled128x64 | Tiled128x128)
     }

@@ -2,24 +2,28 @@
 //!
 //! - [`kernel`]: the kernels there are, and which one suits a shape. All give the same bits (`linear.cuh`).
 //! - [`arguments`]: the checks at the door, and the kernels' common argument.
-//! - `skinny`, `tiled`: the tables of the two files.
+//! - `skinny`, `tiled`, and the same for quantised weights: the tables of the four files.
 //! - `heads`: a product per head.
 
 mod arguments;
 mod heads;
 mod kernel;
 mod skinny;
+mod skinny_quantized;
 mod tiled;
+mod tiled_quantized;
 
 pub(super) use arguments::{Grouping, LinearArgs, Operands};
 pub(super) use skinny::KERNELS as SKINNY_KERNELS;
+pub(super) use skinny_quantized::KERNELS as SKINNY_QUANTIZED_KERNELS;
 pub(super) use tiled::KERNELS as TILED_KERNELS;
+pub(super) use tiled_quantized::KERNELS as TILED_QUANTIZED_KERNELS;
 
 pub use arguments::LinearEpilogue;
 pub use heads::{LinearHeads, linear_heads};
 pub use kernel::LinearKernel;
 
-use crate::cuda::{Device, driver::Result, memory::DeviceBuffer};
+use crate::cuda::{Device, driver::Result, matrix::ProductWeight, memory::DeviceBuffer};
 
 const OP: &str = "linear";
 
@@ -29,15 +33,15 @@ pub struct Linear<'a> {
     pub out: &'a mut DeviceBuffer,
     /// `[rows, K]` bf16.
     pub x: &'a DeviceBuffer,
-    /// `[N, K]` bf16; `[2 N, K]`, gate rows first, when the epilogue is gated.
-    pub weight: &'a DeviceBuffer,
+    /// `[N, K]`; `[2 N, K]`, gate rows first, when the epilogue is gated.
+    pub weight: &'a dyn ProductWeight,
     /// `[N]` or `[2 N]`, as many as the weight has rows; f32 or bf16.
     pub bias: Option<&'a DeviceBuffer>,
     /// Rows; 0 does nothing.
     pub rows: usize,
     /// N, the width of `out`.
     pub n: usize,
-    /// K, a multiple of 8.
+    /// K, a multiple of 8; of 32 for a quantised weight.
     pub k: usize,
     /// What happens to the product.
     pub epilogue: LinearEpilogue,
@@ -80,10 +84,13 @@ pub(super) fn launch(
     token_tiles: usize,
     args: LinearArgs,
 ) -> Result<()> {
-    let blocks = args.tile_rows().div_ceil(kernel.weight_rows());
-    if kernel.is_tiled() {
-        tiled::launch(device.driver(), kernel, grouping, [token_tiles, blocks], args)
-    } else {
-        skinny::launch(device.driver(), kernel, grouping, [token_tiles, blocks], args)
+    let bits = args.bits();
+    let kernel = if bits == 16 { kernel } else { kernel.quantized() };
+    let grid = [token_tiles, args.tile_rows().div_ceil(kernel.weight_rows())];
+    match (kernel.is_tiled(), bits) {
+        (false, 16) => skinny::launch(device.driver(), kernel, grouping, grid, args),
+        (true, 16) => tiled::launch(device.driver(), kernel, grouping, grid, args),
+        (false, _) => skinny_quantized::launch(device.driver(), kernel, grouping, grid, args),
+        (true, _) => tiled_quantized::launch(device.driver(), kernel, grouping, grid, args),
     }
 }

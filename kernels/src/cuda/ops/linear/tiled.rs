@@ -24,6 +24,18 @@ const STAGES: usize = 4;
 /// Bytes of a token in the staged output.
 const STAGED_BYTES: usize = 528;
 
+/// The launch of a kernel for weights of `bits` bits.
+pub(super) fn config(kernel: LinearKernel, [token_tiles, row_blocks]: [usize; 2], bits: u32) -> LaunchConfig {
+    let tokens = kernel.tokens();
+    let scales = if bits < 16 { 2 * 8 * kernel.weight_rows() } else { 0 };
+    let stage = 4 * bits as usize * kernel.weight_rows() + 64 * tokens + scales;
+    LaunchConfig {
+        grid: [(token_tiles * row_blocks) as u32, 1, 1],
+        block: [THREADS, 1, 1],
+        shared_bytes: (stage * STAGES).max(STAGED_BYTES * tokens) as u32,
+    }
+}
+
 /// Queues `kernel` on a grid of token tiles by blocks of weight rows.
 pub(super) fn launch(
     driver: &dyn Driver,
@@ -32,15 +44,7 @@ pub(super) fn launch(
     grid: [usize; 2],
     args: LinearArgs,
 ) -> Result<()> {
-    let [token_tiles, row_blocks] = grid;
-    let tokens = kernel.tokens();
-    let ring = 64 * (kernel.weight_rows() + tokens) * STAGES;
-    let config = LaunchConfig {
-        grid: [(token_tiles * row_blocks) as u32, 1, 1],
-        block: [THREADS, 1, 1],
-        shared_bytes: ring.max(STAGED_BYTES * tokens) as u32,
-    };
-    let tiles = token_tiles as u32;
+    let (config, tiles) = (config(kernel, grid, 16), grid[0] as u32);
     // SAFETY: `args` comes from `Operands::check`, which looked at every extent, and the caller added checked rows.
     unsafe {
         match (kernel, grouping) {

@@ -12,10 +12,8 @@ use crate::{
 
 kernels! {
     file "moe_combine";
-    /// Rows of bf16.
-    fn moe_combine_bf16(out: DevPtr, rows: DevPtr, weights: DevPtr, k: i32, width: i32, accumulate: i32);
-    /// Rows of f32.
-    fn moe_combine_f32(out: DevPtr, rows: DevPtr, weights: DevPtr, k: i32, width: i32, accumulate: i32);
+    /// Eight elements to a thread.
+    fn moe_combine_bf16(out: DevPtr, rows: DevPtr, weights: DevPtr, k: i32, width: i32);
 }
 
 const OP: &str = "moe_combine";
@@ -25,14 +23,12 @@ const BLOCK_WIDTH: usize = 2048;
 
 /// Arguments of [`moe_combine`].
 pub struct MoeCombine<'a> {
-    /// `[T, H]` bf16, written.
+    /// `[T, H]` bf16, the residual stream, added to.
     pub out: &'a mut DeviceBuffer,
-    /// `[T * k, H]` bf16 or f32: what the experts made of each token.
+    /// `[T * k, H]` bf16: what the experts made of each token.
     pub rows: &'a DeviceBuffer,
     /// `[T, k]` f32.
     pub weights: &'a DeviceBuffer,
-    /// Add to `out`, the residual stream.
-    pub accumulate: bool,
     /// H, a multiple of 8.
     pub width: usize,
     /// k.
@@ -46,7 +42,7 @@ pub struct MoeCombine<'a> {
 /// # Errors
 /// A buffer that is smaller or of another type than the contract says; what the driver reports.
 pub fn moe_combine(device: &Device, call: MoeCombine<'_>) -> Result<()> {
-    let MoeCombine { out, rows, weights, accumulate, width, top_k, tokens } = call;
+    let MoeCombine { out, rows, weights, width, top_k, tokens } = call;
     require_multiple(OP, "H", width, 8)?;
     require_multiple(OP, "k", top_k, 1)?;
     if tokens == 0 {
@@ -54,14 +50,9 @@ pub fn moe_combine(device: &Device, call: MoeCombine<'_>) -> Result<()> {
     }
     let out = out.at_least(OP, "out", DType::Bf16, tokens * width)?;
     let weights = weights.at_least(OP, "weights", DType::F32, tokens * top_k)?;
-    let (kernel, dtype): (unsafe fn(_, _, _, _, _, _, _, _) -> _, _) = match rows.dtype() {
-        DType::Bf16 => (moe_combine_bf16, DType::Bf16),
-        _ => (moe_combine_f32, DType::F32),
-    };
-    let rows = rows.at_least(OP, "rows", dtype, tokens * top_k * width)?;
+    let rows = rows.at_least(OP, "rows", DType::Bf16, tokens * top_k * width)?;
     let grid = [tokens as u32, width.div_ceil(BLOCK_WIDTH) as u32, 1];
     let config = LaunchConfig { grid, block: [THREADS, 1, 1], shared_bytes: 0 };
-    let (k, width, accumulate) = (top_k as i32, width as i32, i32::from(accumulate));
     // SAFETY: the extents of all buffers were checked above.
-    unsafe { kernel(device.driver(), config, out, rows, weights, k, width, accumulate) }
+    unsafe { moe_combine_bf16(device.driver(), config, out, rows, weights, top_k as i32, width as i32) }
 }

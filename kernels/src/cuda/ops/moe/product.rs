@@ -4,6 +4,7 @@ use super::permute::{MoeOrder, OrderPtrs};
 use crate::cuda::{
     Device,
     driver::Result,
+    matrix::ProductWeight,
     memory::DeviceBuffer,
     ops::linear::{self, Grouping, LinearArgs, LinearEpilogue, Operands},
 };
@@ -29,13 +30,13 @@ pub struct MoeLinear<'a> {
     pub out: &'a mut DeviceBuffer,
     /// `[T, K]` or `[T * k, K]` bf16.
     pub x: &'a DeviceBuffer,
-    /// `[E, N, K]` bf16; `[E, 2 N, K]`, gate rows first, when the epilogue is gated.
-    pub weight: &'a DeviceBuffer,
+    /// `[E, N, K]`; `[E, 2 N, K]`, gate rows first, when the epilogue is gated.
+    pub weight: &'a dyn ProductWeight,
     /// `[E, N]` or `[E, 2 N]`, f32 or bf16.
     pub bias: Option<&'a DeviceBuffer>,
     /// N.
     pub n: usize,
-    /// K, a multiple of 8.
+    /// K, a multiple of 8; of 32 for a quantised weight.
     pub k: usize,
     /// What happens to the product.
     pub epilogue: LinearEpilogue,

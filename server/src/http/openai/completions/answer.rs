@@ -64,6 +64,8 @@ pub struct CompletionWriter {
     choices: usize,
     usage: Usage,
     group: Group,
+    /// Ids stand beside the text.
+    token_ids: bool,
     /// Chunks that are nothing but text.
     texts: sse::Templates,
 }
@@ -81,6 +83,8 @@ struct Writing {
 struct Choice<'a> {
     index: usize,
     text: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
     logprobs: Option<&'a CompletionLogprobs>,
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -93,6 +97,7 @@ impl<'a> Choice<'a> {
         Self {
             index: line.index,
             text,
+            token_ids: line.token_ids.as_deref(),
             logprobs: line.logprobs.as_ref(),
             finish_reason: line.end.as_ref().map(|end| end.0),
             stop_reason: line.end.as_ref().and_then(|end| end.1.clone()),
@@ -121,7 +126,12 @@ impl CompletionWriter {
         let prompts = answers.into_iter().map(writing).collect();
         let head = Head::new(format!("cmpl-{id}"), "text_completion", card);
         let texts = sse::Templates::default();
-        Self { head, top_logprobs, prompts, choices, usage, group, texts }
+        Self { head, top_logprobs, prompts, choices, usage, group, token_ids: false, texts }
+    }
+
+    /// Whether ids stand beside the text.
+    pub fn with_token_ids(self, token_ids: bool) -> Self {
+        Self { token_ids, ..self }
     }
 
     /// The answers as chunks, in the order in which they come.
@@ -129,7 +139,7 @@ impl CompletionWriter {
         let prompts = std::mem::take(&mut self.prompts);
         let choices = self.choices;
         let card = self.head.card.clone();
-        let top = self.top_logprobs;
+        let how = How { top: self.top_logprobs, token_ids: self.token_ids };
         let steps = stream::select_all(prompts.into_iter().enumerate().map(move |(at, writing)| {
             let card = card.clone();
             Box::pin(stream::unfold(Some(writing), move |writing| {
@@ -137,7 +147,7 @@ impl CompletionWriter {
                 async move {
                     let mut writing = writing?;
                     let step = writing.answer.next().await?;
-                    let line = step.map(|step| writing.line(&card, top, step, at * choices));
+                    let line = step.map(|step| writing.line(&card, how, step, at * choices));
                     let writing = line.is_ok().then_some(writing);
                     Some((line, writing))
                 }
@@ -165,10 +175,15 @@ impl CompletionWriter {
 
     fn line(&mut self, buffer: &mut Vec<u8>, line: &Line, options: StreamOptions) {
         self.count(line);
-        if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() {
+        let has_ids = line.token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
+        if line.text.is_empty() && line.logprobs.is_none() && line.end.is_none() && !has_ids {
             return;
         }
-        if line.logprobs.is_none() && line.end.is_none() && !options.continuous_usage_stats {
+        if line.logprobs.is_none()
+            && line.end.is_none()
+            && line.token_ids.is_none()
+            && !options.continuous_usage_stats
+        {
             let mut texts = std::mem::take(&mut self.texts);
             texts.write(buffer, line.index, &line.text, |buffer, text| {
                 self.choice(buffer, Choice::of(line, text), options);
@@ -195,12 +210,13 @@ impl CompletionWriter {
     /// # Errors
     /// Why the engine could not finish one of them.
     pub async fn whole(mut self) -> Result<Response, ApiError> {
-        let (card, top) = (self.head.card.clone(), self.top_logprobs);
+        let card = self.head.card.clone();
+        let how = How { top: self.top_logprobs, token_ids: self.token_ids };
         let mut first = 0;
         let collected = std::mem::take(&mut self.prompts).into_iter().map(|writing| {
             let begins = first;
             first += writing.answer.choices() as usize;
-            writing.collect(&card, top, begins)
+            writing.collect(&card, how, begins)
         });
         let mut choices = Vec::new();
         // Side by side: an answer that is not read is parked.
@@ -216,6 +232,9 @@ impl CompletionWriter {
                     "finish_reason": finish_reason,
                     "stop_reason": stop_reason,
                 });
+                if let Some(ids) = line.token_ids {
+                    choice["token_ids"] = ids.into();
+                }
                 if let Some(logprobs) = prompt_logprobs.take() {
                     choice["prompt_logprobs"] = logprobs.into();
                 }
@@ -234,11 +253,22 @@ impl CompletionWriter {
     }
 }
 
+/// What is said of each token.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    /// So many alternatives.
+    top: Option<u32>,
+    /// Its id.
+    token_ids: bool,
+}
+
 /// What is new of one choice.
 #[derive(Default)]
 struct Line {
     index: usize,
     text: String,
+    /// Where asked for.
+    token_ids: Option<Vec<u32>>,
     logprobs: Option<CompletionLogprobs>,
     new_tokens: usize,
     end: Option<(&'static str, Option<Value>, EngineUsage)>,
@@ -248,6 +278,10 @@ impl Line {
     fn append(&mut self, line: Self) {
         self.text.push_str(&line.text);
         self.new_tokens += line.new_tokens;
+        match (&mut self.token_ids, line.token_ids) {
+            (Some(all), Some(more)) => all.extend(more),
+            (all, more) => *all = all.take().or(more),
+        }
         match (&mut self.logprobs, line.logprobs) {
             (Some(all), Some(more)) => all.append(more),
             (all, more) => *all = all.take().or(more),
@@ -261,23 +295,25 @@ impl Writing {
     async fn collect(
         mut self,
         card: &ModelCard,
-        top: Option<u32>,
+        how: How,
         first: usize,
     ) -> Result<(Vec<Line>, Vec<Value>), CallError> {
         let count = self.answer.choices() as usize;
         let mut lines: Vec<Line> =
             (0..count).map(|at| Line { index: first + at, ..Line::default() }).collect();
         while let Some(step) = self.answer.next().await {
-            let line = self.line(card, top, step?, first);
+            let line = self.line(card, how, step?, first);
             let at = line.index - first;
             lines[at].append(line);
         }
         Ok((lines, self.prompt_logprobs))
     }
 
-    fn line(&mut self, card: &ModelCard, top: Option<u32>, step: Step, first: usize) -> Line {
+    fn line(&mut self, card: &ModelCard, how: How, step: Step, first: usize) -> Line {
+        let top = how.top;
         let at = step.index as usize;
         let mut line = Line { index: first + at, new_tokens: step.new_tokens, ..Line::default() };
+        line.token_ids = how.token_ids.then(|| step.token_ids.iter().map(|id| id.0).collect());
         let mut logprobs = top.map(|_| CompletionLogprobs::default());
         let offset = &mut self.offsets[at];
         let begins = std::mem::take(offset);

@@ -1,10 +1,14 @@
-//! From hidden states to an embedding: which of a prompt's states count, and how they are put together.
+//! From hidden states to an embedding: which of a prompt's states count, how they are put together, and what follows ([`Head`]).
+
+mod head;
 
 use std::ops::Range;
 
+pub use self::head::{Head, HeadFunction, HeadLayer, Linear, Scorer};
+
 use crate::planted::{Bug, planted};
 
-/// Which hidden states, after the final norm, make a prompt's embedding: their mean (of one, the state itself).
+/// Which hidden states, after the final norm, make a prompt's embedding, and how: of one it is the state itself.
 ///
 /// The names are those of sentence-transformers (Reimers and Gurevych 2019, section 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,6 +19,12 @@ pub enum Pooling {
     Mean,
     /// The first token's.
     Cls,
+    /// The largest of all tokens', value by value.
+    Max,
+    /// The mean of all tokens', the one at position `p` counted `p + 1` times (Muennighoff 2022, SGPT, section 3.1.1).
+    WeightedMean,
+    /// The sum of all tokens' over the square root of their number.
+    MeanSqrtLen,
 }
 
 impl Pooling {
@@ -24,6 +34,9 @@ impl Pooling {
             Self::Last => "last",
             Self::Mean => "mean",
             Self::Cls => "cls",
+            Self::Max => "max",
+            Self::WeightedMean => "weightedmean",
+            Self::MeanSqrtLen => "mean_sqrt_len_tokens",
         }
     }
 
@@ -31,7 +44,7 @@ impl Pooling {
     pub fn wanted(self, len: usize) -> Range<usize> {
         match self {
             Self::Last => len - 1..len,
-            Self::Mean => 0..len,
+            Self::Mean | Self::Max | Self::WeightedMean | Self::MeanSqrtLen => 0..len,
             Self::Cls => 0..1,
         }
     }
@@ -42,6 +55,7 @@ impl Pooling {
 /// They are added in the order of positions, in f64, whatever the chunks in which they come. So the sum's bits depend on the states alone.
 #[derive(Debug, Clone)]
 pub(crate) struct Pooler {
+    pooling: Pooling,
     wanted: Range<usize>,
     /// Those before it were added.
     next: usize,
@@ -53,7 +67,7 @@ impl Pooler {
     /// For a prompt of `len` tokens, at least one.
     pub(crate) fn new(pooling: Pooling, len: usize) -> Self {
         let wanted = pooling.wanted(len);
-        Self { next: wanted.start, wanted, sum: Vec::new() }
+        Self { pooling, next: wanted.start, wanted, sum: Vec::new() }
     }
 
     /// Of the positions of a row, those whose states are to be taken in. A recomputation does not repeat them.
@@ -77,14 +91,18 @@ impl Pooler {
         }
         let width = states.len() / count;
         if self.sum.is_empty() {
-            self.sum = vec![0.0; width];
+            let nothing = if self.pooling == Pooling::Max { f64::NEG_INFINITY } else { 0.0 };
+            self.sum = vec![nothing; width];
         }
         let is_next = positions.start == self.next || planted(Bug::StatesTwice);
         if !is_next || width == 0 || states.len() != count * self.sum.len() {
             return false;
         }
-        for state in states.chunks_exact(width) {
-            self.sum.iter_mut().zip(state).for_each(|(sum, &x)| *sum += f64::from(x));
+        for (position, state) in positions.clone().zip(states.chunks_exact(width)) {
+            let weight = if self.pooling == Pooling::WeightedMean { (position + 1) as f64 } else { 1.0 };
+            let is_max = self.pooling == Pooling::Max;
+            let take = |sum: &mut f64, x: f64| *sum = if is_max { sum.max(x) } else { *sum + weight * x };
+            self.sum.iter_mut().zip(state).for_each(|(sum, &x)| take(sum, f64::from(x)));
         }
         self.next = positions.end;
         true
@@ -95,9 +113,15 @@ impl Pooler {
         self.next >= self.wanted.end
     }
 
-    /// `[H]` the mean of the states.
-    pub(crate) fn mean(&self) -> Vec<f32> {
-        let count = self.wanted.len() as f64;
+    /// `[H]` what the states come to.
+    pub(crate) fn pooled(&self) -> Vec<f32> {
+        let len = self.wanted.len() as f64;
+        let count = match self.pooling {
+            Pooling::Last | Pooling::Mean | Pooling::Cls => len,
+            Pooling::Max => 1.0,
+            Pooling::WeightedMean => len * (len + 1.0) / 2.0,
+            Pooling::MeanSqrtLen => len.sqrt(),
+        };
         self.sum.iter().map(|&sum| (sum / count) as f32).collect()
     }
 }
@@ -133,14 +157,16 @@ mod tests {
             start += cut;
         }
         assert!(pooler.is_complete());
-        pooler.mean().iter().map(|x| x.to_bits()).collect()
+        pooler.pooled().iter().map(|x| x.to_bits()).collect()
     }
 
     #[test]
     fn chunks_do_not_change_the_bits() {
         let all = states(12);
         let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        for pooling in [Pooling::Last, Pooling::Mean, Pooling::Cls] {
+        for pooling in
+            [Pooling::Last, Pooling::Mean, Pooling::Cls, Pooling::WeightedMean, Pooling::MeanSqrtLen]
+        {
             let whole = pooled(pooling, &[12]);
             for cuts in [&[1; 12][..], &[5, 7], &[11, 1], &[1, 11], &[3, 3, 3, 3]] {
                 assert_eq!(pooled(pooling, cuts), whole, "{pooling:?} in chunks of {cuts:?}");
@@ -150,6 +176,21 @@ mod tests {
         assert_eq!(pooled(Pooling::Cls, &[12]), bits(&all[..2]));
         let mean = (0..12).fold(0.0, |sum, at| sum + f64::from(all[2 * at])) / 12.0;
         assert_eq!(pooled(Pooling::Mean, &[12])[0], (mean as f32).to_bits());
+    }
+
+    #[test]
+    fn states_of_all_tokens_are_put_together_in_four_ways() {
+        let states = [1.0, -2.0, 4.0, -6.0, 0.5, -1.0];
+        for (pooling, expected) in [
+            (Pooling::Mean, [5.5 / 3.0, -3.0]),
+            (Pooling::Max, [4.0, -1.0]),
+            (Pooling::WeightedMean, [(1.0 + 8.0 + 1.5) / 6.0, (-2.0 - 12.0 - 3.0) / 6.0]),
+            (Pooling::MeanSqrtLen, [5.5 / 3.0_f64.sqrt(), -9.0 / 3.0_f64.sqrt()]),
+        ] {
+            let mut pooler = Pooler::new(pooling, 3);
+            assert!(pooler.add(0..2, &states[..4]) && pooler.add(2..3, &states[4..]));
+            assert_eq!(pooler.pooled(), expected.map(|x| x as f32), "{pooling:?}");
+        }
     }
 
     #[test]
