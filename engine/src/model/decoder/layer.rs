@@ -34,7 +34,7 @@ pub(super) enum Input {
 }
 
 impl Input {
-    /// The buffer; a macro of borrows rather than a method, as the others are written to meanwhile.
+    /// The buffer, of those that are borrowed one by one: the others of the scratch are written to meanwhile.
     pub fn pick<'a, B>(self, hidden: &'a B, normed: &'a B, second: &'a B) -> &'a B {
         match self {
             Self::Stream => hidden,
