@@ -139,10 +139,10 @@ TM_DEVICE void load_kv(const AttentionArgs &a, const Item &item, int which, bf16
     const auto place = [&](int i) { return tile + Rows<D>::at(row0 + row(i), (lane_id() + 32 * i) % (D / 8)); };
     if (F8) {
         widen_kv<COPIES>((const uint2 *)a.kv + from, valid, place);
-        return;
+    } else {
+        TM_UNROLL
+        for (int i = 0; i < COPIES; i++) cp_async16(place(i), (const bf16x8 *)a.kv + from + lane_id() + 32 * i, valid(i));
     }
-    TM_UNROLL
-    for (int i = 0; i < COPIES; i++) cp_async16(place(i), (const bf16x8 *)a.kv + from + lane_id() + 32 * i, valid(i));
 }
 
 // Queues the copy of an item's query rows; rows it does not have become zeros.
