@@ -99,7 +99,7 @@ fn invariants_hold_over_ten_million_events() {
     let faults = failed_steps > 50_000;
     let cache = cached_tokens > 2_000_000 && saves > 500_000 && loads > 20_000;
     let formed = forced > 200_000 && complete > 20_000 && unformed > 2_000;
-    let adapted = adapters > 100_000 && overtaken > 10_000;
+    let adapted = adapters > 50_000 && overtaken > 10_000;
     assert!(
         ends && moves && overlap && faults && cache && formed && adapted && compared > 1_000_000,
         "{seen:?}"
