@@ -47,7 +47,7 @@ fn measure(path: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
         names.iter().map(|name| Ok(checkpoint.tensor(name, &[TENSOR_BYTES / 2])?.data)).collect()
     };
     for round in 1..=3 {
-        let checkpoint = Checkpoint::open_file(path)?;
+        let checkpoint = Checkpoint::open_path(path)?;
         let total = checkpoint.total_bytes();
         let all = slices(&checkpoint)?;
         let started = Instant::now();
@@ -58,7 +58,7 @@ fn measure(path: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
         }
         let alone = started.elapsed().as_secs_f64();
         drop((all, checkpoint));
-        let checkpoint = Checkpoint::open_file(path)?;
+        let checkpoint = Checkpoint::open_path(path)?;
         let loaded = Prefetch::start(slices(&checkpoint)?, total).finish(|_, _| ());
         println!(
             "round {round}: {:.2} GB; one thread {:.2} GB/s; prefetch {:.2} GB/s ({:.3} s), page cache warm",

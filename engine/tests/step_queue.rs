@@ -135,6 +135,7 @@ fn row(seq: u64, block: u32) -> PlanRow {
         score_top: 0,
         pool_at: 0..0,
         segments: None,
+        adapter: None,
     }
 }
 
@@ -143,6 +144,7 @@ fn plan(rows: &[PlanRow], saves: &[(u32, u32)], loads: &[(u32, u32)]) -> StepPla
         rows: rows.to_vec(),
         saves: saves.iter().map(|&(block, host)| (BlockId(block), HostBlockId(host))).collect(),
         loads: loads.iter().map(|&(host, block)| (HostBlockId(host), BlockId(block))).collect(),
+        adapters: Vec::new(),
     }
 }
 

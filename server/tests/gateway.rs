@@ -204,9 +204,12 @@ fn same_card(local: &ModelCard, remote: &ModelCard) {
             tool_format,
             reasoning,
             created: _,
+            has_tokenizer,
+            scoring,
         } = card.clone();
         let sizes = (max_model_len, vocab_size, block_size, num_kv_blocks);
-        (served_model_name, sizes, has_chat_template, special_tokens, tool_format, reasoning, tokens)
+        let has = (has_chat_template, has_tokenizer, scoring);
+        (served_model_name, sizes, has, special_tokens, tool_format, reasoning, tokens)
     };
     assert!(local.tool_format.is_some() && !local.special_tokens.is_empty(), "or this shows nothing");
     assert_eq!(shown(local), shown(remote));

@@ -41,7 +41,7 @@ fn with_adapters(config: &mut EngineConfig) {
 }
 
 fn asked(model: &str) -> GenerateRequest {
-    GenerateRequest { model: Some(model.into()), ..text(PROMPT, greedy(12)) }
+    GenerateRequest { model: model.into(), ..text(PROMPT, greedy(12)) }
 }
 
 fn load(lora_name: &str, lora_path: &str) -> LoadAdapterRequest {
@@ -125,7 +125,7 @@ async fn a_request_that_waits_for_a_slot_runs_when_the_one_that_has_it_is_aborte
     harness.control.load_adapter(load("b", "demo_b")).await.unwrap();
     let expected = harness.complete(asked("b")).await.ids;
     for by_abort in [true, false] {
-        let long = GenerateRequest { model: Some("a".into()), ..alone("long") };
+        let long = GenerateRequest { model: "a".into(), ..alone("long") };
         let running = harness.started(long).await;
         let mut waiting = harness.inference.generate(asked("b")).await.unwrap().into_inner();
         // Needs no slot.

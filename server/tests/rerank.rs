@@ -142,7 +142,8 @@ async fn scores_are_those_of_each_pair() {
     assert_eq!(scores(&of_each), scores(&of_one));
     let (_, turned) = front.post("/v1/score", json!({"text_1": DOCUMENTS[0], "text_2": QUERY})).await;
     assert_ne!(scores(&turned)[0], scores(&of_one)[0], "which is the query matters");
-    let (status, uneven) = front.post("/v1/score", json!({"text_1": ["a", "b"], "text_2": ["c"; 3]})).await;
+    let (status, uneven) =
+        front.post("/v1/score", json!({"text_1": ["a", "b"], "text_2": ["c", "c", "c"]})).await;
     assert_eq!((status, &uneven["error"]["param"]), (400, &json!("text_1")), "{uneven}");
 }
 

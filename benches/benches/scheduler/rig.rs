@@ -129,6 +129,7 @@ impl Rig {
             segments: None,
             root: self.root,
             constraint: None,
+            adapter: None,
         }
     }
 

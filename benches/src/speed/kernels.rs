@@ -7,7 +7,7 @@ use std::{f32::consts::PI, time::Duration};
 
 use tidemill_kernels::{
     DType, KernelError, Ops,
-    ops::{Activation, Epilogue, Extent, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
+    ops::{Epilogue, Extent, HeadShape, KvShape, Lookup, Norm, QkTransform, Rotary, Scoring},
     sampling::SampleSpec,
 };
 

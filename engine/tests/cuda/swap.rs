@@ -123,6 +123,7 @@ impl Sequence {
             score_top: 0,
             pool_at: 0..0,
             segments: None,
+            adapter: None,
         }
     }
 
