@@ -205,10 +205,9 @@ fn same_card(local: &ModelCard, remote: &ModelCard) {
             reasoning,
             created: _,
             has_tokenizer,
-            scoring,
         } = card.clone();
         let sizes = (max_model_len, vocab_size, block_size, num_kv_blocks);
-        let has = (has_chat_template, has_tokenizer, scoring);
+        let has = (has_chat_template, has_tokenizer);
         (served_model_name, sizes, has, special_tokens, tool_format, reasoning, tokens)
     };
     assert!(local.tool_format.is_some() && !local.special_tokens.is_empty(), "or this shows nothing");
