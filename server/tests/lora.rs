@@ -126,7 +126,7 @@ async fn a_request_that_waits_for_a_slot_runs_when_the_one_that_has_it_is_aborte
     let expected = harness.complete(asked("b")).await.ids;
     for by_abort in [true, false] {
         let long = GenerateRequest { model: "a".into(), ..alone("long") };
-        let running = harness.started(long).await;
+        let mut running = harness.started(long).await;
         let mut waiting = harness.inference.generate(asked("b")).await.unwrap().into_inner();
         // Needs no slot.
         harness.complete(text(PROMPT, greedy(2))).await;
@@ -134,7 +134,11 @@ async fn a_request_that_waits_for_a_slot_runs_when_the_one_that_has_it_is_aborte
         assert!(none.is_err(), "there is one slot, and it is taken: {none:?}");
         if by_abort {
             harness.abort("long").await;
-            assert_eq!(common::collect(running).await.unwrap()[0].finish, FinishReason::Abort);
+            let mut finish = FinishReason::Unspecified;
+            while let Some(message) = running.message().await.unwrap() {
+                finish = message.finish_reason();
+            }
+            assert_eq!(finish, FinishReason::Abort);
         } else {
             drop(running);
         }

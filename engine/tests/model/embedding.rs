@@ -116,7 +116,7 @@ fn what_is_not_supported_is_named_with_what_is() {
         &["Transformer, Pooling, LSTM", supported],
     );
     let dense = modules(&[("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]);
-    let config = json!({"in_features": 128, "out_features": 7, "activation_function": "torch.nn.modules.activation.PReLU"});
+    let config = json!({"in_features": 256, "out_features": 7, "activation_function": "torch.nn.modules.activation.PReLU"});
     let files = [("modules.json", dense), pooling, ("2_Dense/config.json", config)];
     is_unsupported(read(&files), &["activation_function", "PReLU", "Tanh"]);
     let nested = modules(&[("Transformer", "0_Transformer"), ("Pooling", "1_Pooling")]);

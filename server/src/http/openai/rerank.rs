@@ -9,8 +9,8 @@ use super::score::{ScoreOptions, check_count, scores, usage};
 use crate::http::{ApiError, App, Call, fields::part, json_response};
 
 /// What the engine's errors call otherwise.
-const NAMES: [(&str, &str); 3] =
-    [("document", "documents"), ("prompt.text", "documents"), ("tenant", "user")];
+const NAMES: [(&str, &str); 4] =
+    [("document", "documents"), ("prompt", "documents"), ("prompt.text", "documents"), ("tenant", "user")];
 
 /// Documents to be ranked.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]

@@ -19,8 +19,13 @@ use crate::http::{
 };
 
 /// What the engine's errors call otherwise.
-const NAMES: [(&str, &str); 4] =
-    [("query", "text_1"), ("document", "text_2"), ("prompt.text", "text_2"), ("tenant", "user")];
+const NAMES: [(&str, &str); 5] = [
+    ("query", "text_1"),
+    ("document", "text_2"),
+    ("prompt", "text_2"),
+    ("prompt.text", "text_2"),
+    ("tenant", "user"),
+];
 
 /// Pairs to be scored.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
