@@ -36,7 +36,7 @@ fn write(path: &std::path::Path, count: usize) -> Result<(), Box<dyn std::error:
     let mut file = File::create(path)?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
-    let data: Vec<u8> = (0..TENSOR_BYTES).map(|i| (i * 31 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..TENSOR_BYTES).map(|i| ((i * 31) >> 3) as u8).collect();
     (0..count).try_for_each(|_| file.write_all(&data))?;
     Ok(())
 }

@@ -94,7 +94,7 @@ fn keys_and_values_are_rounded_to_the_nearest() {
                 0.0009765625,
                 0.0029296875,
                 -0.0146484375,
-                0.01556396484375,
+                1.0 / 64.0 - 1.0 / 16384.0,
                 1e-9,
             ];
             let first_value = (num_heads + num_kv_heads) * head_dim;

@@ -187,7 +187,7 @@ mod tests {
         let taken = values(take_rows(&blocks, &[3..4, 1..2]).unwrap());
         assert_eq!(taken, [&all[6..8], &all[2..4]].concat());
         let one = quantized(QuantFormat::Fp8 { rows: 4, columns: 2 }, &data, &[0.5], &[]);
-        assert_eq!(values(take_rows(&one, &[1..3]).unwrap()), [-0.5, 0.5, 1.0, 1.0]);
+        assert_eq!(values(take_rows(&one, std::slice::from_ref(&(1..3))).unwrap()), [-0.5, 0.5, 1.0, 1.0]);
     }
 
     #[test]

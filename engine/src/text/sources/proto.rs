@@ -72,7 +72,7 @@ pub(crate) struct SentencePieces {
 
 /// Whether the bytes may be such a model: its first field is a piece.
 pub(super) fn looks_like(bytes: &[u8]) -> bool {
-    matches!(Message::new(bytes).next(), Some(Some((1 | 2 | 3, Value::Bytes(_)))))
+    matches!(Message::new(bytes).next(), Some(Some((1..=3, Value::Bytes(_)))))
 }
 
 impl SentencePieces {
