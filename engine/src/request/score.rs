@@ -39,7 +39,7 @@ pub struct ScoreRequest {
     pub id: Option<RequestId>,
     /// What to score.
     pub input: ScoreInput,
-    /// What makes a document right for a query, for models that are told ([`PairFormat::YesNo`]); absent: [`DEFAULT_INSTRUCTION`].
+    /// What makes a document right for a query, for models that are told ([`PairFormat::YesNo`]); absent: its own.
     pub instruction: Option<String>,
     /// The model the client means, if it said.
     pub model: Option<String>,

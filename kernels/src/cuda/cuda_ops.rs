@@ -37,7 +37,7 @@ impl CudaOps {
     /// Allocates what all steps share.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`]; [`KernelError::Unsupported`] for a model that the kernels cannot take.
+    /// [`crate::KernelError::OutOfMemory`]; [`crate::KernelError::Unsupported`] for a model that the kernels cannot take.
     pub fn new(device: Device, config: CudaConfig) -> Result<Self> {
         config.attention.check()?;
         Ok(Self {

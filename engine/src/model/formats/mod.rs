@@ -1,4 +1,4 @@
-//! Formats of quantised checkpoints: what `quantization_config` says, and how stored tensors become a [`QuantMatrix`].
+//! Formats of quantised checkpoints: what `quantization_config` says, and how stored tensors become a [`QuantMatrix`](tidemill_kernels::tensor::QuantMatrix).
 //!
 //! The tensors decide matrix by matrix: what stands there in bf16, f16 or f32 under its plain name is taken as it is, so lists of modules that were not
 //! converted need no reading. Activations are never quantised, whatever the file says of them: products are at least as precise as it asks for.

@@ -1,6 +1,6 @@
 //! What a model is made of: the one place that says which tensors of a checkpoint become which weights.
 //!
-//! [`Model::make`] and [`Layer::make`] ask a [`Maker`] for each part. The decoder's maker loads it onto a device; [`list`] only notes which tensors it
+//! [`Model::make`] and [`Layer::make`] ask a [`Maker`] for each part. The decoder's maker loads it onto a device; [`list()`] only notes which tensors it
 //! takes. So the list of tensors and the loader cannot differ.
 
 mod layer;
