@@ -57,7 +57,8 @@ def test_embeddings_are_those_of_sentence_transformers(minilm):
         off = distance(one["embedding"], item.embedding)
         assert off < 1e-4, f"{one['text'][:40]!r} is off by {off}"
         assert math.hypot(*item.embedding) == pytest.approx(1, abs=1e-4)
-    assert answer.data[0].embedding == pytest.approx(answer.data[1].embedding, abs=1e-6), "case does not matter"
+    loud = minilm.post("/v1/embeddings", {"input": "THE tide Comes in"}).json()["data"][0]["embedding"]
+    assert loud == pytest.approx(answer.data[1].embedding, abs=1e-6), "case does not matter"
     long = minilm.post("/v1/embeddings", {"input": texts[-1]})
     assert long.status_code == 400 and "at most 256" in long.json()["error"]["message"]
     refused = minilm.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
