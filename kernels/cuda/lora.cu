@@ -64,14 +64,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bf16 *column = b + ((size_t)slot * out_width + first_row) * max_rank + n;
     const float scale = bits_to_f32(table[2 * (slot * num_parts + part) + 1]);
     const float *in = low + ((size_t)first * num_parts + part) * max_rank;
+    const int stride = num_parts * max_rank;
     float sums[GROUP];
     TM_UNROLL
     for (int i = 0; i < GROUP; i++) sums[i] = 0.0f;
-    for (int j = 0; j < rank; j++) {
-        const float w = to_f32(column[(size_t)j * rows]);
+    for (int j = 0; j < rank; j++, column += rows, in++) {
+        const float w = to_f32(*column);
         TM_UNROLL
         for (int i = 0; i < GROUP; i++)
-            if (i < (int)count) sums[i] += w * in[(size_t)i * num_parts * max_rank + j];
+            if (i < (int)count) sums[i] += w * in[i * stride];
     }
     TM_UNROLL
     for (int i = 0; i < GROUP; i++) {
