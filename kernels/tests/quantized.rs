@@ -69,8 +69,9 @@ fn sample(format: QuantFormat, n: usize, k: usize, seed: u64) -> Sample {
         QuantFormat::Mxfp4 => (bytes(n * k / 32 * 17), 0),
         QuantFormat::Ggml(ty) => (bytes(n * k / ty.block() * ty.block_bytes()), 0),
     };
-    let mut scale =
-        |i: usize| half::f16::from_f32((0.02 + 0.01 * rng.unit()) * if i.is_multiple_of(3) { -1.0 } else { 1.0 });
+    let mut scale = |i: usize| {
+        half::f16::from_f32((0.02 + 0.01 * rng.unit()) * if i.is_multiple_of(3) { -1.0 } else { 1.0 })
+    };
     match format {
         QuantFormat::Fp8 { .. } => {
             data.iter_mut().filter(|b| **b & 0x7f == 0x7f).for_each(|b| *b -= 1);
@@ -91,7 +92,8 @@ fn sample(format: QuantFormat, n: usize, k: usize, seed: u64) -> Sample {
         _ => {}
     }
     let scales: Vec<f32> = (0..groups).map(|i| scale(i).to_f32()).collect();
-    let is_affine = matches!(format, QuantFormat::Int4 { .. } | QuantFormat::Int8 { .. }) && seed.is_multiple_of(2);
+    let is_affine =
+        matches!(format, QuantFormat::Int4 { .. } | QuantFormat::Int8 { .. }) && seed.is_multiple_of(2);
     let offsets: Vec<f32> =
         (0..if is_affine { groups } else { 0 }).map(|i| -8.0 * scale(i).to_f32()).collect();
     let values = (0..n * k).map(|i| value(format, [n, k], &data, &scales, &offsets, i)).collect();
