@@ -1,9 +1,9 @@
-//! How fast mapped weights come into memory, by one thread and by those that loading uses.
+//! How fast mapped weights are paged in, by one thread and by those that loading uses: a byte of each page is touched, no more.
 //!
 //!     cargo bench -p tidemill-benches --bench load [-- GIGABYTES]
 //!
 //! A file of that size (default 1) is written to the folder for temporary files and read through a new map each time. What was just written is in the
-//! page cache, so this measures the *warm* case: page faults and the bandwidth of memory. Emptying the cache takes root; for the cold case run
+//! page cache, so this measures the *warm* case: page faults alone. Its GB/s are of mapped bytes, and no bandwidth of memory or disk. Emptying the cache takes root; for the cold case run
 //! `sync; echo 3 > /proc/sys/vm/drop_caches` before `tidemill serve` and read its line "read the weights".
 
 use std::{fs::File, hint::black_box, io::Write, time::Instant};
@@ -61,7 +61,7 @@ fn measure(path: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
         let checkpoint = Checkpoint::open_path(path)?;
         let loaded = Prefetch::start(slices(&checkpoint)?, total).finish(|_, _| ());
         println!(
-            "round {round}: {:.2} GB; one thread {:.2} GB/s; prefetch {:.2} GB/s ({:.3} s), page cache warm",
+            "round {round}: {:.2} GB mapped; paged in by one thread at {:.2} GB/s, by prefetch at {:.2} GB/s ({:.3} s), page cache warm",
             total as f64 / 1e9,
             total as f64 / 1e9 / alone,
             loaded.rate(),
